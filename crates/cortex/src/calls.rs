@@ -1,0 +1,257 @@
+//! The calls of the REST door, one method each.
+
+use crate::client::{Call, Client};
+use crate::error::Error;
+use crate::rest::*;
+use bytes::Bytes;
+use futures::StreamExt;
+use reqwest::Method;
+use serde::de::DeserializeOwned;
+use std::time::Duration;
+
+/// The most that one page of a list holds.
+const PAGE: u32 = 500;
+
+/// Which output of a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stream {
+    Stdout,
+    Stderr,
+}
+
+/// Which part of a task's output as raw bytes.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct OutputQuery {
+    /// `None`: both, in the order in which they were written.
+    pub stream: Option<Stream>,
+    pub from_byte: u64,
+    /// Go on until the task has ended.
+    pub follow: bool,
+}
+
+/// Which tasks a list shows. Ids, not names; times in RFC 3339.
+#[derive(Debug, Clone, Default)]
+pub struct TaskFilter {
+    pub session: Option<String>,
+    pub node: Option<String>,
+    pub user: Option<String>,
+    pub state: Option<String>,
+    pub skill: Option<String>,
+    pub parent: Option<String>,
+    pub since: Option<String>,
+    pub until: Option<String>,
+    /// From 1 to 500.
+    pub limit: Option<u32>,
+    /// Where the page before ended; belongs to the same filters.
+    pub cursor: Option<String>,
+}
+
+impl Client {
+    /// Logs in. The reply's tokens are the caller's to keep; this client does not take them on.
+    pub async fn login(&self, request: &LoginRequest) -> Result<TokenReply, Error> {
+        self.fetch(self.call(Method::POST, &["auth", "login"]).anonymous().json(request)).await
+    }
+    pub async fn logout(&self) -> Result<(), Error> {
+        self.perform(self.call(Method::POST, &["auth", "logout"])).await
+    }
+    pub async fn me(&self) -> Result<MeReply, Error> {
+        self.fetch(self.call(Method::GET, &["auth", "me"])).await
+    }
+    pub async fn change_password(&self, request: &PasswordRequest) -> Result<(), Error> {
+        self.perform(self.call(Method::POST, &["auth", "password"]).json(request)).await
+    }
+
+    /// Makes an API key; the reply alone has its secret.
+    pub async fn create_api_key(&self, request: &ApiKeyRequest) -> Result<ApiKeyView, Error> {
+        self.fetch(self.call(Method::POST, &["api-keys"]).json(request)).await
+    }
+    pub async fn api_keys(&self) -> Result<Vec<ApiKeyView>, Error> {
+        self.every(&["api-keys"]).await
+    }
+    pub async fn delete_api_key(&self, id: &str) -> Result<(), Error> {
+        self.perform(self.call(Method::DELETE, &["api-keys", id])).await
+    }
+
+    /// Invites a machine; the secret is in `config_yaml` and nowhere else.
+    pub async fn create_invite(&self, request: &InviteRequest) -> Result<InviteReply, Error> {
+        self.fetch(self.call(Method::POST, &["nodes", "invites"]).json(request)).await
+    }
+    pub async fn invites(&self) -> Result<Vec<InviteView>, Error> {
+        self.every(&["nodes", "invites"]).await
+    }
+    pub async fn delete_invite(&self, id: &str) -> Result<(), Error> {
+        self.perform(self.call(Method::DELETE, &["nodes", "invites", id])).await
+    }
+
+    pub async fn nodes(&self) -> Result<Vec<NodeView>, Error> {
+        self.nodes_where(None).await
+    }
+    /// Those whose labels fit, such as `os=linux,gpu`.
+    pub async fn nodes_where(&self, select: Option<&str>) -> Result<Vec<NodeView>, Error> {
+        self.every_where(&["nodes"], select).await
+    }
+    /// What is left out of the change stays as it is.
+    pub async fn change_node(&self, id: &str, change: &NodeChangeRequest) -> Result<NodeView, Error> {
+        self.fetch(self.call(Method::PATCH, &["nodes", id]).json(change)).await
+    }
+    /// No new work until it is resumed.
+    pub async fn drain_node(&self, id: &str) -> Result<NodeView, Error> {
+        self.fetch(self.call(Method::POST, &["nodes", id, "drain"])).await
+    }
+    pub async fn resume_node(&self, id: &str) -> Result<NodeView, Error> {
+        self.fetch(self.call(Method::POST, &["nodes", id, "resume"])).await
+    }
+    /// For good; its tasks end.
+    pub async fn revoke_node(&self, id: &str) -> Result<NodeView, Error> {
+        self.fetch(self.call(Method::POST, &["nodes", id, "revoke"])).await
+    }
+    /// As a revocation, and its entry goes too.
+    pub async fn delete_node(&self, id: &str) -> Result<(), Error> {
+        self.perform(self.call(Method::DELETE, &["nodes", id])).await
+    }
+    pub async fn node(&self, id: &str) -> Result<NodeView, Error> {
+        self.fetch(self.call(Method::GET, &["nodes", id])).await
+    }
+    pub async fn node_status(&self, id: &str) -> Result<NodeStatusView, Error> {
+        self.fetch(self.call(Method::GET, &["nodes", id, "status"])).await
+    }
+
+    pub async fn create_session(&self, request: &SessionRequest) -> Result<SessionView, Error> {
+        self.fetch(self.call(Method::POST, &["sessions"]).json(request)).await
+    }
+    pub async fn sessions(&self) -> Result<Vec<SessionView>, Error> {
+        self.every(&["sessions"]).await
+    }
+    pub async fn session(&self, id: &str) -> Result<SessionView, Error> {
+        self.fetch(self.call(Method::GET, &["sessions", id])).await
+    }
+    /// Closes a session; its tasks are cancelled.
+    pub async fn close_session(&self, id: &str) -> Result<(), Error> {
+        self.perform(self.call(Method::DELETE, &["sessions", id])).await
+    }
+    /// Sets what `change` has.
+    pub async fn change_session(&self, id: &str, change: &SessionPatch) -> Result<SessionView, Error> {
+        self.fetch(self.call(Method::PATCH, &["sessions", id]).json(change)).await
+    }
+    /// Erases what a closed or expired session held.
+    pub async fn purge_session(&self, id: &str) -> Result<SessionView, Error> {
+        self.fetch(self.call(Method::POST, &["sessions", id, "purge"])).await
+    }
+    pub async fn session_memory(&self, id: &str, key: &str) -> Result<MemoryEntryView, Error> {
+        self.fetch(self.call(Method::GET, &["sessions", id, "memory", key])).await
+    }
+    pub async fn set_session_memory(&self, id: &str, key: &str, value: &ValueRequest) -> Result<MemoryEntryView, Error> {
+        self.fetch(self.call(Method::PUT, &["sessions", id, "memory", key]).json(value)).await
+    }
+    pub async fn post_message(&self, id: &str, message: &MessageRequest) -> Result<MessageView, Error> {
+        self.fetch(self.call(Method::POST, &["sessions", id, "messages"]).json(message)).await
+    }
+    pub async fn stats(&self) -> Result<StatsView, Error> {
+        self.fetch(self.call(Method::GET, &["system", "stats"])).await
+    }
+    pub async fn attach(&self, session: &str, node: &str, request: &AttachRequest) -> Result<(), Error> {
+        self.perform(self.call(Method::PUT, &["sessions", session, "nodes", node]).json(request)).await
+    }
+    pub async fn detach(&self, session: &str, node: &str) -> Result<(), Error> {
+        self.perform(self.call(Method::DELETE, &["sessions", session, "nodes", node])).await
+    }
+
+    /// Starts a task, in a session's workspace or in one of its own. It is not sent again when the
+    /// connection breaks: [`Error::Interrupted`] leaves open whether the task exists.
+    pub async fn dispatch(&self, session: Option<&str>, request: &DispatchRequest) -> Result<TaskView, Error> {
+        self.dispatch_once(session, request, None).await
+    }
+    /// As [`Client::dispatch`]. With a key the same request may be sent again for a day, and starts
+    /// nothing new: it gives the task that the first one made.
+    pub async fn dispatch_once(&self, session: Option<&str>, request: &DispatchRequest, key: Option<&str>) -> Result<TaskView, Error> {
+        let call = match session {
+            Some(id) => self.call(Method::POST, &["sessions", id, "dispatch"]),
+            None => self.call(Method::POST, &["dispatch"]),
+        };
+        let wait = Duration::from_secs(request.wait_secs.unwrap_or(0));
+        self.fetch(call.longer_by(wait).idempotency_key(key).json(request)).await
+    }
+    /// One page of tasks, newest first.
+    pub async fn tasks(&self, filter: &TaskFilter) -> Result<Page<TaskView>, Error> {
+        let call = self
+            .call(Method::GET, &["tasks"])
+            .query("session", filter.session.as_ref())
+            .query("node", filter.node.as_ref())
+            .query("user", filter.user.as_ref())
+            .query("state", filter.state.as_ref())
+            .query("skill", filter.skill.as_ref())
+            .query("parent", filter.parent.as_ref())
+            .query("since", filter.since.as_ref())
+            .query("until", filter.until.as_ref())
+            .query("limit", filter.limit)
+            .query("cursor", filter.cursor.as_ref());
+        self.fetch(call).await
+    }
+    pub async fn task(&self, id: &str) -> Result<TaskView, Error> {
+        self.fetch(self.call(Method::GET, &["tasks", id])).await
+    }
+    pub async fn task_events(&self, id: &str) -> Result<Vec<TaskEventView>, Error> {
+        self.every(&["tasks", id, "events"]).await
+    }
+    /// Asks for the end of a task; its state stays until its node says so.
+    pub async fn cancel_task(&self, id: &str) -> Result<(), Error> {
+        self.perform(self.call(Method::POST, &["tasks", id, "cancel"])).await
+    }
+    /// Hands a piece of input to a running task; gives the highest piece that was taken. The same piece
+    /// may be sent again whenever it is not known what became of it.
+    pub async fn send_input(&self, id: &str, request: &InputRequest) -> Result<InputReply, Error> {
+        self.fetch(self.call(Method::POST, &["tasks", id, "input"]).json(request)).await
+    }
+    /// A task's output as raw bytes. Nothing is resumed here: see [`Client::follow_output`].
+    pub async fn output(
+        &self,
+        id: &str,
+        query: OutputQuery,
+    ) -> Result<impl futures::Stream<Item = Result<Bytes, Error>> + Send + use<>, Error> {
+        let stream = match query.stream {
+            None => "all",
+            Some(Stream::Stdout) => "stdout",
+            Some(Stream::Stderr) => "stderr",
+        };
+        let call = self
+            .call(Method::GET, &["tasks", id, "output"])
+            .query("stream", Some(stream))
+            .query("from_byte", (query.from_byte > 0).then_some(query.from_byte))
+            .query("follow", query.follow.then_some(true))
+            .accept("application/octet-stream")
+            .wait_at_most(None);
+        let url = self.url().to_owned();
+        Ok(self.send(&call).await?.bytes_stream().map(move |piece| piece.map_err(|e| Error::transport(&url, e))))
+    }
+
+    pub async fn downloads(&self) -> Result<Downloads, Error> {
+        self.fetch(self.call(Method::GET, &["downloads"])).await
+    }
+    /// The node's program for a target such as `linux-x86_64`.
+    pub async fn download_node(&self, target: &str) -> Result<impl futures::Stream<Item = Result<Bytes, Error>> + Send + use<>, Error> {
+        let call = self.call(Method::GET, &["downloads", target, "cortex-node"]).accept("application/octet-stream").wait_at_most(None);
+        let url = self.url().to_owned();
+        Ok(self.send(&call).await?.bytes_stream().map(move |piece| piece.map_err(|e| Error::transport(&url, e))))
+    }
+
+    /// All pages of a list that has no filters.
+    async fn every<T: DeserializeOwned>(&self, segments: &[&str]) -> Result<Vec<T>, Error> {
+        self.every_where(segments, None).await
+    }
+    async fn every_where<T: DeserializeOwned>(&self, segments: &[&str], select: Option<&str>) -> Result<Vec<T>, Error> {
+        let mut items = Vec::new();
+        let mut cursor: Option<String> = None;
+        loop {
+            let call: Call = self.call(Method::GET, segments).query("select", select);
+            let call = call.query("limit", Some(PAGE)).query("cursor", cursor.as_ref());
+            let page: Page<T> = self.fetch(call).await?;
+            let empty = page.items.is_empty();
+            items.extend(page.items);
+            match page.next_cursor {
+                // An empty page that points further would never end.
+                Some(next) if !empty && cursor.as_ref() != Some(&next) => cursor = Some(next),
+                _ => return Ok(items),
+            }
+        }
+    }
+}

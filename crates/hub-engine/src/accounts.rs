@@ -1,0 +1,345 @@
+//! People, their log-ins and their keys.
+
+use crate::access::authorize_own;
+use crate::error::{Error, Result};
+use crate::events::{Events, Whose};
+use crate::idempotency::{self, Keyed};
+use crate::ports::{self, Creation, Keyring, Passwords, Window};
+use crate::records::{ApiKey, RefreshToken, Rotation, User};
+use mesh_core::permission::{Caller, Permission, Role, Scope};
+use mesh_core::{ApiKeyId, Digest, LoginId, UnixMs, UserId, name};
+use mesh_process::{SharedClock, entropy};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Lifetimes, as set.
+#[derive(Debug, Clone, Copy)]
+pub struct Lifetimes {
+    pub access_secs: u64,
+    pub refresh_days: u64,
+}
+
+/// What a log-in gives.
+pub struct Tokens {
+    pub access: String,
+    pub refresh: String,
+    pub expires_in: u64,
+}
+
+/// A caller and the log-in behind it, if it is a person's.
+#[derive(Debug, Clone)]
+pub struct Authenticated {
+    pub caller: Caller,
+    pub login: Option<LoginId>,
+}
+
+/// A new key; the secret is told once.
+pub struct NewKey {
+    pub key: ApiKey,
+    pub secret: String,
+}
+
+pub const KEY_PREFIX: &str = "cmk_";
+const REFRESH_PREFIX: &str = "cmr_";
+/// How many bytes of a key's last use may lag behind, in time: one write a minute is enough.
+const LAST_USED_MS: i64 = 60_000;
+
+/// Who was seen a moment ago, so that a busy caller costs no reads. What this hub itself changes counts
+/// at once; what another hub changes, after [`RECENT`].
+#[derive(Debug, Default)]
+pub struct Recent(Mutex<HashMap<Digest, (Authenticated, Duration)>>);
+
+const RECENT: Duration = Duration::from_secs(1);
+const RECENT_MOST: usize = 4096;
+
+impl Recent {
+    fn get(&self, mac: &Digest, now: Duration) -> Option<Authenticated> {
+        let map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        map.get(mac).filter(|(_, at)| now.saturating_sub(*at) < RECENT).map(|(who, _)| who.clone())
+    }
+    fn put(&self, mac: Digest, who: &Authenticated, now: Duration) {
+        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if map.len() >= RECENT_MOST {
+            map.clear();
+        }
+        map.insert(mac, (who.clone(), now));
+    }
+    /// Somebody's rights have changed.
+    fn forget(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
+pub struct Accounts {
+    pub recent: Recent,
+    pub store: Arc<dyn ports::Accounts>,
+    pub keyring: Arc<dyn Keyring>,
+    pub passwords: Arc<dyn Passwords>,
+    pub clock: SharedClock,
+    pub events: Events,
+    pub lifetimes: Lifetimes,
+}
+
+impl Accounts {
+    /// Makes the first admin on a new deployment; gives false when there are users already.
+    pub async fn first_admin(&self, username: &str, password: &str) -> Result<bool> {
+        if self.store.count_users().await? > 0 {
+            return Ok(false);
+        }
+        check_password(password)?;
+        let now = self.clock.now_ms();
+        let user = User {
+            id: UserId::from_parts(now, entropy::bytes()),
+            username: username.to_owned(),
+            role: Role::Admin,
+            password_hash: self.passwords.hash(password.to_owned()).await?,
+            created_at: now,
+        };
+        Ok(self.store.add_user(&user).await?)
+    }
+
+    pub async fn login(&self, username: &str, password: String) -> Result<Tokens> {
+        const WRONG: Error = Error::Unauthenticated("the user name or the password is wrong");
+        if password.len() > MAX_PASSWORD_BYTES {
+            return Err(WRONG);
+        }
+        let user = self.store.user_named(username).await?;
+        // An unknown name costs the same time as a wrong password.
+        let hash = user.as_ref().map(|u| u.password_hash.clone());
+        if !self.passwords.verify(password, hash).await? {
+            return Err(WRONG);
+        }
+        let user = user.ok_or(WRONG)?;
+        let now = self.clock.now_ms();
+        let login = LoginId::from_parts(now, entropy::bytes());
+        let refresh = fresh_token(REFRESH_PREFIX);
+        let mac = self.keyring.token_mac(&refresh);
+        self.store.add_refresh(&RefreshToken { mac, login, user: user.id, expires_at: self.refresh_end(now) }).await?;
+        Ok(self.tokens(user.id, login, refresh, now))
+    }
+
+    /// Gives new tokens for a refresh token that was not used before. A second use ends its family.
+    pub async fn refresh(&self, token: &str) -> Result<Tokens> {
+        let now = self.clock.now_ms();
+        let fresh = fresh_token(REFRESH_PREFIX);
+        let (old, new) = (self.keyring.token_mac(token), self.keyring.token_mac(&fresh));
+        match self.store.rotate_refresh(&old, &new, self.refresh_end(now), now).await? {
+            Rotation::Rotated { user, login } => Ok(self.tokens(user, login, fresh, now)),
+            Rotation::Reused { user, login } => {
+                tracing::warn!(%user, %login, "a refresh token came a second time; its log-in is ended");
+                self.rights_changed(Whose::Login(login));
+                Err(Error::Unauthenticated("this refresh token was used before; its log-in is ended, log in again"))
+            }
+            Rotation::Unknown => Err(Error::Unauthenticated("the refresh token is unknown or has expired; log in again")),
+        }
+    }
+
+    pub async fn logout(&self, login: LoginId) -> Result<()> {
+        self.store.end_login(login).await?;
+        self.rights_changed(Whose::Login(login));
+        Ok(())
+    }
+
+    /// Rights of somebody have changed: what was remembered of them, and what streams to them, ends.
+    fn rights_changed(&self, whose: Whose) {
+        self.recent.forget();
+        self.events.rights_changed(whose);
+    }
+
+    fn refresh_end(&self, now: UnixMs) -> UnixMs {
+        now + self.lifetimes.refresh_days as i64 * 86_400_000
+    }
+
+    fn tokens(&self, user: UserId, login: LoginId, refresh: String, now: UnixMs) -> Tokens {
+        let expires_in = self.lifetimes.access_secs;
+        let access = self.keyring.issue_access(user, login, now, now + expires_in as i64 * 1000);
+        Tokens { access, refresh, expires_in }
+    }
+
+    /// Who a bearer token is, with the rights of now.
+    pub async fn authenticate(&self, token: &str) -> Result<Authenticated> {
+        let (mac, now) = (self.keyring.token_mac(token), self.clock.steady());
+        if let Some(who) = self.recent.get(&mac, now) {
+            return Ok(who);
+        }
+        let who = self.identify(token, &mac).await?;
+        self.recent.put(mac, &who, now);
+        Ok(who)
+    }
+
+    async fn identify(&self, token: &str, mac: &Digest) -> Result<Authenticated> {
+        const WRONG: Error = Error::Unauthenticated("the token is unknown, altered or expired; log in again or use another API key");
+        let now = self.clock.now_ms();
+        if token.starts_with(KEY_PREFIX) {
+            let key = self.store.key_by_mac(mac).await?.ok_or(WRONG)?;
+            if key.expires_at.is_some_and(|e| e <= now) {
+                return Err(WRONG);
+            }
+            let user = self.store.user(key.user).await?.ok_or(WRONG)?;
+            if key.last_used_at.is_none_or(|t| now - t > LAST_USED_MS) {
+                self.store.key_used(key.id, now).await?;
+            }
+            let caller = Caller::Key { key: key.id, user: user.id, role: user.role, scopes: key.scopes };
+            return Ok(Authenticated { caller, login: None });
+        }
+        let (user, login) = self.keyring.read_access(token, now).ok_or(WRONG)?;
+        let user = self.store.user(user).await?.ok_or(WRONG)?;
+        if !self.store.login_lives(login, now).await? {
+            return Err(WRONG);
+        }
+        Ok(Authenticated { caller: Caller::User { user: user.id, role: user.role }, login: Some(login) })
+    }
+
+    /// The same caller with the rights of now, for a stream that outlives its token; an error when they
+    /// have ended.
+    pub async fn still(&self, who: &Authenticated) -> Result<Authenticated> {
+        const ENDED: Error = Error::Unauthenticated("the user, the log-in or the API key has ended");
+        let user = self.store.user(who.caller.user().ok_or(ENDED)?).await?.ok_or(ENDED)?;
+        let now = self.clock.now_ms();
+        let caller = match &who.caller {
+            Caller::Key { key, .. } => {
+                let key = self.store.key(*key).await?.filter(|k| k.expires_at.is_none_or(|e| e > now)).ok_or(ENDED)?;
+                Caller::Key { key: key.id, user: user.id, role: user.role, scopes: key.scopes }
+            }
+            _ => Caller::User { user: user.id, role: user.role },
+        };
+        if let Some(login) = who.login
+            && !self.store.login_lives(login, now).await?
+        {
+            return Err(ENDED);
+        }
+        Ok(Authenticated { caller, login: who.login })
+    }
+
+    /// The caller of the control socket: the hub's own uid acts as the admin of that name.
+    pub async fn local_admin(&self, username: &str) -> Result<Authenticated> {
+        let user = self.store.user_named(username).await?.ok_or(Error::NotFound("user"))?;
+        Ok(Authenticated { caller: Caller::User { user: user.id, role: user.role }, login: None })
+    }
+
+    pub async fn me(&self, caller: &Caller) -> Result<(User, Vec<Permission>)> {
+        let id = caller.user().ok_or(Error::NotFound("user"))?;
+        let user = self.store.user(id).await?.ok_or(Error::NotFound("user"))?;
+        let may = Permission::ALL.iter().copied().filter(|p| caller.reach(*p) != mesh_core::permission::Reach::None).collect();
+        Ok((user, may))
+    }
+
+    /// Changes the caller's own password; every other log-in of theirs ends.
+    pub async fn change_password(&self, who: &Authenticated, current: String, new: String) -> Result<()> {
+        let Caller::User { user, .. } = who.caller else {
+            return Err(Error::Forbidden("a key cannot change a password; log in as the person".into()));
+        };
+        check_password(&new)?;
+        let user = self.store.user(user).await?.ok_or(Error::NotFound("user"))?;
+        if current.len() > MAX_PASSWORD_BYTES || !self.passwords.verify(current, Some(user.password_hash)).await? {
+            return Err(Error::Forbidden("the current password is wrong".into()));
+        }
+        let hash = self.passwords.hash(new).await?;
+        self.store.set_password(user.id, &hash, who.login).await?;
+        self.rights_changed(Whose::User(user.id));
+        Ok(())
+    }
+
+    pub async fn create_key(
+        &self,
+        caller: &Caller,
+        label: &str,
+        scopes: &[String],
+        expires_at: Option<UnixMs>,
+        keyed: Option<Keyed>,
+    ) -> Result<NewKey> {
+        const ADVICE: &str = "delete it and ask again under a new key";
+        let Caller::User { user, .. } = caller else {
+            return Err(Error::Forbidden("a key cannot make keys; log in as the person".into()));
+        };
+        if let Some(made) = idempotency::before::<ApiKeyId>(keyed.as_ref()).await? {
+            return idempotency::already(made, ADVICE);
+        }
+        name::check(label).map_err(|e| Error::invalid("bad_name", e))?;
+        if scopes.is_empty() {
+            return Err(Error::invalid("bad_scope", "a key needs at least one scope, such as tasks:dispatch"));
+        }
+        let scopes = scopes.iter().map(|s| Scope::parse(s)).collect::<std::result::Result<Vec<_>, _>>();
+        let scopes = scopes.map_err(|e| Error::invalid("bad_scope", e))?;
+        let now = self.clock.now_ms();
+        if expires_at.is_some_and(|e| e <= now) {
+            return Err(Error::invalid("bad_time", "expires_at lies in the past"));
+        }
+        let secret = fresh_token(KEY_PREFIX);
+        let key = ApiKey {
+            id: ApiKeyId::from_parts(now, entropy::bytes()),
+            user: *user,
+            name: label.to_owned(),
+            prefix: secret[..KEY_PREFIX.len() + 6].to_owned(),
+            mac: self.keyring.token_mac(&secret),
+            scopes,
+            created_at: now,
+            expires_at,
+            last_used_at: None,
+        };
+        match keyed {
+            None => self.store.add_key(&key).await?,
+            Some(k) => {
+                if let Some(made) = k.create::<ApiKeyId>(Creation::Key(key.clone())).await? {
+                    return idempotency::already(made, ADVICE);
+                }
+            }
+        }
+        Ok(NewKey { key, secret })
+    }
+
+    pub async fn keys(&self, caller: &Caller, window: Window<ApiKeyId>) -> Result<Vec<ApiKey>> {
+        let user = caller.user().ok_or(Error::NotFound("user"))?;
+        Ok(self.store.keys(user, window).await?)
+    }
+
+    pub async fn remove_key(&self, caller: &Caller, id: ApiKeyId) -> Result<()> {
+        let key = self.store.key(id).await?.ok_or(Error::NotFound("API key"))?;
+        if caller.user() != Some(key.user) && authorize_own(caller, Permission::SystemAdminister).is_err() {
+            return Err(Error::NotFound("API key"));
+        }
+        if matches!(caller, Caller::Key { key: own, .. } if *own != id) {
+            return Err(Error::Forbidden("a key can remove itself only; log in as the person".into()));
+        }
+        if !self.store.remove_key(id).await? {
+            return Err(Error::NotFound("API key"));
+        }
+        self.rights_changed(Whose::Key(id));
+        Ok(())
+    }
+}
+
+const MIN_PASSWORD_CHARS: usize = 12;
+const MAX_PASSWORD_CHARS: usize = 256;
+const MAX_PASSWORD_BYTES: usize = MAX_PASSWORD_CHARS * 4;
+
+/// 12 to 256 characters, whatever they are.
+pub fn check_password(password: &str) -> Result<()> {
+    let n = password.chars().count();
+    if (MIN_PASSWORD_CHARS..=MAX_PASSWORD_CHARS).contains(&n) {
+        return Ok(());
+    }
+    Err(Error::invalid("bad_password", format!("a password has {MIN_PASSWORD_CHARS} to {MAX_PASSWORD_CHARS} characters, not {n}")))
+}
+
+/// A prefix and 256 random bits in base 62, so that a scanner can find one that leaked.
+fn fresh_token(prefix: &str) -> String {
+    const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+    let mut out = String::from(prefix);
+    while out.len() < prefix.len() + 43 {
+        for b in entropy::bytes::<64>() {
+            // Values that would make some characters likelier than others are thrown away.
+            if b < 248 && out.len() < prefix.len() + 43 {
+                out.push(ALPHABET[usize::from(b) % 62] as char);
+            }
+        }
+    }
+    out
+}
+
+/// A password for a person who has none yet: 100 random bits, easy to type.
+pub fn made_password() -> String {
+    const ALPHABET: &[u8; 32] = b"abcdefghjkmnpqrstuvwxyz23456789-";
+    entropy::bytes::<24>().iter().map(|b| ALPHABET[usize::from(*b) % 31] as char).collect()
+}

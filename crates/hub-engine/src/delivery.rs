@@ -1,0 +1,239 @@
+//! What a node says about its attempts, and what a hub owes it: the far half of MESH's rules.
+//!
+//! Every entry takes the node's [`Caller`], fenced by the generation of its link. What comes late, or
+//! for an attempt that another took over, changes nothing and is acknowledged all the same.
+
+use crate::error::{Error, Result};
+use crate::links::{Link, LinkCommand, Links};
+use crate::nodes;
+use crate::pool::Pool;
+use crate::ports::{Applied, Besides, Journal, NodeDirectory, Output};
+use crate::records::{Node, OutputFrame};
+use mesh_core::permission::Caller;
+use mesh_core::task::{Action, AttemptNo, Event, Outcome, TaskState};
+use mesh_core::{NodeId, SpoolId, TaskId};
+use mesh_process::{CancellationToken, SharedClock};
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+/// What a hello says.
+#[derive(Debug)]
+pub struct Hello {
+    pub spool: SpoolId,
+    pub max_tasks: u32,
+    pub attempts: Vec<(TaskId, AttemptNo)>,
+}
+
+/// What a welcome answers.
+#[derive(Debug)]
+pub struct Welcome {
+    pub generation: u64,
+    /// Keeps the link in place; dropped, the node is offline.
+    pub presence: Presence,
+    /// Cancelled when the node is no longer this hub's: its streams end at once.
+    pub cut: CancellationToken,
+    /// How far the output of each known attempt is durable here.
+    pub marks: Vec<(TaskId, AttemptNo, u64)>,
+}
+
+/// A link in its place. However its conversation ends, dropping this takes the link away.
+#[derive(Debug)]
+pub struct Presence {
+    links: Arc<Links>,
+    node: NodeId,
+    generation: u64,
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        if self.links.close(self.node, self.generation) {
+            tracing::info!(node = %self.node, generation = self.generation, "node offline");
+        }
+    }
+}
+
+/// A result as a node reports it.
+#[derive(Debug)]
+pub struct Reported {
+    pub task: TaskId,
+    pub attempt: AttemptNo,
+    pub outcome: Outcome,
+    pub last_seq: u64,
+    pub result: Option<Vec<u8>>,
+    pub sandbox_applied: Option<String>,
+}
+
+/// Attempts that one hello may name; more than a node can hold.
+const MAX_KNOWN: usize = 10_000;
+
+pub struct Delivery {
+    pub journal: Arc<dyn Journal>,
+    pub output: Arc<dyn Output>,
+    pub nodes: Arc<dyn NodeDirectory>,
+    pub links: Arc<Links>,
+    pub pool: Arc<Pool>,
+    pub clock: SharedClock,
+    pub output_bytes: u64,
+}
+
+impl Delivery {
+    /// Accepts a link: raises the generation, puts it in place of an older one, and brings the node and
+    /// the journal to the same view: what the node does not know is sent (again), what it should not
+    /// run is cancelled, what another spool was granted is lost.
+    pub async fn open_link(&self, node: &Node, hello: Hello, commands: mpsc::Sender<LinkCommand>) -> Result<Welcome> {
+        if hello.attempts.len() > MAX_KNOWN {
+            return Err(Error::invalid("too_many", "a hello names more attempts than a node can hold"));
+        }
+        let generation = self.nodes.raise_generation(node.id, self.clock.now_ms()).await?.ok_or_else(nodes::revoked)?;
+        let mut marks = vec![];
+        for (task, attempt) in &hello.attempts {
+            marks.push((*task, *attempt, self.output.totals(*task, *attempt).await?.durable_seq));
+        }
+        // The queue is in place before the held attempts are looked at: what is granted from now on
+        // goes to this link by itself, what was granted before is sent below.
+        let cut = CancellationToken::new();
+        let own_tasks = hello.max_tasks.clamp(1, 1024);
+        let in_place = self.links.open(Link {
+            node: node.id,
+            owner: node.owner,
+            generation,
+            spool: hello.spool,
+            own_tasks,
+            max_tasks: own_tasks,
+            offers: Arc::new(node.offers()),
+            // Until the registry was asked below: people may have changed the node since it was read.
+            draining: true,
+            epoch: 0,
+            cut: cut.clone(),
+            commands,
+            health: None,
+            rtt: None,
+        });
+        if !in_place {
+            let retired = self.links.is_retired(node.id);
+            return Err(if retired { nodes::revoked() } else { Error::conflict("superseded", "a newer link of this node was accepted") });
+        }
+        let presence = Presence { links: self.links.clone(), node: node.id, generation };
+        let now = self.nodes.node(node.id).await?.filter(|n| n.revoked_at.is_none()).ok_or_else(nodes::revoked)?;
+        self.links.set(&now);
+        for (id, attempt) in self.links.held(node.id) {
+            let known = hello.attempts.contains(&(id, attempt));
+            self.reconcile(node.id, id, attempt, hello.spool, known).await?;
+        }
+        for (task, attempt) in hello.attempts {
+            if !self.holds(node.id, task, attempt).await? {
+                // Ended, superseded or never ours: the node ends it and reports, and is acknowledged.
+                self.links.send(node.id, LinkCommand::Cancel { task, attempt });
+            }
+        }
+        self.pool.wake();
+        Ok(Welcome { generation, presence, cut, marks })
+    }
+
+    async fn reconcile(&self, node: NodeId, id: TaskId, attempt: AttemptNo, spool: SpoolId, known: bool) -> Result<()> {
+        let Some(task) = self.journal.task(id).await? else { return Ok(()) };
+        let open = !task.progress.state.is_final();
+        let newest = task.progress.attempt.as_ref();
+        if open && newest.is_none_or(|a| a.no < attempt) {
+            // Its commit is under way; the order follows it to whichever link is here then.
+            return Ok(());
+        }
+        let Some(a) = newest.filter(|a| open && task.progress.state != TaskState::Pending && a.no == attempt && a.node == node) else {
+            self.links.release(node, id);
+            return Ok(());
+        };
+        if a.granted != Some(spool) {
+            // The memory that this attempt was granted to is gone: nobody can say that it never ran.
+            let outcome = Outcome::Lost { detail: "maybe_ran".into() };
+            return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
+        }
+        if !known {
+            self.pool.send_order(&task, node, attempt);
+        }
+        if task.progress.cancel.is_some() {
+            self.links.send(node, LinkCommand::Cancel { task: id, attempt });
+        }
+        Ok(())
+    }
+
+    /// Is this the newest attempt, open, and of this node? What is not known here is asked of the
+    /// journal, which alone may call a word of a node late.
+    async fn holds(&self, node: NodeId, task: TaskId, attempt: AttemptNo) -> Result<bool> {
+        if self.links.holds(node, task, attempt) {
+            return Ok(true);
+        }
+        let Some(t) = self.journal.task(task).await? else { return Ok(false) };
+        let open = !t.progress.state.is_final() && t.progress.state != TaskState::Pending;
+        let ours = open && t.progress.attempt.as_ref().is_some_and(|a| a.no == attempt && a.node == node);
+        if ours {
+            self.links.hold(node, &t, attempt);
+        }
+        Ok(ours)
+    }
+
+    pub(crate) fn fence(&self, caller: &Caller) -> Result<NodeId> {
+        match caller {
+            Caller::Node { node, generation } if self.links.is_current(*node, *generation) => Ok(*node),
+            Caller::Node { .. } => Err(Error::conflict("superseded", "a newer link of this node was accepted")),
+            _ => Err(Error::Forbidden("only a node does this".into())),
+        }
+    }
+
+    pub async fn started(&self, caller: &Caller, task: TaskId, attempt: AttemptNo) -> Result<()> {
+        let node = self.fence(caller)?;
+        if self.holds(node, task, attempt).await? {
+            // A repeated start is refused by the transition, and changes nothing.
+            self.pool.apply(task, &Event::Started { attempt }, Besides::default()).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes frames durable; gives how far the node may forget. `None`: a frame between is missing.
+    pub async fn append(&self, caller: &Caller, task: TaskId, attempt: AttemptNo, frames: Vec<OutputFrame>) -> Result<Option<u64>> {
+        let node = self.fence(caller)?;
+        let last = frames.last().map_or(0, |f| f.seq);
+        if !self.holds(node, task, attempt).await? {
+            return Ok(Some(last));
+        }
+        let totals = self.output.append(task, attempt, frames, self.output_bytes).await?;
+        self.pool.watchers.notify(task);
+        Ok(totals.map(|t| t.durable_seq))
+    }
+
+    /// Records the end of an attempt and acknowledges it.
+    pub async fn result(&self, caller: &Caller, r: Reported) -> Result<()> {
+        let node = self.fence(caller)?;
+        if self.holds(node, r.task, r.attempt).await? {
+            let durable = if r.last_seq == 0 { 0 } else { self.output.totals(r.task, r.attempt).await?.durable_seq };
+            if r.last_seq > durable {
+                return Err(Error::invalid("output_missing", format!("the result names output {} and {durable} is here", r.last_seq)));
+            }
+            let besides = Besides { result: r.result, sandbox_applied: r.sandbox_applied, signed: None };
+            self.end(r.task, Event::Ended { attempt: r.attempt, outcome: r.outcome }, besides).await?;
+        }
+        self.links.send(node, LinkCommand::ResultAck { task: r.task, attempt: r.attempt });
+        Ok(())
+    }
+
+    async fn end(&self, id: TaskId, event: Event, besides: Besides) -> Result<()> {
+        match self.pool.apply(id, &event, besides).await? {
+            Applied::Done(task, actions) => {
+                debug_assert!(actions.iter().any(|a| matches!(a, Action::Release { .. })));
+                self.pool.perform(&task, &actions);
+            }
+            Applied::Refused(refused) => tracing::debug!(task = %id, %refused, "a late word of a node changes nothing"),
+            Applied::Unknown => tracing::debug!(task = %id, "a node speaks of an unknown task"),
+        }
+        Ok(())
+    }
+
+    /// The spec of an attempt that the node holds, for the second stream; checked by hash.
+    pub async fn payload(&self, caller: &Caller, id: TaskId, attempt: AttemptNo, sha256: &[u8]) -> Result<Vec<u8>> {
+        let node = self.fence(caller)?;
+        if !self.holds(node, id, attempt).await? {
+            return Err(Error::NotFound("attempt"));
+        }
+        let task = self.journal.task(id).await?.ok_or(Error::NotFound("task"))?;
+        if task.digest != sha256 { Err(Error::NotFound("payload")) } else { Ok(task.spec) }
+    }
+}

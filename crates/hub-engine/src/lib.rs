@@ -1,0 +1,33 @@
+//! What the hub does, behind every door: registry, journal, pool, sessions, people.
+//!
+//! It owns the order of steps, authorisation and the ports. It does *not* know SQL, HTTP, gRPC,
+//! JSON, cookies or private keys.
+
+pub mod access;
+pub mod accounts;
+pub mod bus;
+pub mod delivery;
+pub mod error;
+pub mod events;
+pub mod expiry;
+pub mod health;
+pub mod idempotency;
+pub mod input;
+pub mod links;
+pub mod manage;
+pub mod memory;
+pub mod messages;
+pub mod nodes;
+mod open_tasks;
+pub mod pool;
+pub mod ports;
+pub mod queue;
+pub mod records;
+pub mod sessions;
+pub mod state;
+pub mod stats;
+pub mod tasks;
+pub mod tracks;
+pub mod watch;
+
+pub use error::{Error, Result};

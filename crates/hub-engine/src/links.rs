@@ -1,0 +1,372 @@
+//! The nodes that are here now: live links, their slots, health and presence.
+//!
+//! Kept in memory alone; the store's generation says which link is the true one.
+
+use crate::events::Events;
+use crate::input::{Input, Inputs};
+use crate::records::{Node, Task};
+use mesh_core::placement::Candidate;
+use mesh_core::select::Offers;
+use mesh_core::task::AttemptNo;
+use mesh_core::{NodeId, SpoolId, TaskId, UserId};
+use mesh_process::CancellationToken;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// Commands that may wait for one link's writer. A node holds at most its slots' worth of orders, each
+/// with a cancel and an acknowledgement; past this the link is too slow to live and is closed.
+pub const LINK_QUEUE: usize = 4096;
+
+/// What the engine wants said to a node; the link signs and frames it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkCommand {
+    Order(Box<Order>),
+    Cancel {
+        task: TaskId,
+        attempt: AttemptNo,
+    },
+    /// The result is durable here: the node may forget it.
+    ResultAck {
+        task: TaskId,
+        attempt: AttemptNo,
+    },
+    /// Live input for a running attempt. What a full queue or a broken link loses, its caller says again.
+    Input(Box<Input>),
+    Close {
+        code: &'static str,
+        detail: String,
+    },
+}
+
+/// One order before it is signed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Order {
+    pub task: TaskId,
+    pub attempt: AttemptNo,
+    pub skill: String,
+    /// The canonical spec when it is small enough to travel inside, else empty; its size and digest.
+    pub spec: Vec<u8>,
+    pub spec_bytes: u64,
+    pub digest: mesh_core::Digest,
+    pub user: UserId,
+    pub session: Option<mesh_core::SessionId>,
+    pub timeout_secs: u64,
+    pub start_before: mesh_core::UnixMs,
+    pub policy: mesh_core::Digest,
+    /// The request that the task came by, while this process remembers it.
+    pub request_id: Option<Arc<str>>,
+}
+
+/// A sample from the node.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Health {
+    pub cpu_percent: f64,
+    pub memory_used: u64,
+    pub memory_total: u64,
+    pub disk_used: u64,
+    pub disk_total: u64,
+    pub load_1m: f64,
+    pub running: u32,
+}
+
+/// A link that was accepted.
+#[derive(Debug, Clone)]
+pub struct Link {
+    pub node: NodeId,
+    pub owner: UserId,
+    pub generation: u64,
+    pub spool: SpoolId,
+    /// As many as the machine itself takes at once.
+    pub own_tasks: u32,
+    /// As many as it is given.
+    pub max_tasks: u32,
+    /// Labels, skills and slots, as placement sees them.
+    pub offers: Arc<Offers>,
+    /// Takes no new work.
+    pub draining: bool,
+    /// Of the registry's row that the above is from.
+    pub epoch: u64,
+    /// Ends the streams of this link at once, whatever they are doing: the node is no longer ours.
+    pub cut: CancellationToken,
+    pub commands: mpsc::Sender<LinkCommand>,
+    pub health: Option<Health>,
+    pub rtt: Option<Duration>,
+}
+
+impl Link {
+    /// Why it takes no more work, with so much of it running. Placement goes by the same facts.
+    pub fn refuses(&self, running: u32) -> Option<&'static str> {
+        match () {
+            () if self.draining => Some("draining"),
+            () if running >= self.max_tasks => Some("busy"),
+            () => None,
+        }
+    }
+}
+
+/// What a granted attempt holds on its node.
+#[derive(Debug, Clone)]
+pub struct Hold {
+    pub attempt: AttemptNo,
+    pub user: UserId,
+    /// Besides its place as a task: slots by kind.
+    pub slots: BTreeMap<String, u32>,
+}
+
+impl Hold {
+    pub fn of(task: &Task, attempt: AttemptNo) -> Self {
+        let slots = task.terms.select.as_ref().map(|s| s.slots.clone()).unwrap_or_default();
+        Self { attempt, user: task.actor.user, slots }
+    }
+}
+
+/// What is held on one node.
+#[derive(Debug, Default)]
+struct Held {
+    tasks: BTreeMap<TaskId, Hold>,
+    /// The sum of their slots.
+    slots: BTreeMap<String, u32>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    links: BTreeMap<NodeId, Link>,
+    /// Granted attempts by node, whether it is here or not.
+    held: BTreeMap<NodeId, Held>,
+    shares: BTreeMap<UserId, Share>,
+    /// Counts what was ever given out.
+    turn: u64,
+    /// Revoked and removed since this process started.
+    retired: BTreeSet<NodeId>,
+    /// Of them, those with tasks that may still have to be ended.
+    unsettled: BTreeSet<NodeId>,
+}
+
+/// What a user has of the nodes: who has less goes first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Share {
+    /// Attempts on nodes now.
+    pub attempts: u32,
+    /// The turn at which the newest was given.
+    pub turn: u64,
+}
+
+impl State {
+    fn running(&self, node: NodeId) -> u32 {
+        self.held.get(&node).map_or(0, |h| h.tasks.len() as u32)
+    }
+    fn has_room(&self, link: &Link) -> bool {
+        link.refuses(self.running(link.node)).is_none()
+    }
+    fn hold(&mut self, node: NodeId, task: TaskId, hold: Hold) {
+        self.release(node, task);
+        let held = self.held.entry(node).or_default();
+        for (kind, n) in &hold.slots {
+            *held.slots.entry(kind.clone()).or_default() += n;
+        }
+        self.turn += 1;
+        let share = self.shares.entry(hold.user).or_default();
+        (share.attempts, share.turn) = (share.attempts + 1, self.turn);
+        held.tasks.insert(task, hold);
+    }
+    fn release(&mut self, node: NodeId, task: TaskId) {
+        let Some(held) = self.held.get_mut(&node) else { return };
+        let Some(gone) = held.tasks.remove(&task) else { return };
+        for (kind, n) in &gone.slots {
+            if let Some(count) = held.slots.get_mut(kind) {
+                *count = count.saturating_sub(*n);
+            }
+        }
+        if held.tasks.is_empty() {
+            self.held.remove(&node);
+        }
+        if let Some(share) = self.shares.get_mut(&gone.user) {
+            share.attempts = share.attempts.saturating_sub(1);
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct Links(Mutex<State>, Option<Events>, Inputs);
+
+impl Links {
+    /// Links that tell who comes and goes.
+    pub fn telling(events: Events) -> Self {
+        Self(Mutex::default(), Some(events), Inputs::default())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Each change below is complete in itself: a panic elsewhere cannot leave half of one.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a link in place; an older one of the same node is told that it is superseded. False, and
+    /// nothing happens, when a newer one is there already or the node is retired.
+    pub fn open(&self, link: Link) -> bool {
+        let old = {
+            let mut s = self.state();
+            if s.retired.contains(&link.node) || s.links.get(&link.node).is_some_and(|l| l.generation > link.generation) {
+                return false;
+            }
+            if let (Some(events), false) = (&self.1, s.links.contains_key(&link.node)) {
+                events.online(&link);
+            }
+            s.links.insert(link.node, link)
+        };
+        if let Some(old) = old {
+            self.2.hang_up(old.node, old.generation);
+            let _ =
+                old.commands.try_send(LinkCommand::Close { code: "superseded", detail: "a newer link of this node was accepted".into() });
+        }
+        true
+    }
+    /// Takes a link away if it is still the one of that generation; true when the node is gone now.
+    pub fn close(&self, node: NodeId, generation: u64) -> bool {
+        let mut s = self.state();
+        if s.links.get(&node).is_some_and(|l| l.generation == generation) {
+            // Told under the lock, so that coming and going are told in their true order.
+            if let (Some(gone), Some(events)) = (s.links.remove(&node), &self.1) {
+                events.offline(&gone);
+            }
+            self.2.hang_up(node, generation);
+            return true;
+        }
+        false
+    }
+    /// The callers that wait for a word about their input.
+    pub(crate) fn inputs(&self) -> &Inputs {
+        &self.2
+    }
+    /// Takes over what the registry says of a node; an older row than the one that is known changes nothing.
+    pub fn set(&self, node: &Node) {
+        if let Some(l) = self.state().links.get_mut(&node.id).filter(|l| l.epoch <= node.epoch) {
+            l.offers = Arc::new(node.offers());
+            l.max_tasks = node.takes_at_once(l.own_tasks);
+            l.draining = node.draining;
+            l.epoch = node.epoch;
+        }
+    }
+    /// From now on this node is never given anything, and its streams end at once.
+    pub fn retire(&self, node: NodeId) {
+        let mut s = self.state();
+        if s.retired.insert(node) {
+            s.unsettled.insert(node);
+        }
+        if let Some(gone) = s.links.remove(&node) {
+            gone.cut.cancel();
+            self.2.hang_up(node, gone.generation);
+            if let Some(events) = &self.1 {
+                events.offline(&gone);
+            }
+        }
+    }
+    pub fn is_retired(&self, node: NodeId) -> bool {
+        self.state().retired.contains(&node)
+    }
+    /// Its tasks are to be looked at (again).
+    pub fn unsettle(&self, node: NodeId) {
+        self.state().unsettled.insert(node);
+    }
+    pub fn unsettled(&self) -> Vec<NodeId> {
+        self.state().unsettled.iter().copied().collect()
+    }
+    /// Begins to settle; what comes meanwhile is noted anew.
+    pub fn begin_settling(&self, node: NodeId) {
+        self.state().unsettled.remove(&node);
+    }
+    /// The link and how much runs there, at one moment.
+    pub fn look(&self, node: NodeId) -> (Option<Link>, u32) {
+        let s = self.state();
+        (s.links.get(&node).cloned(), s.running(node))
+    }
+    pub fn get(&self, node: NodeId) -> Option<Link> {
+        self.state().links.get(&node).cloned()
+    }
+    pub fn is_current(&self, node: NodeId, generation: u64) -> bool {
+        self.state().links.get(&node).is_some_and(|l| l.generation == generation)
+    }
+    pub fn all(&self) -> Vec<Link> {
+        self.state().links.values().cloned().collect()
+    }
+    pub fn set_health(&self, node: NodeId, health: Health) {
+        if let Some(l) = self.state().links.get_mut(&node) {
+            l.health = Some(health);
+        }
+    }
+    pub fn set_rtt(&self, node: NodeId, rtt: Duration) {
+        if let Some(l) = self.state().links.get_mut(&node) {
+            l.rtt = Some(rtt);
+        }
+    }
+
+    /// Chooses by `choose` among the live nodes and takes what `hold` says there, in one step.
+    pub fn reserve<E>(
+        &self,
+        task: TaskId,
+        hold: Hold,
+        eligible: impl Fn(&Link) -> bool,
+        choose: impl FnOnce(&[Candidate]) -> Result<NodeId, E>,
+    ) -> Result<Link, E> {
+        static NONE: BTreeMap<String, u32> = BTreeMap::new();
+        let mut s = self.state();
+        let candidates: Vec<_> = s
+            .links
+            .values()
+            .filter(|l| eligible(l))
+            .map(|l| Candidate {
+                node: l.node,
+                online: true,
+                schedulable: !l.draining,
+                room: l.max_tasks.saturating_sub(s.running(l.node)),
+                offers: &l.offers,
+                taken: s.held.get(&l.node).map_or(&NONE, |h| &h.slots),
+            })
+            .collect();
+        let node = choose(&candidates)?;
+        s.hold(node, task, hold);
+        Ok(s.links[&node].clone())
+    }
+    /// Notes an attempt that was granted before this process started.
+    pub fn hold(&self, node: NodeId, task: &Task, attempt: AttemptNo) {
+        self.state().hold(node, task.id, Hold::of(task, attempt));
+    }
+    pub fn release(&self, node: NodeId, task: TaskId) {
+        self.state().release(node, task);
+    }
+    /// Is this the attempt that the node holds a slot for?
+    pub fn holds(&self, node: NodeId, task: TaskId, attempt: AttemptNo) -> bool {
+        self.state().held.get(&node).and_then(|h| h.tasks.get(&task)).is_some_and(|held| held.attempt == attempt)
+    }
+    pub fn held(&self, node: NodeId) -> Vec<(TaskId, AttemptNo)> {
+        self.state().held.get(&node).map(|h| h.tasks.iter().map(|(t, h)| (*t, h.attempt)).collect()).unwrap_or_default()
+    }
+    pub fn running(&self, node: NodeId) -> u32 {
+        self.state().running(node)
+    }
+    /// Can any node that is here take one more task; with `of`, any of those?
+    pub fn room(&self, of: Option<&BTreeSet<NodeId>>) -> bool {
+        let s = self.state();
+        match of {
+            None => s.links.values().any(|l| s.has_room(l)),
+            Some(nodes) => nodes.iter().filter_map(|n| s.links.get(n)).any(|l| s.has_room(l)),
+        }
+    }
+    pub fn share(&self, user: UserId) -> Share {
+        self.state().shares.get(&user).copied().unwrap_or_default()
+    }
+
+    /// Hands a command to the node's link. A link whose queue is full is closed: what it missed is
+    /// said again when the node is back.
+    pub fn send(&self, node: NodeId, command: LinkCommand) -> bool {
+        let Some(link) = self.get(node) else { return false };
+        match link.commands.try_send(command) {
+            Ok(()) => true,
+            Err(_) => {
+                self.close(node, link.generation);
+                false
+            }
+        }
+    }
+}

@@ -1,0 +1,537 @@
+//! The pool: waiting tasks, and their way to a node.
+//!
+//! An attempt is synced before its order leaves the hub. Placement itself is a pure function of
+//! `mesh_core`; a slot is reserved in memory first and given back if the commit fails. Who waits goes
+//! by priority, then the user who has least of the nodes, then age; see [`crate::queue`].
+
+use crate::error::{Error, Result};
+use crate::events::Events;
+use crate::idempotency::Keyed;
+use crate::links::{Hold, Link, LinkCommand, Links, Order, Share};
+use crate::open_tasks::OpenTasks;
+use crate::ports::{Applied, Besides, Creation, Journal, Keyring, Sessions};
+use crate::queue::{Eligible, Group, Head, Hopeful, Until};
+use crate::records::{Session, Task};
+use crate::tracks::Tracks;
+use crate::watch::Watchers;
+use mesh_core::permission::Role;
+use mesh_core::placement::{Waiting, choose};
+use mesh_core::spec::INLINE_SPEC_BYTES;
+use mesh_core::task::{Action, AttemptNo, Event, ReasonCode, TaskState, step};
+use mesh_core::{Digest, NodeId, SessionId, TaskId, UserId};
+use mesh_process::SharedClock;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use crate::queue::{PoolStanding, Queue};
+
+/// A node refuses to start an order later than this after it was sent: hub time.
+const START_WITHIN_MS: i64 = 120_000;
+/// Tasks that one round of placing commits together.
+const PLACE_AT_ONCE: usize = 256;
+/// Attempts that a task may have; one that comes too late at every node fails in the end.
+const MAX_ATTEMPTS: u32 = crate::records::MAX_ATTEMPTS;
+/// How long a task rests before it is placed again after it came too late.
+const PLACE_AGAIN: Duration = Duration::from_secs(1);
+/// How often everything is looked at, whatever was signalled.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// What became of a new task.
+#[derive(Debug)]
+pub enum Accepted {
+    /// It was written; as it was then.
+    New(Box<Task>),
+    /// Its key had made this one before, and nothing was written.
+    Before(TaskId),
+}
+
+/// What is reserved and not yet committed.
+type Placed = Vec<(TaskId, AttemptNo, Link)>;
+
+pub struct Pool {
+    pub journal: Arc<dyn Journal>,
+    pub sessions: Arc<dyn Sessions>,
+    pub accounts: Arc<dyn crate::ports::Accounts>,
+    pub keyring: Arc<dyn Keyring>,
+    pub links: Arc<Links>,
+    pub watchers: Watchers,
+    pub events: Events,
+    pub clock: SharedClock,
+    pub incarnation: u32,
+    /// Digest of the policy that orders name.
+    pub policy: Digest,
+    pub queue: Queue,
+}
+
+impl Pool {
+    fn tracks(&self) -> Tracks<'_> {
+        Tracks(&self.queue.origins)
+    }
+
+    /// Takes up what the journal holds as not ended, at the start of the process.
+    pub async fn recover(&self) -> Result<()> {
+        let mut closed: BTreeMap<SessionId, bool> = BTreeMap::new();
+        let mut open = OpenTasks::all(&*self.journal);
+        while let Some(task) = open.next().await? {
+            if let Some(id) = task.session {
+                let ended = match closed.get(&id) {
+                    Some(known) => *known,
+                    None => self.sessions.session(id).await?.is_none_or(|s| !s.is_active()),
+                };
+                closed.insert(id, ended);
+                if ended && task.progress.cancel.is_none() {
+                    // The process ended between the session's end and its tasks'.
+                    let event = Event::CancelRequested { reason: ReasonCode::SessionClosed };
+                    if let Applied::Done(task, actions) = self.apply(task.id, &event, Besides::default()).await? {
+                        self.perform(&task, &actions);
+                        if task.progress.state.is_final() {
+                            continue;
+                        }
+                    }
+                }
+            }
+            self.take_up(&task).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes up an open task as the journal holds it: what is granted has its slot, what is not waits.
+    async fn take_up(&self, task: &Task) -> Result<()> {
+        self.queue.watch_deadline(task);
+        match (task.progress.state, &task.progress.attempt) {
+            (TaskState::Assigned | TaskState::Running, Some(a)) if a.granted.is_some() => self.links.hold(a.node, task, a.no),
+            (TaskState::Assigned, Some(a)) => {
+                self.links.hold(a.node, task, a.no);
+                let event = Event::Withdrawn { attempt: a.no };
+                if let Applied::Done(t, actions) = self.apply(task.id, &event, Besides::default()).await? {
+                    self.perform(&t, &actions);
+                }
+            }
+            _ => self.enqueue(task, Waiting::HubStarting, Duration::ZERO),
+        }
+        Ok(())
+    }
+
+    /// Looks at the tasks of which a commit failed. It may have been done all the same, when the
+    /// connection to the database was lost: then what it asked for is still to be performed.
+    async fn settle_doubts(&self) -> Result<()> {
+        for id in self.queue.doubts() {
+            if let Some(task) = self.journal.task(id).await? {
+                self.settle_doubt(&task).await?;
+            }
+            self.queue.settled(id);
+        }
+        Ok(())
+    }
+
+    async fn settle_doubt(&self, task: &Task) -> Result<()> {
+        let (p, attempt) = (&task.progress, task.progress.attempt.as_ref());
+        if p.state.is_final() {
+            if let Some(a) = attempt {
+                self.give_back(a.node, task.id);
+            }
+            self.forget(task.id);
+            self.watchers.finished(task);
+            return Ok(());
+        }
+        match attempt.filter(|_| p.state != TaskState::Pending) {
+            Some(a) if a.granted.is_some() => {
+                self.queue.remove(task.id);
+                self.take_up(task).await?;
+                // A node that knows it starts nothing twice.
+                self.send_order(task, a.node, a.no);
+                if p.cancel.is_some() {
+                    self.links.send(a.node, LinkCommand::Cancel { task: task.id, attempt: a.no });
+                }
+                self.after_commit(task.clone()).await;
+            }
+            Some(_) => self.take_up(task).await?,
+            None if self.queue.why(task.id).is_none() => {
+                if let Some(a) = attempt {
+                    self.give_back(a.node, task.id);
+                }
+                self.take_up(task).await?;
+            }
+            None => {}
+        }
+        if task.progress.cancel.is_none()
+            && let Some(session) = task.session
+            && self.sessions.session(session).await?.is_none_or(|s| !s.is_active())
+        {
+            let event = Event::CancelRequested { reason: ReasonCode::SessionClosed };
+            if let Applied::Done(task, actions) = self.apply(task.id, &event, Besides::default()).await? {
+                self.perform(&task, &actions);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a new task, already with a granted attempt if a node has a slot for it now.
+    /// Gives it as it was written.
+    pub async fn accept(&self, task: Task, role: Role, session: Option<&Session>) -> Result<Task> {
+        match self.accept_once(task, role, session, None).await? {
+            Accepted::New(task) => Ok(*task),
+            Accepted::Before(id) => Err(Error::conflict("bad_state", format!("{id} came without a key"))),
+        }
+    }
+
+    /// As [`Pool::accept`]; under a key only if that has made nothing before.
+    pub async fn accept_once(&self, mut task: Task, role: Role, session: Option<&Session>, keyed: Option<&Keyed>) -> Result<Accepted> {
+        let eligible = match session {
+            Some(s) => Eligible::Attached(s.nodes.clone()),
+            None => Eligible::of(role, task.actor.user),
+        };
+        let now = self.clock.now_ms();
+        let attempt = AttemptNo::first(self.incarnation);
+        let group = Group::of(&task);
+        let placed = match task.terms.not_before {
+            Some(start) if start > now => Err(Waiting::NotBefore),
+            // Those of the same kind that wait go first.
+            _ if self.queue.is_waiting(&group) => Err(Waiting::NoSlot),
+            _ => self.reserve(task.id, Hold::of(&task, attempt), &group, &eligible),
+        };
+        let Ok(link) = placed else {
+            if let Some(before) = self.write(&task, keyed).await.inspect_err(|_| self.queue.doubt(task.id))? {
+                return Ok(Accepted::Before(before));
+            }
+            self.events.accepted(&task);
+            self.tracks().accepted(&task);
+            self.enqueue(&task, placed.err().unwrap_or(Waiting::NoSlot), Duration::ZERO);
+            self.queue.watch_deadline(&task);
+            return Ok(Accepted::New(Box::new(self.after_commit(task).await)));
+        };
+        let event = Event::Assigned { attempt, node: link.node, granted: Some(link.spool) };
+        let written = match step(&task.terms, &task.progress, &event, now) {
+            Err(refused) => Err(Error::conflict("bad_state", refused)),
+            Ok((progress, actions)) => {
+                task.progress = progress;
+                task.signed = Some((self.keyring.key_id(), self.policy));
+                self.write(&task, keyed).await.map(|before| (before, actions))
+            }
+        };
+        match written {
+            Ok((None, actions)) => {
+                self.events.accepted(&task);
+                self.tracks().accepted(&task);
+                self.queue.watch_deadline(&task);
+                self.perform(&task, &actions);
+                Ok(Accepted::New(Box::new(self.after_commit(task).await)))
+            }
+            Ok((Some(before), _)) => {
+                self.give_back(link.node, task.id);
+                Ok(Accepted::Before(before))
+            }
+            Err(e) => {
+                self.give_back(link.node, task.id);
+                self.queue.doubt(task.id);
+                Err(e)
+            }
+        }
+    }
+
+    /// Gives the task that the key has made before; then nothing is written.
+    async fn write(&self, task: &Task, keyed: Option<&Keyed>) -> Result<Option<TaskId>> {
+        let written = match keyed {
+            Some(k) => k.create(Creation::Task(Box::new(task.clone()))).await,
+            None => self.journal.accept(task).await.map(|()| None).map_err(Error::from),
+        };
+        if !matches!(written, Ok(None)) {
+            self.queue.origins.forget(task.id);
+        }
+        written
+    }
+
+    fn reserve(&self, id: TaskId, hold: Hold, group: &Group, eligible: &Eligible) -> std::result::Result<Link, Waiting> {
+        self.links.reserve(id, hold, |l| eligible.allows(l), |candidates| choose(id, group.named, group.select.as_ref(), candidates))
+    }
+    /// Gives back what was reserved, to whoever waits for it.
+    fn give_back(&self, node: NodeId, id: TaskId) {
+        self.links.release(node, id);
+        self.queue.changed_on(node);
+    }
+
+    async fn eligible(&self, session: Option<SessionId>, user: UserId) -> Result<Eligible> {
+        if let Some(id) = session {
+            return Ok(Eligible::Attached(self.sessions.session(id).await?.map(|s| s.nodes).unwrap_or_default()));
+        }
+        // The rights of now, not those of the moment when the task was accepted.
+        // Somebody who is gone has nothing more than what they own.
+        let role = self.accounts.user(user).await?.map_or(Role::Guest, |u| u.role);
+        Ok(Eligible::of(role, user))
+    }
+
+    /// Lets a task wait: until its time has come, then for a node.
+    fn enqueue(&self, task: &Task, why: Waiting, pause: Duration) {
+        let next = match &task.progress.attempt {
+            None => AttemptNo::first(self.incarnation),
+            Some(a) => a.no.next(self.incarnation),
+        };
+        let (now, steady) = (self.clock.now_ms(), self.clock.steady());
+        let later = |at: Option<i64>| at.filter(|at| *at > now).map(Until::Wall);
+        let (why, rest) = if let Some(until) = later(task.progress.retry_at) {
+            (Waiting::Backoff, Some(until))
+        } else if let Some(until) = later(task.terms.not_before) {
+            (Waiting::NotBefore, Some(until))
+        } else {
+            (why, (!pause.is_zero()).then(|| Until::Steady(steady + pause)))
+        };
+        self.queue.add(task, next, why, rest, steady);
+    }
+
+    /// Why a task waits, while it does.
+    pub fn why_waiting(&self, task: &Task) -> Option<Waiting> {
+        if let Some(why) = self.queue.why(task.id) {
+            return Some(why);
+        }
+        let a = task.progress.attempt.as_ref()?;
+        let open = matches!(task.progress.state, TaskState::Assigned | TaskState::Running);
+        (open && self.links.get(a.node).is_none()).then_some(Waiting::InDoubt)
+    }
+
+    pub fn standing(&self) -> PoolStanding {
+        self.queue.standing(self.clock.steady())
+    }
+
+    /// Takes a task out of the queue, since it has ended.
+    pub fn forget(&self, id: TaskId) {
+        self.queue.remove(id);
+        self.queue.forget_deadline(id);
+    }
+
+    /// Something changed that may let any waiting task go: a node came, or changed.
+    pub fn wake(&self) {
+        self.queue.changed_everywhere();
+    }
+
+    pub async fn apply(&self, id: TaskId, event: &Event, besides: Besides) -> Result<Applied> {
+        let applied = self.journal.apply(id, event, besides, self.clock.now_ms()).await.inspect_err(|_| self.queue.doubt(id))?;
+        if let Applied::Done(task, _) = &applied {
+            self.events.stepped(task, event);
+            self.tracks().stepped(task, event);
+            self.watchers.notify(id);
+        }
+        Ok(applied)
+    }
+
+    /// Performs what a transition asked for. `task` is the task after it.
+    pub fn perform(&self, task: &Task, actions: &[Action]) {
+        for action in actions {
+            match action {
+                Action::Order { node, attempt } => self.send_order(task, *node, *attempt),
+                Action::Cancel { node, attempt } => {
+                    self.links.send(*node, LinkCommand::Cancel { task: task.id, attempt: *attempt });
+                }
+                Action::Release { node } => self.give_back(*node, task.id),
+                Action::Requeue => {
+                    // A retry has its own pause; all else came back without having run.
+                    let pause = if task.progress.retry_at.is_some() { Duration::ZERO } else { PLACE_AGAIN };
+                    self.enqueue(task, Waiting::NoSlot, pause);
+                }
+                Action::Finished => {
+                    self.forget(task.id);
+                    self.queue.count_finished();
+                    self.tracks().finished(task);
+                    self.watchers.finished(task);
+                }
+            }
+        }
+    }
+
+    /// Hands a granted attempt to its node's link. A row that no longer fits its seal is never signed.
+    pub fn send_order(&self, task: &Task, node: NodeId, attempt: AttemptNo) {
+        let granted = task.progress.attempt.as_ref().and_then(|a| a.granted);
+        if self.links.get(node).map(|l| l.spool) != granted {
+            // Not here, or with another memory than the one it was granted to: the next hello settles it.
+            return;
+        }
+        if mesh_core::sha256(&task.spec) != task.digest || !self.keyring.is_sealed(&task.intent(), &task.seal) {
+            tracing::error!(task = %task.id, "the stored task does not fit its seal; it is not sent");
+            metrics::counter!("cortex_broken_seals_total").increment(1);
+            return;
+        }
+        let start_before = self.clock.anchored_ms() + START_WITHIN_MS;
+        let order = Order {
+            task: task.id,
+            attempt,
+            skill: task.skill.clone(),
+            spec: if task.spec.len() <= INLINE_SPEC_BYTES { task.spec.clone() } else { vec![] },
+            spec_bytes: task.spec.len() as u64,
+            digest: task.digest,
+            user: task.actor.user,
+            session: task.session,
+            timeout_secs: task.timeout_secs,
+            start_before: task.terms.deadline.map_or(start_before, |deadline| start_before.min(deadline)),
+            policy: self.policy,
+            request_id: self.queue.origins.of(task.id),
+        };
+        self.tracks().ordered(&order, node);
+        self.links.send(node, LinkCommand::Order(Box::new(order)));
+    }
+
+    /// The reconciler: places what can be placed, ends what waited too long or is past its deadline.
+    /// Runs until dropped.
+    pub async fn run(&self) {
+        let mut full = None;
+        loop {
+            let steady = self.clock.steady();
+            if full.is_none_or(|at| steady.saturating_sub(at) >= LOOK_AGAIN) {
+                full = Some(steady);
+                self.queue.changed_everywhere();
+            }
+            if let Err(error) = self.round_of_changes().await {
+                tracing::warn!(%error, "placing waiting tasks failed; it is tried again");
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            let due = self.queue.next_due(self.clock.now_ms(), self.clock.steady());
+            let _ = tokio::time::timeout(due.unwrap_or(LOOK_AGAIN).min(LOOK_AGAIN), self.queue.woken()).await;
+        }
+    }
+
+    /// One look at everything that waits. Idempotent.
+    pub async fn round(&self) -> Result<()> {
+        self.queue.changed_everywhere();
+        self.round_of_changes().await
+    }
+
+    /// One look at those for whom something changed, and at what is due.
+    pub async fn round_of_changes(&self) -> Result<()> {
+        self.settle_doubts().await?;
+        let ended = self.end_overdue().await;
+        self.queue.wake_rested(self.clock.now_ms(), self.clock.steady());
+        let mut placed = vec![];
+        let looked = self.look(&mut placed).await;
+        // What was reserved is committed or given back, whatever the look came to.
+        let committed = self.commit_placed(placed).await;
+        let expired = self.end_expired().await;
+        let all = ended.and(looked).and(committed).and(expired);
+        if all.is_err() {
+            // Who was not reached has not been looked at.
+            self.queue.changed_everywhere();
+        }
+        all
+    }
+
+    /// Places the heads of the groups for which something changed.
+    async fn look(&self, placed: &mut Placed) -> Result<()> {
+        let changed = self.queue.take_changed();
+        let links: Vec<Link> = changed.nodes.iter().filter_map(|n| self.links.get(*n)).collect();
+        let mut groups = self.queue.hopeful(&changed, &links);
+        let mut heads: BTreeSet<(Reverse<i32>, Share, TaskId, usize)> = BTreeSet::new();
+        for (i, Hopeful { group, .. }) in groups.iter().enumerate() {
+            heads.extend(self.queue.head(group).map(|h| (h.order, self.links.share(group.user), h.id, i)));
+        }
+        let mut known = BTreeMap::new();
+        let mut joined: BTreeSet<usize> = BTreeSet::new();
+        while let Some((order, share, id, i)) = heads.pop_first() {
+            let group = groups[i].group.clone();
+            // Each attempt that a user is given puts the next of theirs behind the others'.
+            let share_now = self.links.share(group.user);
+            if share_now > share {
+                heads.insert((order, share_now, id, i));
+                continue;
+            }
+            // So that it is known why they wait, some are looked at whether there is room or not.
+            if std::mem::take(&mut groups[i].fresh) {
+                joined.insert(i);
+            } else if !self.links.room((!joined.contains(&i)).then_some(&changed.nodes)) {
+                continue;
+            }
+            let eligible = match known.entry((group.session, group.user)) {
+                std::collections::btree_map::Entry::Occupied(e) => e.into_mut(),
+                std::collections::btree_map::Entry::Vacant(e) => e.insert(self.eligible(group.session, group.user).await?),
+            };
+            let Some(head) = self.queue.head(&group) else { continue };
+            if self.place(&group, head, eligible, placed).await? {
+                heads.extend(self.queue.head(&group).map(|h| (h.order, self.links.share(group.user), h.id, i)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reserves a node for a head. False when there is none, and so none for its group.
+    async fn place(&self, group: &Arc<Group>, head: Head, eligible: &Eligible, placed: &mut Placed) -> Result<bool> {
+        if head.next.ordinal() > MAX_ATTEMPTS {
+            self.expire(head.id, format!("{MAX_ATTEMPTS} attempts came too late")).await?;
+            return Ok(true);
+        }
+        self.queue.count_weighing();
+        let slots = group.select.as_ref().map(|s| s.slots.clone()).unwrap_or_default();
+        let hold = Hold { attempt: head.next, user: group.user, slots };
+        match self.reserve(head.id, hold, group, eligible) {
+            Err(why) => {
+                self.queue.blocked(group, why, eligible.clone());
+                return Ok(false);
+            }
+            Ok(link) if self.queue.begin(head.id) => placed.push((head.id, head.next, link)),
+            // It was cancelled in this moment.
+            Ok(link) => self.give_back(link.node, head.id),
+        }
+        if placed.len() >= PLACE_AT_ONCE {
+            self.commit_placed(std::mem::take(placed)).await?;
+        }
+        Ok(true)
+    }
+
+    /// Ends what has waited for a node longer than its caller allowed.
+    async fn end_expired(&self) -> Result<()> {
+        for (id, why) in self.queue.expired(self.clock.steady()) {
+            self.expire(id, why.as_str().to_owned()).await?;
+        }
+        Ok(())
+    }
+    async fn expire(&self, id: TaskId, detail: String) -> Result<()> {
+        let applied = self.apply(id, &Event::Expired { detail }, Besides::default()).await?;
+        self.queue.remove(id);
+        if let Applied::Done(task, actions) = applied {
+            self.perform(&task, &actions);
+        }
+        Ok(())
+    }
+
+    /// Asks for the end of what is past its deadline. A failed commit leaves it due.
+    async fn end_overdue(&self) -> Result<()> {
+        let overdue = self.queue.overdue(self.clock.now_ms());
+        for some in overdue.chunks(PLACE_AT_ONCE) {
+            let ends = some.iter().map(|id| async move {
+                let applied = self.apply(*id, &Event::DeadlinePassed, Besides::default()).await?;
+                self.queue.forget_deadline(*id);
+                if let Applied::Done(task, actions) = applied {
+                    self.perform(&task, &actions);
+                }
+                Ok(())
+            });
+            futures::future::join_all(ends).await.into_iter().collect::<Result<()>>()?;
+        }
+        Ok(())
+    }
+
+    /// Syncs the attempts, together, and only then sends their orders.
+    async fn commit_placed(&self, placed: Placed) -> Result<()> {
+        let commits = placed.into_iter().map(|(id, attempt, link)| async move {
+            let event = Event::Assigned { attempt, node: link.node, granted: Some(link.spool) };
+            let besides = Besides { signed: Some((self.keyring.key_id(), self.policy)), ..Default::default() };
+            match self.apply(id, &event, besides).await {
+                Ok(Applied::Done(task, actions)) => {
+                    self.queue.placed(id, attempt);
+                    self.perform(&task, &actions);
+                    self.after_commit(*task).await;
+                    Ok(())
+                }
+                // It ended or moved meanwhile.
+                Ok(Applied::Refused(_) | Applied::Unknown) => {
+                    self.queue.placed(id, attempt);
+                    self.give_back(link.node, id);
+                    Ok(())
+                }
+                Err(e) => {
+                    self.give_back(link.node, id);
+                    self.queue.put_back(id, self.clock.steady());
+                    Err(e)
+                }
+            }
+        });
+        futures::future::join_all(commits).await.into_iter().collect()
+    }
+}

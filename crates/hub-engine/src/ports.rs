@@ -1,0 +1,363 @@
+//! What the engine needs from the world. Each port is narrow, each has a contract suite in
+//! `hub-testkit` that every implementation passes.
+//!
+//! A method that writes returns once the write is durable (committed and synced).
+
+use crate::records::*;
+use async_trait::async_trait;
+use mesh_core::task::{Action, AttemptNo, Event, Refused, TaskState};
+use mesh_core::{ApiKeyId, Digest, EntryId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
+use std::collections::BTreeMap;
+
+/// A store that failed, and at what.
+#[derive(Debug, thiserror::Error)]
+#[error("{operation}: {source}")]
+pub struct StoreError {
+    pub operation: &'static str,
+    #[source]
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl StoreError {
+    pub fn new(operation: &'static str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self { operation, source: source.into() }
+    }
+
+    /// Is it for want of room? A layer between may have kept the words alone, so they count: those of
+    /// the system and of SQLite do not change, and PostgreSQL repeats the system's.
+    pub fn is_full(&self) -> bool {
+        let mut error: Option<&(dyn std::error::Error + 'static)> = Some(&*self.source);
+        while let Some(e) = error {
+            let io = e.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+            let text = e.to_string();
+            if matches!(io, Some(std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded))
+                || ["database or disk is full", "No space left on device"].iter().any(|words| text.contains(words))
+            {
+                return true;
+            }
+            error = e.source();
+        }
+        false
+    }
+}
+
+pub type Stored<T> = Result<T, StoreError>;
+
+/// A page of a list by creation, newest first: at most `limit` items older than `before`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window<Id> {
+    pub before: Option<Id>,
+    pub limit: u32,
+}
+
+/// What one event did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Applied {
+    /// The task after it, and what must now happen.
+    Done(Box<Task>, Vec<Action>),
+    Refused(Refused),
+    Unknown,
+}
+
+/// What is written beside an event, in the same commit.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Besides {
+    pub result: Option<Vec<u8>>,
+    pub sandbox_applied: Option<String>,
+    pub signed: Option<(String, Digest)>,
+}
+
+/// A *narrow* task is one whose `spec` is empty if it is longer than `mesh_core::spec::INLINE_SPEC_BYTES`.
+#[async_trait]
+pub trait Journal: Send + Sync {
+    /// Writes a new task and its history: `accepted`, and `assigned` when it has an attempt already,
+    /// all in one commit.
+    async fn accept(&self, task: &Task) -> Stored<()>;
+    /// Runs `mesh_core::task::step` on the stored state and writes what it decides, with a line of
+    /// history, in one commit; concurrent events on one task are serialised.
+    ///
+    /// The task that it answers with is narrow, except when an order must follow.
+    async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied>;
+    async fn task(&self, id: TaskId) -> Stored<Option<Task>>;
+    /// Narrow tasks. A time is compared with the one in a task's id.
+    async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>>;
+    /// The specs of `ids`, in their order, until about `max_bytes` (at least one); none for an unknown id.
+    async fn specs(&self, ids: &[TaskId], max_bytes: usize) -> Stored<Vec<(TaskId, Vec<u8>)>>;
+    /// At most `limit` narrow tasks that are not final, oldest first, newer than `after`; of one session, or all.
+    async fn open_tasks(&self, session: Option<SessionId>, after: Option<TaskId>, limit: u32) -> Stored<Vec<Task>>;
+    async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>>;
+}
+
+/// A thing that a caller's key makes once.
+#[derive(Debug, Clone)]
+pub enum Creation {
+    Task(Box<Task>),
+    Session(Session),
+    Invite(Invite),
+    Key(ApiKey),
+}
+
+impl Creation {
+    /// Its id as text.
+    pub fn id(&self) -> String {
+        match self {
+            Self::Task(t) => t.id.to_string(),
+            Self::Session(s) => s.id.to_string(),
+            Self::Invite(i) => i.id.to_string(),
+            Self::Key(k) => k.id.to_string(),
+        }
+    }
+}
+
+/// A request that makes one thing, however often it comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Once {
+    /// Digest of who asked, by what call, under which key.
+    pub scope: Digest,
+    /// Digest of what was asked.
+    pub request: Digest,
+    pub at: UnixMs,
+    /// What was remembered at or before this counts as forgotten.
+    pub since: UnixMs,
+}
+
+/// What a key has made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    pub request: Digest,
+    /// The id of the thing, as text.
+    pub thing: String,
+}
+
+#[async_trait]
+pub trait Idempotency: Send + Sync {
+    /// Writes the thing and remembers it by its scope, in one commit. Gives what the scope had made
+    /// before, if anything; then nothing is written. Of many at once exactly one writes.
+    async fn create(&self, thing: Creation, once: &Once) -> Stored<Option<Known>>;
+    /// What the scope has made after `since`.
+    async fn known(&self, scope: &Digest, since: UnixMs) -> Stored<Option<Known>>;
+    /// Forgets what was remembered at or before `until`, at most `limit` of it; gives how many.
+    async fn forget(&self, until: UnixMs, limit: u32) -> Stored<u64>;
+}
+
+#[async_trait]
+pub trait Output: Send + Sync {
+    /// Adds frames of one attempt. Frames at or below the durable seq are dropped as repeated; a gap
+    /// is refused by `None`. The newest attempt's totals are the task's. Up to `keep_bytes` of data are
+    /// kept, the rest is counted. Concurrent calls share syncs and commits.
+    async fn append(&self, task: TaskId, attempt: AttemptNo, frames: Vec<OutputFrame>, keep_bytes: u64) -> Stored<Option<OutputTotals>>;
+    /// Zero totals for an attempt that has none.
+    async fn totals(&self, task: TaskId, attempt: AttemptNo) -> Stored<OutputTotals>;
+    /// Kept frames after `after_seq`, in order, until about `max_bytes` of data (at least one frame).
+    async fn read(&self, task: TaskId, attempt: AttemptNo, after_seq: u64, max_bytes: usize) -> Stored<Vec<OutputFrame>>;
+    /// The last `max_bytes` of one stream.
+    async fn tail(&self, task: TaskId, attempt: AttemptNo, stream: Stream, max_bytes: usize) -> Stored<Vec<u8>>;
+}
+
+#[async_trait]
+pub trait NodeDirectory: Send + Sync {
+    async fn add_invite(&self, invite: &Invite) -> Stored<()>;
+    async fn invite(&self, id: InviteId) -> Stored<Option<Invite>>;
+    async fn invites(&self, owner: Option<UserId>, window: Window<InviteId>) -> Stored<Vec<Invite>>;
+    /// False when it is unknown or was used.
+    async fn revoke_invite(&self, id: InviteId, now: UnixMs) -> Stored<bool>;
+    /// Uses the invite for `node.certificate.spki` and adds `node`, in one atomic statement and commit.
+    /// `again_ms` is how long the same key gets the same answer.
+    async fn claim_invite(&self, id: InviteId, node: &Node, now: UnixMs, again_ms: i64) -> Stored<Claim>;
+
+    async fn node(&self, id: NodeId) -> Stored<Option<Node>>;
+    /// Newest first.
+    async fn nodes(&self, owner: Option<UserId>, window: Window<NodeId>) -> Stored<Vec<Node>>;
+    async fn nodes_named(&self, name: &str) -> Stored<Vec<Node>>;
+    async fn count_nodes(&self) -> Stored<NodeCounts>;
+    async fn register(&self, id: NodeId, version: &str, capabilities: &mesh_core::capability::Capabilities) -> Stored<()>;
+    /// Raises and returns the generation; notes the time as seen. None when it is unknown or revoked.
+    async fn raise_generation(&self, id: NodeId, now: UnixMs) -> Stored<Option<u64>>;
+    async fn seen(&self, ids: &[NodeId], now: UnixMs) -> Stored<()>;
+    /// Replaces the certificate when its counter is one above the stored and the node is not revoked;
+    /// false otherwise.
+    async fn renew(&self, id: NodeId, certificate: &NodeCertificate) -> Stored<bool>;
+
+    /// Changes a node and raises the epoch, in one commit. None when it is unknown or revoked.
+    async fn change_node(&self, id: NodeId, change: &NodeChange) -> Stored<Option<Node>>;
+    /// Revokes it for good and raises the epoch, in one commit; the first revocation keeps its time.
+    /// None when it is unknown.
+    async fn revoke_node(&self, id: NodeId, now: UnixMs) -> Stored<Option<Node>>;
+    /// Takes the node and its attachments to sessions away, keeps its id as a removed one and raises the
+    /// epoch, in one commit. False when it is unknown.
+    async fn remove_node(&self, id: NodeId, now: UnixMs) -> Stored<bool>;
+    /// Was there such a node, which was removed?
+    async fn was_removed(&self, id: NodeId) -> Stored<bool>;
+    /// Those of `ids` that are there and not revoked, in any order.
+    async fn living(&self, ids: &[NodeId]) -> Stored<Vec<NodeId>>;
+    /// What was changed after `epoch`, by whichever hub. Nothing that was committed up to the epoch in
+    /// the answer is missing from it.
+    async fn changed_since(&self, epoch: u64) -> Stored<RegistryChanges>;
+    /// The epoch of now.
+    async fn registry_epoch(&self) -> Stored<u64>;
+}
+
+#[async_trait]
+pub trait Accounts: Send + Sync {
+    /// False when the name (ASCII case ignored) is taken.
+    async fn add_user(&self, user: &User) -> Stored<bool>;
+    async fn user(&self, id: UserId) -> Stored<Option<User>>;
+    async fn user_named(&self, username: &str) -> Stored<Option<User>>;
+    async fn count_users(&self) -> Stored<u64>;
+    /// Sets the hash and ends every log-in of the user but `keep`.
+    async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()>;
+
+    async fn add_refresh(&self, token: &RefreshToken) -> Stored<()>;
+    /// Marks `old` as used and adds `new_mac` in its family, in one commit.
+    async fn rotate_refresh(&self, old: &Digest, new_mac: &Digest, new_expires_at: UnixMs, now: UnixMs) -> Stored<Rotation>;
+    async fn end_login(&self, login: LoginId) -> Stored<()>;
+    /// True while the log-in has a refresh token that is neither used up nor ended.
+    async fn login_lives(&self, login: LoginId, now: UnixMs) -> Stored<bool>;
+
+    async fn add_key(&self, key: &ApiKey) -> Stored<()>;
+    async fn key_by_mac(&self, mac: &Digest) -> Stored<Option<ApiKey>>;
+    async fn key(&self, id: ApiKeyId) -> Stored<Option<ApiKey>>;
+    async fn keys(&self, user: UserId, window: Window<ApiKeyId>) -> Stored<Vec<ApiKey>>;
+    async fn remove_key(&self, id: ApiKeyId) -> Stored<bool>;
+    async fn key_used(&self, id: ApiKeyId, now: UnixMs) -> Stored<()>;
+}
+
+#[async_trait]
+pub trait Sessions: Send + Sync {
+    async fn add_session(&self, session: &Session) -> Stored<()>;
+    async fn session(&self, id: SessionId) -> Stored<Option<Session>>;
+    async fn sessions(&self, owner: Option<UserId>, window: Window<SessionId>) -> Stored<Vec<Session>>;
+    /// False when it is unknown or was closed before. One that has expired can still be closed, one
+    /// that was purged cannot.
+    async fn close_session(&self, id: SessionId, by: Option<UserId>, now: UnixMs) -> Stored<bool>;
+    /// Idempotent; slides the end.
+    async fn attach(&self, id: SessionId, node: NodeId, by: Option<UserId>, now: UnixMs) -> Stored<()>;
+    /// False when it was not attached; slides the end.
+    async fn detach(&self, id: SessionId, node: NodeId, by: Option<UserId>, now: UnixMs) -> Stored<bool>;
+    /// Slides the end: `expires_at = now + ttl`. False when there is no such active session.
+    async fn touch_session(&self, id: SessionId, now: UnixMs) -> Stored<bool>;
+    /// Sets what `change` has, and slides the end. False when there is no such active session.
+    async fn change_session(&self, id: SessionId, change: &SessionChange, by: Option<UserId>, now: UnixMs) -> Stored<bool>;
+    /// Ends as expired up to `limit` active sessions whose end has come, and gives them with their
+    /// owners. The end of one with a task that is assigned or running slides on, as does that of one
+    /// whose last task ended less than its time to live ago.
+    async fn expire_sessions(&self, now: UnixMs, limit: u32) -> Stored<Vec<(SessionId, UserId)>>;
+    /// The earliest end of an active session.
+    async fn next_end(&self) -> Stored<Option<UnixMs>>;
+    /// What happened in it, newest first: at most `limit` lines before `before`. Lines of tasks come
+    /// from the tasks themselves; all others were written in the commit of what they tell.
+    async fn activity(&self, id: SessionId, before: Option<Place>, limit: u32) -> Stored<Vec<Activity>>;
+}
+
+/// The erasure of what a session held: first what rows hold, step by step, then files. What was begun
+/// and not finished is found again by [`Purges::purging`].
+#[async_trait]
+pub trait Purges: Send + Sync {
+    /// Marks an ended session without open tasks.
+    async fn begin_purge(&self, id: SessionId, by: Option<UserId>, now: UnixMs) -> Stored<PurgeStart>;
+    /// Erases up to `limit` keys, messages or lines of activity, and once these are gone the output and
+    /// results of up to `limit` tasks after `after`.
+    async fn purge_step(&self, id: SessionId, after: Option<TaskId>, limit: u32) -> Stored<PurgeStep>;
+    async fn purging(&self, limit: u32) -> Stored<Vec<SessionId>>;
+    /// Removes up to `limit` files that no row counts on any more; gives how many there were.
+    async fn sweep(&self, limit: u32) -> Stored<u32>;
+}
+
+/// What sessions remember, by key. A write slides the session's end.
+#[async_trait]
+pub trait Memory: Send + Sync {
+    /// Adds the entry or sets its value; one that was there keeps its id.
+    async fn put_memory(&self, entry: &MemoryEntry, by: Option<UserId>, most: u32) -> Stored<Written>;
+    async fn memory(&self, session: SessionId, key: &str) -> Stored<Option<MemoryEntry>>;
+    /// Newest first.
+    async fn memory_keys(&self, session: SessionId, window: Window<EntryId>) -> Stored<Vec<MemoryKey>>;
+    async fn remove_memory(&self, session: SessionId, key: &str, by: Option<UserId>, now: UnixMs) -> Stored<Written>;
+}
+
+#[async_trait]
+pub trait Messages: Send + Sync {
+    /// Adds a message and slides the session's end; gives it with an id that is above all of its
+    /// session. `None` when the session is not there or has ended.
+    async fn add_message(&self, message: &Message, by: Option<UserId>) -> Stored<Option<Message>>;
+    /// Newest first: at least one, if there is one, and then as many as `limit` and about `max_bytes` of
+    /// content allow.
+    async fn messages(&self, session: SessionId, window: Window<MessageId>, max_bytes: u64) -> Stored<Part<Message>>;
+}
+
+/// What agents keep, by agent and key.
+#[async_trait]
+pub trait AgentState: Send + Sync {
+    /// Adds the entry or sets its value; one that was there keeps its id. An agent with no entry comes
+    /// to belong to `entry.owner`.
+    async fn put_state(&self, entry: &StateEntry, most: u32) -> Stored<StateWritten>;
+    async fn state(&self, agent: &str, key: &str) -> Stored<Option<StateEntry>>;
+    /// Whose an agent is that has an entry.
+    async fn state_owner(&self, agent: &str) -> Stored<Option<UserId>>;
+    /// Newest first: at least one, if there is one, and then as many as `limit` and about `max_bytes` of
+    /// values allow.
+    async fn states(&self, filter: &StateFilter, window: Window<EntryId>, max_bytes: u64) -> Stored<Part<StateEntry>>;
+    /// False when there is no such entry of this owner.
+    async fn remove_state(&self, agent: &str, key: &str, owner: UserId) -> Stored<bool>;
+}
+
+/// How much there is.
+#[async_trait]
+pub trait Gauges: Send + Sync {
+    /// States that no task is in are left out. It may take as long as there are tasks.
+    async fn tasks_by_state(&self) -> Stored<BTreeMap<TaskState, u64>>;
+    async fn storage(&self) -> Stored<StorageUse>;
+}
+
+#[async_trait]
+pub trait Meta: Send + Sync {
+    /// The deployment's facts; made from `fresh` when the store is new.
+    async fn hub(&self, fresh: HubMeta) -> Stored<HubMeta>;
+    /// A cheap read that shows the store answers.
+    async fn ping(&self) -> Stored<()>;
+}
+
+/// Keys that never leave their holder. Answers are signatures, seals and certificates.
+pub trait Keyring: Send + Sync {
+    /// Signs an envelope; gives the key's id and the signature.
+    fn sign(&self, payload_type: &str, body: &[u8]) -> (String, [u8; 64]);
+    /// Id of the key that signs now.
+    fn key_id(&self) -> String;
+    fn seal(&self, intent: &mesh_core::seal::Intent) -> Digest;
+    fn is_sealed(&self, intent: &mesh_core::seal::Intent, seal: &Digest) -> bool;
+    /// HMAC of a token under a key outside the database.
+    fn token_mac(&self, token: &str) -> Digest;
+    /// A signed access token (JWT, EdDSA) for this hub's doors.
+    fn issue_access(&self, user: UserId, login: LoginId, now: UnixMs, expires_at: UnixMs) -> String;
+    /// Whose it is, if it is genuine and lives.
+    fn read_access(&self, token: &str, now: UnixMs) -> Option<(UserId, LoginId)>;
+    /// Signs a client certificate for a node's key (SubjectPublicKeyInfo, DER). Nothing but the key is
+    /// taken from the node.
+    fn issue_certificate(&self, node: NodeId, spki_der: &[u8], now: UnixMs, not_after: UnixMs) -> Stored<Vec<u8>>;
+}
+
+/// Password hashing, bounded in how many run at once.
+#[async_trait]
+pub trait Passwords: Send + Sync {
+    async fn hash(&self, password: String) -> Stored<String>;
+    /// Takes the same time when there is no hash to compare with.
+    async fn verify(&self, password: String, hash: Option<String>) -> Stored<bool>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn want_of_room_is_known_below_other_words() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("writing a segment")]
+        struct Above(#[source] std::io::Error);
+        let full = || std::io::Error::from(std::io::ErrorKind::StorageFull);
+        assert!(StoreError::new("x", full()).is_full());
+        assert!(StoreError::new("x", Above(full())).is_full());
+        assert!(StoreError::new("x", "the transaction failed: (code: 13) database or disk is full").is_full());
+        assert!(StoreError::new("x", "could not extend file \"base/1\": No space left on device").is_full());
+        assert!(!StoreError::new("x", Above(std::io::ErrorKind::PermissionDenied.into())).is_full());
+        assert!(!StoreError::new("x", "UNIQUE constraint failed").is_full());
+    }
+}

@@ -1,0 +1,315 @@
+//! The moments between two steps: what a hello, a late word or a failing store meets half-way.
+//! In memory, with a clock and a journal that the test holds.
+
+use async_trait::async_trait;
+use hub_engine::delivery::{Delivery, Hello, Reported, Welcome};
+use hub_engine::events::Events;
+use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
+use hub_engine::pool::{Pool, Queue};
+use hub_engine::ports::*;
+use hub_engine::records::*;
+use hub_engine::watch::Watchers;
+use hub_testkit::contract::sample;
+use hub_testkit::memory::MemoryStore;
+use mesh_core::permission::{Caller, Role};
+use mesh_core::seal::Intent;
+use mesh_core::task::{AttemptNo, Event, NeverStarted, Outcome, TaskState};
+use mesh_core::*;
+use mesh_process::Clock;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::{Semaphore, mpsc};
+
+const KEY: [u8; 32] = [7; 32];
+
+struct Hands(AtomicI64);
+impl Clock for Hands {
+    fn now_ms(&self) -> i64 {
+        1_700_000_000_000 + self.0.load(Ordering::SeqCst)
+    }
+    fn steady(&self) -> Duration {
+        Duration::from_millis(self.0.load(Ordering::SeqCst) as u64)
+    }
+    fn anchored_ms(&self) -> i64 {
+        self.now_ms()
+    }
+}
+
+struct FakeKeys;
+impl Keyring for FakeKeys {
+    fn sign(&self, _: &str, _: &[u8]) -> (String, [u8; 64]) {
+        ("key".into(), [0; 64])
+    }
+    fn key_id(&self) -> String {
+        "key".into()
+    }
+    fn seal(&self, intent: &Intent) -> Digest {
+        intent.seal(&KEY)
+    }
+    fn is_sealed(&self, intent: &Intent, seal: &Digest) -> bool {
+        intent.is_sealed_by(&KEY, seal)
+    }
+    fn token_mac(&self, _: &str) -> Digest {
+        [0; 32]
+    }
+    fn issue_access(&self, _: UserId, _: LoginId, _: UnixMs, _: UnixMs) -> String {
+        String::new()
+    }
+    fn read_access(&self, _: &str, _: UnixMs) -> Option<(UserId, LoginId)> {
+        None
+    }
+    fn issue_certificate(&self, _: NodeId, _: &[u8], _: UnixMs, _: UnixMs) -> Stored<Vec<u8>> {
+        Ok(vec![])
+    }
+}
+
+/// The memory's journal, whose commits the test can hold back or let fail.
+struct Held {
+    inner: Arc<MemoryStore>,
+    commits: Semaphore,
+    fail_expiry: AtomicBool,
+    entered: Mutex<mpsc::Sender<()>>,
+}
+
+#[async_trait]
+impl Journal for Held {
+    async fn accept(&self, task: &Task) -> Stored<()> {
+        self.inner.accept(task).await
+    }
+    async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
+        let _ = self.entered.lock().unwrap().try_send(());
+        let _permit = self.commits.acquire().await.unwrap();
+        if matches!(event, Event::Expired { .. }) && self.fail_expiry.load(Ordering::SeqCst) {
+            return Err(StoreError::new("journal.apply", "the test says so"));
+        }
+        self.inner.apply(id, event, besides, now).await
+    }
+    async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
+        self.inner.task(id).await
+    }
+    async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
+        self.inner.tasks(filter, window).await
+    }
+    async fn specs(&self, ids: &[TaskId], max_bytes: usize) -> Stored<Vec<(TaskId, Vec<u8>)>> {
+        self.inner.specs(ids, max_bytes).await
+    }
+    async fn open_tasks(&self, session: Option<SessionId>, after: Option<TaskId>, limit: u32) -> Stored<Vec<Task>> {
+        self.inner.open_tasks(session, after, limit).await
+    }
+    async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>> {
+        self.inner.history(id).await
+    }
+}
+
+struct World {
+    store: Arc<MemoryStore>,
+    journal: Arc<Held>,
+    clock: Arc<Hands>,
+    links: Arc<Links>,
+    pool: Arc<Pool>,
+    delivery: Arc<Delivery>,
+    node: Node,
+    entered: mpsc::Receiver<()>,
+}
+
+impl World {
+    async fn new() -> Self {
+        let store = Arc::new(MemoryStore::new());
+        let clock = Arc::new(Hands(AtomicI64::new(1000)));
+        let (enter, entered) = mpsc::channel(64);
+        let journal = Arc::new(Held {
+            inner: store.clone(),
+            commits: Semaphore::new(1000),
+            fail_expiry: AtomicBool::new(false),
+            entered: Mutex::new(enter),
+        });
+        let node = sample::node(1, 1);
+        let invite = sample::invite(1);
+        store.add_invite(&invite).await.unwrap();
+        assert_eq!(store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap(), Claim::Claimed);
+        let links = Arc::new(Links::default());
+        let pool = Arc::new(Pool {
+            journal: journal.clone(),
+            sessions: store.clone(),
+            accounts: store.clone(),
+            keyring: Arc::new(FakeKeys),
+            links: links.clone(),
+            watchers: Watchers::default(),
+            events: Events::local(Duration::from_secs(60), clock.clone()),
+            clock: clock.clone(),
+            incarnation: 1,
+            policy: [0; 32],
+            queue: Queue::default(),
+        });
+        let delivery = Arc::new(Delivery {
+            journal: journal.clone(),
+            output: store.clone(),
+            nodes: store.clone(),
+            links: links.clone(),
+            pool: pool.clone(),
+            clock: clock.clone(),
+            output_bytes: 1 << 20,
+        });
+        Self { store, journal, clock, links, pool, delivery, node, entered }
+    }
+
+    fn task(&self, n: u16) -> Task {
+        let mut task = Task { queue_secs: 0, session: None, named_node: Some(self.node.id), ..sample::task(n) };
+        task.progress = mesh_core::task::Progress::new();
+        task.actor.user = self.node.owner;
+        task.digest = sha256(&task.spec);
+        task.seal = FakeKeys.seal(&task.intent());
+        task
+    }
+
+    async fn hello(&self, spool: u16) -> (Welcome, mpsc::Receiver<LinkCommand>) {
+        let (commands, queue) = mpsc::channel(LINK_QUEUE);
+        let hello = Hello { spool: sample::spool_id(spool), max_tasks: 4, attempts: vec![] };
+        (self.delivery.open_link(&self.node, hello, commands).await.unwrap(), queue)
+    }
+
+    fn caller(&self, welcome: &Welcome) -> Caller {
+        Caller::Node { node: self.node.id, generation: welcome.generation }
+    }
+
+    async fn report(&self, welcome: &Welcome, task: TaskId, attempt: AttemptNo, outcome: Outcome) {
+        let r = Reported { task, attempt, outcome, last_seq: 0, result: None, sandbox_applied: None };
+        self.delivery.result(&self.caller(welcome), r).await.unwrap();
+    }
+
+    async fn state(&self, id: TaskId) -> TaskState {
+        self.store.task(id).await.unwrap().unwrap().progress.state
+    }
+}
+
+fn orders(queue: &mut mpsc::Receiver<LinkCommand>) -> Vec<(TaskId, AttemptNo)> {
+    let mut found = vec![];
+    while let Ok(c) = queue.try_recv() {
+        if let LinkCommand::Order(o) = c {
+            found.push((o.task, o.attempt));
+        }
+    }
+    found
+}
+
+#[tokio::test]
+async fn a_hello_in_the_middle_of_a_commit_takes_no_slot_away() {
+    let mut w = World::new().await;
+    let task = w.task(1);
+    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    let (first, _first_queue) = w.hello(1).await;
+    // The pool has reserved a slot and is committing the attempt …
+    w.journal.commits.forget_permits(1000);
+    while w.entered.try_recv().is_ok() {}
+    let pool = w.pool.clone();
+    let placing = async move { pool.round().await };
+    let meanwhile = async {
+        w.entered.recv().await.unwrap();
+        // … when the node links anew.
+        let second = w.hello(1).await;
+        w.journal.commits.add_permits(1000);
+        second
+    };
+    let (placed, (second, mut queue)) = futures::future::join(placing, meanwhile).await;
+    placed.unwrap();
+    drop(first);
+    let sent = orders(&mut queue);
+    assert_eq!(sent.len(), 1, "the order goes to the link that is here now");
+    assert_eq!(w.links.running(w.node.id), 1);
+    w.report(&second, task.id, sent[0].1, Outcome::Exited(0)).await;
+    assert_eq!(w.state(task.id).await, TaskState::Succeeded, "and its result is recorded");
+    assert_eq!(w.links.running(w.node.id), 0);
+}
+
+#[tokio::test]
+async fn the_journal_and_not_memory_calls_a_word_late() {
+    let w = World::new().await;
+    let (welcome, mut queue) = w.hello(1).await;
+    let task = w.task(1);
+    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    let (id, attempt) = orders(&mut queue)[0];
+    w.links.release(w.node.id, id);
+    let frame = OutputFrame { seq: 1, t_ms: 1, stream: Stream::Stdout, data: "x".into() };
+    assert_eq!(w.delivery.append(&w.caller(&welcome), id, attempt, vec![frame]).await.unwrap(), Some(1));
+    assert_eq!(w.store.totals(id, attempt).await.unwrap().stdout_bytes, 1, "kept, not only acknowledged");
+    w.report(&welcome, id, attempt, Outcome::Exited(3)).await;
+    assert_eq!(w.state(id).await, TaskState::Failed);
+    // Said again it changes nothing, and is acknowledged.
+    w.report(&welcome, id, attempt, Outcome::Exited(0)).await;
+    assert_eq!(w.state(id).await, TaskState::Failed);
+    let acks = std::iter::from_fn(|| queue.try_recv().ok()).filter(|c| matches!(c, LinkCommand::ResultAck { .. })).count();
+    assert_eq!(acks, 2);
+}
+
+#[tokio::test]
+async fn words_of_an_older_link_are_refused() {
+    let w = World::new().await;
+    let (first, mut queue) = w.hello(1).await;
+    let task = w.task(1);
+    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    let (id, attempt) = orders(&mut queue)[0];
+    let (second, mut newer) = w.hello(1).await;
+    assert_eq!(orders(&mut newer), [(id, attempt)], "what the node does not know is sent again, as the same attempt");
+    let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None };
+    assert!(w.delivery.result(&w.caller(&first), r).await.is_err());
+    assert_eq!(w.state(id).await, TaskState::Assigned);
+    drop(first);
+    assert!(w.links.get(w.node.id).is_some(), "the end of the older link leaves the newer one in place");
+    drop(second);
+    assert!(w.links.get(w.node.id).is_none());
+}
+
+#[tokio::test]
+async fn another_spool_cannot_answer_for_what_it_never_had() {
+    let w = World::new().await;
+    let (first, mut queue) = w.hello(1).await;
+    let task = w.task(1);
+    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    orders(&mut queue);
+    drop(first);
+    let (_second, mut queue) = w.hello(2).await;
+    assert_eq!(orders(&mut queue), []);
+    let ended = w.store.task(task.id).await.unwrap().unwrap().progress;
+    assert_eq!((ended.state, ended.reason.unwrap().detail), (TaskState::Failed, "maybe_ran".into()));
+}
+
+#[tokio::test]
+async fn what_came_too_late_rests_before_it_is_placed_again() {
+    let w = World::new().await;
+    let (welcome, mut queue) = w.hello(1).await;
+    let task = w.task(1);
+    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    let (id, first) = orders(&mut queue)[0];
+    w.report(&welcome, id, first, Outcome::NeverStarted(NeverStarted::Late)).await;
+    w.pool.round().await.unwrap();
+    assert_eq!(orders(&mut queue), [], "not at once: it may be too late again");
+    w.clock.0.fetch_add(1001, Ordering::SeqCst);
+    w.pool.round().await.unwrap();
+    let again = orders(&mut queue);
+    assert_eq!(again.iter().map(|o| o.1.ordinal()).collect::<Vec<_>>(), [2]);
+    // The first attempt's late end cannot win.
+    w.report(&welcome, id, first, Outcome::Exited(0)).await;
+    assert_eq!(w.state(id).await, TaskState::Assigned);
+}
+
+#[tokio::test]
+async fn a_store_that_fails_in_the_middle_of_a_round_leaks_no_slot() {
+    let w = World::new().await;
+    let stranger = NodeId::from_bytes([9; 16]);
+    let mut expiring = Task { queue_secs: 1, named_node: Some(stranger), ..w.task(2) };
+    expiring.seal = FakeKeys.seal(&expiring.intent());
+    let good = w.task(1);
+    for t in [&good, &expiring] {
+        w.pool.accept(t.clone(), Role::Admin, None).await.unwrap();
+    }
+    let (_welcome, mut queue) = w.hello(1).await;
+    w.clock.0.fetch_add(5000, Ordering::SeqCst);
+    w.journal.fail_expiry.store(true, Ordering::SeqCst);
+    assert!(w.pool.round().await.is_err());
+    assert_eq!(orders(&mut queue).len(), 1, "what was placed before the failure is committed and sent");
+    assert_eq!(w.links.running(w.node.id), 1);
+    w.journal.fail_expiry.store(false, Ordering::SeqCst);
+    w.pool.round().await.unwrap();
+    assert_eq!(w.state(expiring.id).await, TaskState::Failed);
+}

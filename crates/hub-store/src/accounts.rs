@@ -1,0 +1,147 @@
+//! People: users, log-ins, API keys.
+
+use crate::dialect::Conn;
+use crate::rows::{Columns, Id, KEY_COLUMNS, USER_COLUMNS, blob, key, list_text, user};
+use crate::sql::{Rows, Value, sql, values};
+use crate::store::{Failed, Store, failed};
+use async_trait::async_trait;
+use hub_engine::ports::{Accounts, Stored, Window};
+use hub_engine::records::{ApiKey, RefreshToken, Rotation, User};
+use mesh_core::{ApiKeyId, Digest, LoginId, UnixMs, UserId};
+
+const REFRESH_COLUMNS: &str = "mac, login, \"user\", expires_at";
+
+#[async_trait]
+impl Accounts for Store {
+    async fn add_user(&self, user: &User) -> Stored<bool> {
+        let q = sql(format!(
+            "INSERT INTO users ({USER_COLUMNS}) VALUES ($1, $2, $3, $4, $5) ON CONFLICT ({}) DO NOTHING",
+            self.read.dialect().username()
+        ));
+        let q = q.bind(user.id.blob()).bind(user.username.as_str()).bind(user.role.as_str());
+        let q = q.bind(user.password_hash.as_str()).bind(user.created_at);
+        Ok(self.execute("accounts.add_user", q).await? == 1)
+    }
+
+    async fn user(&self, id: UserId) -> Stored<Option<User>> {
+        self.one("accounts.user", sql(format!("SELECT {USER_COLUMNS} FROM users WHERE id = $1")).bind(id.blob()), user).await
+    }
+
+    async fn user_named(&self, username: &str) -> Stored<Option<User>> {
+        let q = sql(format!("SELECT {USER_COLUMNS} FROM users WHERE {} = $1", self.read.dialect().username()));
+        self.one("accounts.user_named", q.bind(username.to_ascii_lowercase()), user).await
+    }
+
+    async fn count_users(&self) -> Stored<u64> {
+        let count = self.one("accounts.count_users", sql("SELECT count(*) FROM users"), |row| Columns::of(row).unsigned()).await?;
+        Ok(count.unwrap_or(0))
+    }
+
+    async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()> {
+        self.write("accounts.set_password", (id, hash.to_owned(), keep), |conn, (id, hash, keep)| {
+            Box::pin(async move {
+                conn.execute(&sql("UPDATE users SET password_hash = $1 WHERE id = $2").bind(hash.as_str()).bind(id.blob())).await?;
+                conn.alone(sql("SELECT $1").bind(id.blob())).await?;
+                // DISTINCT: with no log-in to keep, all differ from NULL.
+                let q = sql("UPDATE refresh_tokens SET ended = TRUE WHERE \"user\" = $1 AND login IS DISTINCT FROM $2");
+                conn.execute(&q.bind(id.blob()).bind(blob(*keep))).await?;
+                Ok(())
+            })
+        })
+        .await
+    }
+
+    async fn add_refresh(&self, token: &RefreshToken) -> Stored<()> {
+        self.insert("accounts.add_refresh", "refresh_tokens", REFRESH_COLUMNS, refresh_row(token)).await
+    }
+
+    async fn rotate_refresh(&self, old: &Digest, new_mac: &Digest, new_expires_at: UnixMs, now: UnixMs) -> Stored<Rotation> {
+        self.write("accounts.rotate_refresh", (*old, *new_mac, new_expires_at, now), |conn, (old, new, new_expires_at, now)| {
+            Box::pin(async move {
+                conn.alone(sql("SELECT \"user\" FROM refresh_tokens WHERE mac = $1").bind(old)).await?;
+                let q = sql("SELECT login, \"user\", expires_at, used_at, ended FROM refresh_tokens WHERE mac = $1").bind(old);
+                let found = conn.row(&q, |row| {
+                    let c = &mut Columns::of(row);
+                    let whose: (LoginId, UserId) = (c.id()?, c.id()?);
+                    Ok((whose, c.get::<i64>()?, c.get::<Option<i64>>()?, c.get::<bool>()?))
+                });
+                let Some(((login, user), expires_at, used_at, ended)) = found.await? else { return Ok(Rotation::Unknown) };
+                if ended {
+                    return Ok(Rotation::Unknown);
+                }
+                if used_at.is_some() {
+                    end_login(conn, login).await?;
+                    return Ok(Rotation::Reused { user, login });
+                }
+                if expires_at <= *now {
+                    return Ok(Rotation::Unknown);
+                }
+                conn.execute(&sql("UPDATE refresh_tokens SET used_at = $1 WHERE mac = $2").bind(*now).bind(old)).await?;
+                let next = RefreshToken { mac: *new, login, user, expires_at: *new_expires_at };
+                conn.insert("refresh_tokens", REFRESH_COLUMNS, &Rows::of([refresh_row(&next)]), "").await?;
+                Ok(Rotation::Rotated { user, login })
+            })
+        })
+        .await
+    }
+
+    async fn end_login(&self, login: LoginId) -> Stored<()> {
+        self.write("accounts.end_login", login, |conn, login| Box::pin(end_login(conn, *login))).await
+    }
+
+    async fn login_lives(&self, login: LoginId, now: UnixMs) -> Stored<bool> {
+        let q = sql("SELECT 1 FROM refresh_tokens WHERE login = $1 AND used_at IS NULL AND NOT ended AND expires_at > $2 LIMIT 1");
+        let row = self.read.row(q.bind(login.blob()).bind(now), |_| Ok(())).await.map_err(failed("accounts.login_lives"))?;
+        Ok(row.is_some())
+    }
+
+    async fn add_key(&self, k: &ApiKey) -> Stored<()> {
+        self.insert("accounts.add_key", "api_keys", KEY_COLUMNS, key_row(k)).await
+    }
+
+    async fn key_by_mac(&self, mac: &Digest) -> Stored<Option<ApiKey>> {
+        self.one("accounts.key_by_mac", sql(format!("SELECT {KEY_COLUMNS} FROM api_keys WHERE mac = $1")).bind(mac), key).await
+    }
+
+    async fn key(&self, id: ApiKeyId) -> Stored<Option<ApiKey>> {
+        self.one("accounts.key", sql(format!("SELECT {KEY_COLUMNS} FROM api_keys WHERE id = $1")).bind(id.blob()), key).await
+    }
+
+    async fn keys(&self, user: UserId, window: Window<ApiKeyId>) -> Stored<Vec<ApiKey>> {
+        self.page("accounts.keys", (KEY_COLUMNS, "api_keys"), ("\"user\"", Some(user.blob())), window, key).await
+    }
+
+    async fn remove_key(&self, id: ApiKeyId) -> Stored<bool> {
+        Ok(self.execute("accounts.remove_key", sql("DELETE FROM api_keys WHERE id = $1").bind(id.blob())).await? == 1)
+    }
+
+    async fn key_used(&self, id: ApiKeyId, now: UnixMs) -> Stored<()> {
+        let q = sql("UPDATE api_keys SET last_used_at = $1 WHERE id = $2");
+        self.execute("accounts.key_used", q.bind(now).bind(id.blob())).await.map(drop)
+    }
+}
+
+pub(crate) fn key_row(k: &ApiKey) -> [Value<'_>; 9] {
+    values![
+        k.id.blob(),
+        k.user.blob(),
+        k.name.as_str(),
+        k.prefix.as_str(),
+        &k.mac,
+        list_text(&k.scopes),
+        k.created_at,
+        k.expires_at,
+        k.last_used_at,
+    ]
+}
+
+fn refresh_row(t: &RefreshToken) -> [Value<'_>; 4] {
+    values![&t.mac, t.login.blob(), t.user.blob(), t.expires_at]
+}
+
+/// Who ends a family and who adds to it take turns: a token added beside would live on.
+async fn end_login(conn: &mut Conn, login: LoginId) -> Result<(), Failed> {
+    conn.alone(sql("SELECT \"user\" FROM refresh_tokens WHERE login = $1 LIMIT 1").bind(login.blob())).await?;
+    conn.execute(&sql("UPDATE refresh_tokens SET ended = TRUE WHERE login = $1").bind(login.blob())).await?;
+    Ok(())
+}

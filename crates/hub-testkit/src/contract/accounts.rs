@@ -1,0 +1,125 @@
+use super::sample::{key_id, login_id, user, user_id};
+use super::{T0, all, window};
+use hub_engine::ports::Accounts;
+use hub_engine::records::{ApiKey, RefreshToken, Rotation};
+use mesh_core::permission::{Role, Scope};
+use std::sync::Arc;
+
+pub async fn accounts(make: impl AsyncFn() -> Arc<dyn Accounts>) {
+    users(&*make().await).await;
+    rotation(&*make().await).await;
+    racing_rotation(&*make().await).await;
+    log_ins_end(&*make().await).await;
+    keys(&*make().await).await;
+}
+
+async fn users(store: &dyn Accounts) {
+    assert_eq!(store.count_users().await.unwrap(), 0);
+    assert_eq!(store.user(user_id(1)).await.unwrap(), None);
+    assert_eq!(store.user_named("ada").await.unwrap(), None);
+    let mut ada = user(1, "Ada");
+    ada.role = Role::Admin;
+    assert!(store.add_user(&ada).await.unwrap());
+    assert!(!store.add_user(&user(2, "aDA")).await.unwrap(), "the name is taken");
+    assert_eq!(store.user(user_id(2)).await.unwrap(), None, "who was refused is not there");
+    assert!(store.add_user(&user(2, "Äda")).await.unwrap());
+    assert!(store.add_user(&user(3, "äda")).await.unwrap(), "only the case of ASCII is ignored");
+    assert!(store.add_user(&user(1, "bob")).await.is_err(), "an id is used once");
+    assert_eq!(store.user(user_id(1)).await.unwrap(), Some(ada.clone()), "as it was given");
+    assert_eq!(store.user_named("ADA").await.unwrap(), Some(ada));
+    assert_eq!(store.count_users().await.unwrap(), 3);
+}
+
+fn token(mac: u8, login: u16, user: u16) -> RefreshToken {
+    RefreshToken { mac: [mac; 32], login: login_id(login), user: user_id(user), expires_at: T0 + 100 }
+}
+
+async fn rotation(store: &dyn Accounts) {
+    let (user, login) = (user_id(1), login_id(1));
+    let rotate = async |old: u8, new: u8, now| store.rotate_refresh(&[old; 32], &[new; 32], now + 100, now).await.unwrap();
+    let lives = async |now| store.login_lives(login, now).await.unwrap();
+    assert!(!lives(T0).await);
+    store.add_refresh(&token(1, 1, 1)).await.unwrap();
+    store.add_refresh(&token(50, 2, 1)).await.unwrap();
+    assert!(lives(T0 + 99).await);
+    assert!(!lives(T0 + 100).await, "its last token has expired");
+    assert_eq!(rotate(9, 10, T0).await, Rotation::Unknown);
+    assert_eq!(rotate(1, 2, T0 + 100).await, Rotation::Unknown, "expired");
+    assert_eq!(rotate(1, 2, T0 + 50).await, Rotation::Rotated { user, login });
+    assert!(lives(T0 + 149).await, "by the new token's own end");
+    assert_eq!(rotate(2, 3, T0 + 60).await, Rotation::Rotated { user, login });
+    assert_eq!(rotate(1, 4, T0 + 70).await, Rotation::Reused { user, login });
+    assert!(!lives(T0 + 70).await, "the whole family has ended");
+    assert_eq!(rotate(3, 5, T0 + 70).await, Rotation::Unknown, "its newest token too");
+    assert_eq!(rotate(4, 6, T0 + 70).await, Rotation::Unknown, "nothing was given for the reused one");
+    assert!(store.login_lives(login_id(2), T0).await.unwrap(), "another log-in of the same user lives on");
+}
+
+async fn racing_rotation(store: &dyn Accounts) {
+    store.add_refresh(&token(1, 1, 1)).await.unwrap();
+    let macs: Vec<[u8; 32]> = (100..110).map(|b| [b; 32]).collect();
+    let all = (0..10).map(|i| store.rotate_refresh(&[1; 32], &macs[i], T0 + 100, T0));
+    let outcomes = futures::future::join_all(all).await;
+    let rotated = outcomes.iter().filter(|o| matches!(o, Ok(Rotation::Rotated { .. }))).count();
+    let reused = outcomes.iter().filter(|o| matches!(o, Ok(Rotation::Reused { .. }))).count();
+    assert_eq!((rotated, reused), (1, 1), "one wins, the second ends the family, the rest find it ended: {outcomes:?}");
+    assert!(!store.login_lives(login_id(1), T0).await.unwrap());
+}
+
+async fn log_ins_end(store: &dyn Accounts) {
+    assert!(store.add_user(&user(1, "ada")).await.unwrap());
+    for login in 1..=4 {
+        store.add_refresh(&token(login as u8, login, if login == 4 { 2 } else { 1 })).await.unwrap();
+    }
+    let lives = async || {
+        let mut living = vec![];
+        for n in 1..=4 {
+            if store.login_lives(login_id(n), T0).await.unwrap() {
+                living.push(n);
+            }
+        }
+        living
+    };
+    store.end_login(login_id(1)).await.unwrap();
+    store.end_login(login_id(77)).await.unwrap();
+    assert_eq!(lives().await, [2, 3, 4]);
+    assert_eq!(store.rotate_refresh(&[1; 32], &[90; 32], T0 + 9, T0).await.unwrap(), Rotation::Unknown, "ended");
+    store.set_password(user_id(1), "new", Some(login_id(3))).await.unwrap();
+    assert_eq!(lives().await, [3, 4], "all but the kept one, and nobody else's");
+    assert_eq!(store.user(user_id(1)).await.unwrap().unwrap().password_hash, "new");
+    store.set_password(user_id(1), "newer", None).await.unwrap();
+    assert_eq!(lives().await, [4]);
+}
+
+async fn keys(store: &dyn Accounts) {
+    let key = |n: u16, user: u16| ApiKey {
+        id: key_id(n),
+        user: user_id(user),
+        name: format!("ci {n}"),
+        prefix: "cmk_ab".into(),
+        mac: [n as u8; 32],
+        scopes: ["tasks:dispatch", "nodes:*", "*"].map(|s| Scope::parse(s).unwrap()).into(),
+        created_at: T0,
+        expires_at: (n == 1).then_some(T0 + 5),
+        last_used_at: None,
+    };
+    for n in 1..=4 {
+        store.add_key(&key(n, 1 + n % 2)).await.unwrap();
+    }
+    assert!(store.add_key(&ApiKey { mac: [99; 32], ..key(1, 1) }).await.is_err(), "an id is used once");
+    assert!(store.add_key(&ApiKey { id: key_id(99), ..key(1, 1) }).await.is_err(), "a secret is used once");
+    assert_eq!(store.key(key_id(1)).await.unwrap(), Some(key(1, 2)));
+    assert_eq!(store.key_by_mac(&[2; 32]).await.unwrap(), Some(key(2, 1)));
+    assert_eq!(store.key_by_mac(&[77; 32]).await.unwrap(), None);
+    assert_eq!(store.key(key_id(77)).await.unwrap(), None);
+    let ids = async |w| store.keys(user_id(2), w).await.unwrap().iter().map(|k| k.id).collect::<Vec<_>>();
+    assert_eq!(ids(all()).await, [key_id(3), key_id(1)], "newest first, of that user");
+    assert_eq!(ids(window(None, 1)).await, [key_id(3)]);
+    assert_eq!(ids(window(Some(key_id(3)), 9)).await, [key_id(1)]);
+    store.key_used(key_id(3), T0 + 7).await.unwrap();
+    assert_eq!(store.key(key_id(3)).await.unwrap().unwrap().last_used_at, Some(T0 + 7));
+    assert!(store.remove_key(key_id(3)).await.unwrap());
+    assert!(!store.remove_key(key_id(3)).await.unwrap());
+    assert_eq!(store.key_by_mac(&[3; 32]).await.unwrap(), None);
+    assert_eq!(ids(all()).await, [key_id(1)]);
+}

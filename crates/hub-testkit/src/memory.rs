@@ -1,0 +1,489 @@
+//! The ports in memory: one mutex, ordered maps, no waiting. The same calls give the same answers.
+
+mod content;
+
+use async_trait::async_trait;
+use hub_engine::ports::*;
+use hub_engine::records::*;
+use mesh_core::capability::Capabilities;
+use mesh_core::spec::INLINE_SPEC_BYTES;
+use mesh_core::task::{Action, AttemptNo, Event, step};
+use mesh_core::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+const MAX_NOTICES: usize = 20;
+
+#[derive(Debug, Default)]
+pub struct MemoryStore(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    hub: Option<HubMeta>,
+    tasks: BTreeMap<TaskId, (Task, Vec<TaskEvent>)>,
+    outputs: BTreeMap<(TaskId, AttemptNo), (OutputTotals, Vec<OutputFrame>)>,
+    invites: BTreeMap<InviteId, Invite>,
+    nodes: BTreeMap<NodeId, Node>,
+    /// With the epoch of the removal.
+    removed: BTreeMap<NodeId, u64>,
+    registry_epoch: u64,
+    users: BTreeMap<UserId, User>,
+    refresh: BTreeMap<Digest, Refresh>,
+    keys: BTreeMap<ApiKeyId, ApiKey>,
+    sessions: BTreeMap<SessionId, Session>,
+    /// Sessions whose erasure is under way.
+    purging: BTreeSet<SessionId>,
+    activity: Vec<(SessionId, Activity)>,
+    memory: BTreeMap<(SessionId, String), MemoryEntry>,
+    messages: BTreeMap<MessageId, Message>,
+    state: BTreeMap<(String, String), StateEntry>,
+    made: BTreeMap<Digest, (Known, UnixMs)>,
+}
+
+#[derive(Debug)]
+struct Refresh {
+    token: RefreshToken,
+    used: bool,
+    ended: bool,
+}
+
+impl MemoryStore {
+    pub fn new() -> Self {
+        Self::default()
+    }
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The page of `window`, newest first, of what `shown` lets through.
+fn page<I: Ord + Copy, T: Clone>(map: &BTreeMap<I, T>, window: Window<I>, shown: impl Fn(&T) -> bool) -> Vec<T> {
+    let older = map.iter().rev().filter(|(id, _)| window.before.is_none_or(|before| **id < before));
+    older.map(|(_, item)| item).filter(|item| shown(item)).take(window.limit as usize).cloned().collect()
+}
+
+fn narrow(mut task: Task) -> Task {
+    if task.spec.len() > INLINE_SPEC_BYTES {
+        task.spec = vec![];
+    }
+    task
+}
+
+fn add<I: Ord, T>(map: &mut BTreeMap<I, T>, operation: &'static str, id: I, item: T) -> Stored<()> {
+    if map.contains_key(&id) {
+        return Err(StoreError::new(operation, "there is one with this id"));
+    }
+    map.insert(id, item);
+    Ok(())
+}
+
+impl State {
+    /// A task as it is read: with the totals of its newest attempt.
+    fn shown(&self, task: &Task) -> Task {
+        let no = task.progress.attempt.as_ref().map(|a| a.no);
+        let output = no.and_then(|no| self.outputs.get(&(task.id, no))).map(|o| o.0).unwrap_or_default();
+        Task { output, ..task.clone() }
+    }
+    fn raise_epoch(&mut self) -> u64 {
+        self.registry_epoch += 1;
+        self.registry_epoch
+    }
+    fn end_login(&mut self, login: LoginId) {
+        self.refresh.values_mut().filter(|r| r.token.login == login).for_each(|r| r.ended = true);
+    }
+}
+
+#[async_trait]
+impl Journal for MemoryStore {
+    async fn accept(&self, task: &Task) -> Stored<()> {
+        let history = TaskEvent::first(task);
+        add(&mut self.state().tasks, "journal.accept", task.id, (task.clone(), history))
+    }
+
+    async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
+        let mut state = self.state();
+        let Some((task, history)) = state.tasks.get_mut(&id) else { return Ok(Applied::Unknown) };
+        let (progress, actions) = match step(&task.terms, &task.progress, event, now) {
+            Ok(decided) => decided,
+            Err(refused) => return Ok(Applied::Refused(refused)),
+        };
+        if matches!(event, Event::Assigned { .. }) {
+            // Of the attempt before.
+            (task.result, task.sandbox_applied) = (None, None);
+        }
+        task.progress = progress;
+        task.result = besides.result.or(task.result.take());
+        task.sandbox_applied = besides.sandbox_applied.or(task.sandbox_applied.take());
+        task.signed = besides.signed.or(task.signed.take());
+        history.push(TaskEvent::of(history.len() as u64 + 1, now, event, task));
+        let task = task.clone();
+        let ordered = actions.iter().any(|a| matches!(a, Action::Order { .. }));
+        let shown = state.shown(&task);
+        Ok(Applied::Done(Box::new(if ordered { shown } else { narrow(shown) }), actions))
+    }
+
+    async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
+        let state = self.state();
+        Ok(state.tasks.get(&id).map(|(task, _)| state.shown(task)))
+    }
+
+    async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
+        let state = self.state();
+        let f = filter;
+        let shown = |(t, _): &(Task, Vec<TaskEvent>)| {
+            let node = t.progress.attempt.as_ref().map(|a| a.node).or(t.named_node);
+            f.session.is_none_or(|s| t.session == Some(s))
+                && f.node.is_none_or(|n| node == Some(n))
+                && f.user.is_none_or(|u| t.actor.user == u)
+                && f.state.is_none_or(|s| t.progress.state == s)
+                && f.skill.as_ref().is_none_or(|s| t.skill == *s)
+                && f.since.is_none_or(|s| t.created_at >= s)
+                && f.until.is_none_or(|u| t.created_at < u)
+        };
+        Ok(page(&state.tasks, window, shown).iter().map(|(t, _)| narrow(state.shown(t))).collect())
+    }
+
+    async fn specs(&self, ids: &[TaskId], max_bytes: usize) -> Stored<Vec<(TaskId, Vec<u8>)>> {
+        let state = self.state();
+        let mut taken = vec![];
+        let mut sum = 0usize;
+        for (id, spec) in ids.iter().filter_map(|id| Some((*id, &state.tasks.get(id)?.0.spec))) {
+            sum = sum.saturating_add(spec.len());
+            if sum > max_bytes && !taken.is_empty() {
+                break;
+            }
+            taken.push((id, spec.clone()));
+        }
+        Ok(taken)
+    }
+
+    async fn open_tasks(&self, session: Option<SessionId>, after: Option<TaskId>, limit: u32) -> Stored<Vec<Task>> {
+        let state = self.state();
+        let open = state.tasks.values().map(|(t, _)| t).filter(|t| !t.progress.state.is_final());
+        let asked = open.filter(|t| after.is_none_or(|id| t.id > id) && session.is_none_or(|id| t.session == Some(id)));
+        Ok(asked.take(limit as usize).map(|t| narrow(state.shown(t))).collect())
+    }
+
+    async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>> {
+        Ok(self.state().tasks.get(&id).map(|(_, history)| history.clone()).unwrap_or_default())
+    }
+}
+
+#[async_trait]
+impl Idempotency for MemoryStore {
+    async fn create(&self, thing: Creation, once: &Once) -> Stored<Option<Known>> {
+        let mut state = self.state();
+        let known = state.made.get(&once.scope).filter(|(_, at)| *at > once.since);
+        if let Some((known, _)) = known {
+            return Ok(Some(known.clone()));
+        }
+        let id = thing.id();
+        match thing {
+            Creation::Task(t) => {
+                let history = TaskEvent::first(&t);
+                add(&mut state.tasks, "idempotency.create", t.id, (*t, history))
+            }
+            Creation::Session(s) => add(&mut state.sessions, "idempotency.create", s.id, s),
+            Creation::Invite(i) => add(&mut state.invites, "idempotency.create", i.id, i),
+            Creation::Key(k) => add(&mut state.keys, "idempotency.create", k.id, k),
+        }?;
+        state.made.insert(once.scope, (Known { request: once.request, thing: id }, once.at));
+        Ok(None)
+    }
+    async fn known(&self, scope: &Digest, since: UnixMs) -> Stored<Option<Known>> {
+        Ok(self.state().made.get(scope).filter(|(_, at)| *at > since).map(|(known, _)| known.clone()))
+    }
+    async fn forget(&self, until: UnixMs, limit: u32) -> Stored<u64> {
+        let mut state = self.state();
+        let old: Vec<Digest> =
+            state.made.iter().filter(|(_, (_, at))| *at <= until).map(|(scope, _)| *scope).take(limit as usize).collect();
+        old.iter().for_each(|scope| drop(state.made.remove(scope)));
+        Ok(old.len() as u64)
+    }
+}
+
+#[async_trait]
+impl Output for MemoryStore {
+    async fn append(&self, task: TaskId, no: AttemptNo, frames: Vec<OutputFrame>, keep_bytes: u64) -> Stored<Option<OutputTotals>> {
+        let mut state = self.state();
+        let (mut totals, mut kept) = state.outputs.get(&(task, no)).cloned().unwrap_or_default();
+        for frame in frames {
+            if frame.seq <= totals.durable_seq {
+                continue;
+            }
+            if frame.seq != totals.durable_seq + 1 {
+                return Ok(None);
+            }
+            let size = frame.data.len() as u64;
+            totals.truncated |= totals.stdout_bytes + totals.stderr_bytes + size > keep_bytes;
+            totals.durable_seq = frame.seq;
+            match frame.stream {
+                Stream::Stdout => totals.stdout_bytes += size,
+                Stream::Stderr => totals.stderr_bytes += size,
+            }
+            if !totals.truncated {
+                totals.kept_seq = frame.seq;
+                kept.push(frame);
+            }
+        }
+        state.outputs.insert((task, no), (totals, kept));
+        Ok(Some(totals))
+    }
+
+    async fn totals(&self, task: TaskId, no: AttemptNo) -> Stored<OutputTotals> {
+        Ok(self.state().outputs.get(&(task, no)).map(|o| o.0).unwrap_or_default())
+    }
+
+    async fn read(&self, task: TaskId, no: AttemptNo, after_seq: u64, max_bytes: usize) -> Stored<Vec<OutputFrame>> {
+        let state = self.state();
+        let mut window: Vec<OutputFrame> = vec![];
+        let mut bytes = 0;
+        for frame in state.outputs.get(&(task, no)).iter().flat_map(|o| &o.1).filter(|f| f.seq > after_seq) {
+            bytes += frame.data.len();
+            if !window.is_empty() && bytes > max_bytes {
+                break;
+            }
+            window.push(frame.clone());
+        }
+        Ok(window)
+    }
+
+    async fn tail(&self, task: TaskId, no: AttemptNo, stream: Stream, max_bytes: usize) -> Stored<Vec<u8>> {
+        let state = self.state();
+        let frames = state.outputs.get(&(task, no)).into_iter().flat_map(|o| &o.1).filter(|f| f.stream == stream);
+        let mut all: Vec<u8> = frames.flat_map(|f| f.data.to_vec()).collect();
+        Ok(all.split_off(all.len().saturating_sub(max_bytes)))
+    }
+}
+
+#[async_trait]
+impl NodeDirectory for MemoryStore {
+    async fn add_invite(&self, invite: &Invite) -> Stored<()> {
+        add(&mut self.state().invites, "nodes.add_invite", invite.id, invite.clone())
+    }
+    async fn invite(&self, id: InviteId) -> Stored<Option<Invite>> {
+        Ok(self.state().invites.get(&id).cloned())
+    }
+    async fn invites(&self, owner: Option<UserId>, window: Window<InviteId>) -> Stored<Vec<Invite>> {
+        Ok(page(&self.state().invites, window, |i| owner.is_none_or(|o| i.owner == o)))
+    }
+    async fn revoke_invite(&self, id: InviteId, now: UnixMs) -> Stored<bool> {
+        let mut state = self.state();
+        let Some(invite) = state.invites.get_mut(&id).filter(|i| i.used.is_none()) else { return Ok(false) };
+        invite.revoked_at.get_or_insert(now);
+        Ok(true)
+    }
+    async fn claim_invite(&self, id: InviteId, node: &Node, now: UnixMs, again_ms: i64) -> Stored<Claim> {
+        let mut state = self.state();
+        let State { invites, nodes, .. } = &mut *state;
+        let Some(invite) = invites.get_mut(&id) else { return Ok(Claim::Unknown) };
+        let spki = node.certificate.spki;
+        let Some(used) = &invite.used else {
+            if invite.revoked_at.is_some() {
+                return Ok(Claim::Revoked);
+            }
+            if invite.expires_at <= now {
+                return Ok(Claim::Expired);
+            }
+            add(nodes, "nodes.claim_invite", node.id, node.clone())?;
+            invite.used = Some(InviteUse { at: now, spki, node: node.id });
+            return Ok(Claim::Claimed);
+        };
+        let same = used.spki == spki;
+        if same && now.saturating_sub(used.at) <= again_ms {
+            return Ok(nodes.get(&used.node).map_or(Claim::Removed, |node| Claim::Again { node: Box::new(node.clone()) }));
+        }
+        if invite.notices.len() < MAX_NOTICES {
+            let who = if same { "the same key, too late," } else { "another key" };
+            invite.notices.push(format!("used again by {who} at {now}"));
+        }
+        Ok(Claim::Used)
+    }
+
+    async fn node(&self, id: NodeId) -> Stored<Option<Node>> {
+        Ok(self.state().nodes.get(&id).cloned())
+    }
+    async fn nodes(&self, owner: Option<UserId>, window: Window<NodeId>) -> Stored<Vec<Node>> {
+        Ok(page(&self.state().nodes, window, |n| owner.is_none_or(|o| n.owner == o)))
+    }
+    async fn count_nodes(&self) -> Stored<NodeCounts> {
+        let s = self.state();
+        let revoked = s.nodes.values().filter(|n| n.revoked_at.is_some()).count();
+        Ok(NodeCounts { known: s.nodes.len() as u64, revoked: revoked as u64 })
+    }
+    async fn nodes_named(&self, name: &str) -> Stored<Vec<Node>> {
+        Ok(self.state().nodes.values().rev().filter(|n| n.name == name).cloned().collect())
+    }
+    async fn register(&self, id: NodeId, version: &str, capabilities: &Capabilities) -> Stored<()> {
+        if let Some(node) = self.state().nodes.get_mut(&id) {
+            node.version = version.to_owned();
+            node.capabilities = capabilities.clone();
+        }
+        Ok(())
+    }
+    async fn raise_generation(&self, id: NodeId, now: UnixMs) -> Stored<Option<u64>> {
+        let mut state = self.state();
+        let Some(node) = state.nodes.get_mut(&id).filter(|n| n.revoked_at.is_none()) else { return Ok(None) };
+        node.generation += 1;
+        node.last_seen_at = Some(now);
+        Ok(Some(node.generation))
+    }
+    async fn seen(&self, ids: &[NodeId], now: UnixMs) -> Stored<()> {
+        let mut state = self.state();
+        for id in ids {
+            if let Some(node) = state.nodes.get_mut(id) {
+                node.last_seen_at = Some(now);
+            }
+        }
+        Ok(())
+    }
+    async fn renew(&self, id: NodeId, certificate: &NodeCertificate) -> Stored<bool> {
+        let mut state = self.state();
+        let node = state.nodes.get_mut(&id).filter(|n| n.revoked_at.is_none() && n.certificate.counter + 1 == certificate.counter);
+        Ok(node.map(|n| n.certificate = certificate.clone()).is_some())
+    }
+
+    async fn change_node(&self, id: NodeId, change: &NodeChange) -> Stored<Option<Node>> {
+        let mut state = self.state();
+        let epoch = state.raise_epoch();
+        let Some(node) = state.nodes.get_mut(&id).filter(|n| n.revoked_at.is_none()) else { return Ok(None) };
+        let c = change.clone();
+        node.name = c.name.unwrap_or_else(|| node.name.clone());
+        node.labels = c.labels.unwrap_or_else(|| node.labels.clone());
+        node.slots = c.slots.unwrap_or_else(|| node.slots.clone());
+        node.task_limit = c.task_limit.unwrap_or(node.task_limit);
+        node.draining = c.draining.unwrap_or(node.draining);
+        node.epoch = epoch;
+        Ok(Some(node.clone()))
+    }
+    async fn revoke_node(&self, id: NodeId, now: UnixMs) -> Stored<Option<Node>> {
+        let mut state = self.state();
+        let epoch = state.raise_epoch();
+        let Some(node) = state.nodes.get_mut(&id) else { return Ok(None) };
+        node.revoked_at.get_or_insert(now);
+        node.epoch = epoch;
+        Ok(Some(node.clone()))
+    }
+    async fn remove_node(&self, id: NodeId, _now: UnixMs) -> Stored<bool> {
+        let mut state = self.state();
+        let epoch = state.raise_epoch();
+        if state.nodes.remove(&id).is_none() {
+            return Ok(false);
+        }
+        state.sessions.values_mut().for_each(|s| s.nodes.retain(|n| *n != id));
+        state.removed.insert(id, epoch);
+        Ok(true)
+    }
+    async fn was_removed(&self, id: NodeId) -> Stored<bool> {
+        Ok(self.state().removed.contains_key(&id))
+    }
+    async fn living(&self, ids: &[NodeId]) -> Stored<Vec<NodeId>> {
+        let state = self.state();
+        let lives = |id: &NodeId| state.nodes.get(id).is_some_and(|n| n.revoked_at.is_none());
+        Ok(ids.iter().copied().filter(lives).collect())
+    }
+    async fn changed_since(&self, epoch: u64) -> Stored<RegistryChanges> {
+        let state = self.state();
+        Ok(RegistryChanges {
+            epoch: state.registry_epoch,
+            nodes: state.nodes.values().filter(|n| n.epoch > epoch).cloned().collect(),
+            removed: state.removed.iter().filter(|(_, e)| **e > epoch).map(|(id, _)| *id).collect(),
+        })
+    }
+    async fn registry_epoch(&self) -> Stored<u64> {
+        Ok(self.state().registry_epoch)
+    }
+}
+
+#[async_trait]
+impl Accounts for MemoryStore {
+    async fn add_user(&self, user: &User) -> Stored<bool> {
+        let mut state = self.state();
+        if state.users.values().any(|u| u.username.eq_ignore_ascii_case(&user.username)) {
+            return Ok(false);
+        }
+        add(&mut state.users, "accounts.add_user", user.id, user.clone()).map(|()| true)
+    }
+    async fn user(&self, id: UserId) -> Stored<Option<User>> {
+        Ok(self.state().users.get(&id).cloned())
+    }
+    async fn user_named(&self, username: &str) -> Stored<Option<User>> {
+        Ok(self.state().users.values().find(|u| u.username.eq_ignore_ascii_case(username)).cloned())
+    }
+    async fn count_users(&self) -> Stored<u64> {
+        Ok(self.state().users.len() as u64)
+    }
+    async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()> {
+        let mut state = self.state();
+        if let Some(user) = state.users.get_mut(&id) {
+            user.password_hash = hash.to_owned();
+        }
+        let others = state.refresh.values_mut().filter(|r| r.token.user == id && Some(r.token.login) != keep);
+        others.for_each(|r| r.ended = true);
+        Ok(())
+    }
+
+    async fn add_refresh(&self, token: &RefreshToken) -> Stored<()> {
+        let new = Refresh { token: token.clone(), used: false, ended: false };
+        add(&mut self.state().refresh, "accounts.add_refresh", token.mac, new)
+    }
+    async fn rotate_refresh(&self, old: &Digest, new_mac: &Digest, new_expires_at: UnixMs, now: UnixMs) -> Stored<Rotation> {
+        let mut state = self.state();
+        let Some(found) = state.refresh.get(old).filter(|r| !r.ended) else { return Ok(Rotation::Unknown) };
+        let (user, login) = (found.token.user, found.token.login);
+        if found.used {
+            state.end_login(login);
+            return Ok(Rotation::Reused { user, login });
+        }
+        if found.token.expires_at <= now {
+            return Ok(Rotation::Unknown);
+        }
+        let token = RefreshToken { mac: *new_mac, login, user, expires_at: new_expires_at };
+        add(&mut state.refresh, "accounts.rotate_refresh", *new_mac, Refresh { token, used: false, ended: false })?;
+        state.refresh.entry(*old).and_modify(|r| r.used = true);
+        Ok(Rotation::Rotated { user, login })
+    }
+    async fn end_login(&self, login: LoginId) -> Stored<()> {
+        self.state().end_login(login);
+        Ok(())
+    }
+    async fn login_lives(&self, login: LoginId, now: UnixMs) -> Stored<bool> {
+        Ok(self.state().refresh.values().any(|r| r.token.login == login && !r.used && !r.ended && r.token.expires_at > now))
+    }
+
+    async fn add_key(&self, key: &ApiKey) -> Stored<()> {
+        let mut state = self.state();
+        if state.keys.values().any(|k| k.mac == key.mac) {
+            return Err(StoreError::new("accounts.add_key", "there is one with this secret"));
+        }
+        add(&mut state.keys, "accounts.add_key", key.id, key.clone())
+    }
+    async fn key_by_mac(&self, mac: &Digest) -> Stored<Option<ApiKey>> {
+        Ok(self.state().keys.values().find(|k| k.mac == *mac).cloned())
+    }
+    async fn key(&self, id: ApiKeyId) -> Stored<Option<ApiKey>> {
+        Ok(self.state().keys.get(&id).cloned())
+    }
+    async fn keys(&self, user: UserId, window: Window<ApiKeyId>) -> Stored<Vec<ApiKey>> {
+        Ok(page(&self.state().keys, window, |k| k.user == user))
+    }
+    async fn remove_key(&self, id: ApiKeyId) -> Stored<bool> {
+        Ok(self.state().keys.remove(&id).is_some())
+    }
+    async fn key_used(&self, id: ApiKeyId, now: UnixMs) -> Stored<()> {
+        if let Some(key) = self.state().keys.get_mut(&id) {
+            key.last_used_at = Some(now);
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Meta for MemoryStore {
+    async fn hub(&self, fresh: HubMeta) -> Stored<HubMeta> {
+        Ok(*self.state().hub.get_or_insert(fresh))
+    }
+    async fn ping(&self) -> Stored<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,179 @@
+//! The command line of `cortex-hub`.
+
+use crate::config::{Config, Flags};
+use crate::keys::Keys;
+use crate::serve::Hub;
+use clap::{Args, Parser, Subcommand};
+use mesh_process::{Clock, SystemClock, signals, telemetry};
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "cortex-hub", version, about = "The hub of a Cortex mesh")]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args)]
+struct Common {
+    /// A TOML file with settings
+    #[arg(long, global = true)]
+    config: Option<PathBuf>,
+    /// Where the hub keeps everything (default: ./cortex-data)
+    #[arg(long, global = true)]
+    data_dir: Option<PathBuf>,
+    /// A log filter, such as info or debug
+    #[arg(long, global = true)]
+    log_level: Option<String>,
+    /// More log: debug
+    #[arg(short, long, global = true)]
+    verbose: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve until SIGINT or SIGTERM
+    Serve {
+        /// Allow plain HTTP on an address that others can reach
+        #[arg(long)]
+        insecure_http: bool,
+    },
+    /// Look at settings
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+    /// The hub's certificate authority
+    Ca {
+        #[command(subcommand)]
+        command: CaCommand,
+    },
+    /// Print the description of the API, as GET /openapi.json answers it
+    Openapi,
+    /// Not built yet: admin, audit, backup, restore
+    #[command(external_subcommand)]
+    Other(Vec<String>),
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Say whether the settings can be used
+    Check,
+}
+
+#[derive(Subcommand)]
+enum CaCommand {
+    /// Print the hub's id and the pin of its root
+    Show,
+    /// Not built yet
+    Rotate,
+}
+
+/// Wrong usage or settings.
+const USAGE: u8 = 2;
+/// What the contract names and is not built.
+const PROMISED: &[&str] = &["admin", "audit", "backup", "restore"];
+
+pub async fn run() -> ExitCode {
+    let cli = Cli::parse();
+    let c = &cli.common;
+    let level = c.log_level.clone().or(c.verbose.then(|| "debug".to_owned()));
+    let mut flags = Flags { config: c.config.clone(), data_dir: c.data_dir.clone(), log_level: level, insecure_http: false };
+    match cli.command {
+        Command::Serve { insecure_http } => {
+            flags.insecure_http = insecure_http;
+            serve(&flags).await
+        }
+        Command::Config { command: ConfigCommand::Check } => match Config::load(&flags) {
+            Ok(_) => {
+                println!("the settings can be used");
+                ExitCode::SUCCESS
+            }
+            Err(e) => usage(&e),
+        },
+        Command::Ca { command: CaCommand::Show } => show_ca(&flags),
+        Command::Ca { command: CaCommand::Rotate } => usage(&"not yet: ca rotate is not built"),
+        Command::Openapi => match writeln!(std::io::stdout(), "{:#}", crate::doors::rest::document()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        },
+        Command::Other(words) => {
+            let word = words.first().map_or("", String::as_str);
+            if PROMISED.contains(&word) {
+                usage(&format!("not yet: cortex-hub {word} is not built"))
+            } else {
+                usage(&format!("there is no command {word:?}; see cortex-hub --help"))
+            }
+        }
+    }
+}
+
+fn usage(message: &dyn std::fmt::Display) -> ExitCode {
+    eprintln!("cortex-hub: {message}");
+    ExitCode::from(USAGE)
+}
+
+fn show_ca(flags: &Flags) -> ExitCode {
+    let config = match Config::load(flags) {
+        Ok(c) => c,
+        Err(e) => return usage(&e),
+    };
+    if !config.data_dir.join("keys").join("hub-id").exists() {
+        eprintln!("cortex-hub: there are no keys in {}; the first cortex-hub serve makes them", config.data_dir.display());
+        return ExitCode::FAILURE;
+    }
+    match Keys::open(&config.data_dir, SystemClock::new().now_ms()) {
+        Ok(keys) => {
+            println!("hub   {}\npin   {}", keys.hub, keys.pin());
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("cortex-hub: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(flags: &Flags) -> ExitCode {
+    let config = match Config::load(flags) {
+        Ok(c) => c,
+        Err(e) => return usage(&e),
+    };
+    let (exporter, spans) = match config.otlp_endpoint.as_deref().map(crate::otlp::start).transpose() {
+        Ok(started) => started.unzip(),
+        Err(e) => return usage(&format!("log.otlp_endpoint: {e:#}")),
+    };
+    if let Err(e) = telemetry::init_with(&config.log_level, config.log_json, spans) {
+        return usage(&format!("log.level: {e}"));
+    }
+    let hub = match Hub::start(config, SystemClock::shared()).await {
+        Ok(hub) => hub,
+        Err(e) => {
+            eprintln!("cortex-hub: {e:#}");
+            // An address that cannot be bound is a setting that cannot be used.
+            let setting = e.downcast_ref::<std::io::Error>().is_some() && e.to_string().contains("cannot listen");
+            return if setting { ExitCode::from(USAGE) } else { ExitCode::FAILURE };
+        }
+    };
+    println!("hub ready: http://{} (nodes: {})", hub.http, hub.node);
+    if let Some(password) = &hub.made_password {
+        println!("log in as admin with the password {password}");
+        println!("it is kept in {} until you change it", hub.data_dir.join(crate::serve::MADE_PASSWORD).display());
+    }
+    let asked = tokio::select! {
+        biased;
+        asked = signals::shutdown() => asked.is_ok(),
+        () = hub.failed() => false,
+    };
+    tracing::info!("stopping");
+    let clean = hub.stop().await;
+    tracing::info!(clean, "stopped");
+    if let Some(exporter) = exporter {
+        exporter.stop().await;
+    }
+    if asked && clean { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,409 @@
+//! Settings: a TOML file, the environment and flags, in that order of rising weight; all of it is
+//! checked before a port is bound.
+
+use mesh_process::config::{BadSetting, env, read_toml};
+use mesh_process::telemetry;
+use serde::Deserialize;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// As written in a file. Unknown keys are refused.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawFile {
+    data_dir: Option<PathBuf>,
+    http: RawSection,
+    node: RawSection,
+    metrics: RawSection,
+    database: RawSection,
+    redis: RawSection,
+    auth: RawSection,
+    limits: RawSection,
+    retention: RawSection,
+    log: RawSection,
+}
+type RawSection = std::collections::BTreeMap<String, toml::Value>;
+
+/// What flags may set.
+#[derive(Debug, Default, Clone)]
+pub struct Flags {
+    pub config: Option<PathBuf>,
+    pub data_dir: Option<PathBuf>,
+    pub log_level: Option<String>,
+    pub insecure_http: bool,
+}
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub data_dir: PathBuf,
+    pub database: hub_store::Database,
+    /// Without it, events stay in this process.
+    pub redis: Option<hub_store::RedisUrl>,
+    pub http_addr: SocketAddr,
+    pub public_url: Option<String>,
+    pub node_addr: SocketAddr,
+    pub node_public_addr: Option<String>,
+    pub metrics_addr: SocketAddr,
+    pub admin_password: Option<String>,
+    pub log_level: String,
+    pub log_json: bool,
+    pub otlp_endpoint: Option<String>,
+    pub body_bytes: u64,
+    pub output_bytes: u64,
+    pub request_secs: u64,
+    pub connections: u64,
+    pub events_replay_secs: u64,
+    pub access_secs: u64,
+    pub refresh_days: u64,
+    pub session_hours: u64,
+    pub certificate: Duration,
+    pub invite_secs: u64,
+}
+
+/// Every setting there is: its section and key, and whether it is built. What is named by the
+/// contract and not built yet is refused rather than ignored.
+const SETTINGS: &[(&str, &str, bool)] = &[
+    ("http", "addr", true),
+    ("http", "public_url", true),
+    ("http", "tls_cert", false),
+    ("http", "tls_key", false),
+    ("http", "trusted_proxies", false),
+    ("http", "allowed_hosts", false),
+    ("node", "addr", true),
+    ("node", "public_addr", true),
+    ("metrics", "addr", true),
+    ("database", "url", true),
+    ("redis", "url", true),
+    ("auth", "access_secs", true),
+    ("auth", "refresh_days", true),
+    ("auth", "session_hours", true),
+    ("auth", "approval_secs", false),
+    ("auth", "certificate_hours", true),
+    ("auth", "invite_secs", true),
+    ("limits", "body_bytes", true),
+    ("limits", "output_bytes", true),
+    ("limits", "request_secs", true),
+    ("limits", "upload_bytes", false),
+    ("limits", "connections", true),
+    ("limits", "api_per_second", false),
+    ("limits", "api_burst", false),
+    ("limits", "login_per_minute_address", false),
+    ("limits", "login_per_minute_account", false),
+    ("limits", "spool_attempt_bytes", false),
+    ("limits", "spool_node_bytes", false),
+    ("limits", "events_replay_secs", true),
+    ("retention", "journal_days", false),
+    ("retention", "output_days", false),
+    ("retention", "versions_days", false),
+    ("retention", "journal_bytes", false),
+    ("retention", "output_bytes", false),
+    ("retention", "versions_bytes", false),
+    ("retention", "workspace_days", false),
+    ("log", "level", true),
+    ("log", "format", true),
+    ("log", "otlp_endpoint", true),
+];
+
+/// Section and key of every setting that can be used.
+pub fn built() -> impl Iterator<Item = (&'static str, &'static str)> {
+    SETTINGS.iter().filter(|(.., built)| *built).map(|(section, key, _)| (*section, *key))
+}
+
+/// One setting as found: its text and the place it came from.
+struct Found {
+    text: String,
+    place: String,
+}
+
+struct Layers {
+    file: Option<(String, RawFile)>,
+}
+
+impl Layers {
+    fn get(&self, section: &str, key: &str) -> Result<Option<Found>, BadSetting> {
+        let name = if (section, key) == ("http", "public_url") {
+            "CORTEX_PUBLIC_URL".to_owned()
+        } else {
+            format!("CORTEX_{}_{}", section.to_uppercase(), key.to_uppercase())
+        };
+        if let Some(text) = env(&name)? {
+            return Ok(Some(Found { text, place: format!("environment {name}") }));
+        }
+        let Some((place, file)) = &self.file else { return Ok(None) };
+        Ok(section_of(file, section).get(key).map(|v| Found {
+            text: match v {
+                toml::Value::String(s) => s.clone(),
+                other => other.to_string(),
+            },
+            place: place.clone(),
+        }))
+    }
+    fn parse<T: std::str::FromStr>(&self, section: &str, key: &str, default: T) -> Result<T, BadSetting>
+    where
+        T::Err: std::fmt::Display,
+    {
+        match self.get(section, key)? {
+            None => Ok(default),
+            Some(f) => f.text.parse().map_err(|e| BadSetting::new(f.place, format!("{section}.{key}"), format!("{:?}: {e}", f.text))),
+        }
+    }
+    fn number(&self, section: &str, key: &str, default: u64, least: u64, most: u64) -> Result<u64, BadSetting> {
+        let n = self.parse(section, key, default)?;
+        if (least..=most).contains(&n) {
+            Ok(n)
+        } else {
+            let place = self.get(section, key)?.map_or_else(String::new, |f| f.place);
+            Err(BadSetting::new(place, format!("{section}.{key}"), format!("{n} is not between {least} and {most}")))
+        }
+    }
+}
+
+fn section_of<'a>(file: &'a RawFile, section: &str) -> &'a RawSection {
+    match section {
+        "http" => &file.http,
+        "node" => &file.node,
+        "metrics" => &file.metrics,
+        "database" => &file.database,
+        "redis" => &file.redis,
+        "auth" => &file.auth,
+        "limits" => &file.limits,
+        "retention" => &file.retention,
+        _ => &file.log,
+    }
+}
+
+impl Config {
+    pub fn load(flags: &Flags) -> Result<Self, BadSetting> {
+        let file = match &flags.config {
+            None => None,
+            Some(path) => Some((path.display().to_string(), read_file(path)?)),
+        };
+        let data_dir = match (&flags.data_dir, env("CORTEX_DATA_DIR")?) {
+            (Some(d), _) => d.clone(),
+            (None, Some(d)) => d.into(),
+            (None, None) => file.as_ref().and_then(|(_, f)| f.data_dir.clone()).unwrap_or_else(|| "cortex-data".into()),
+        };
+        let l = Layers { file };
+        for (section, key, built) in SETTINGS {
+            if let (false, Some(f)) = (built, l.get(section, key)?) {
+                return Err(BadSetting::new(f.place, format!("{section}.{key}"), "this setting is not built yet; take it out"));
+            }
+        }
+        let config = Self {
+            data_dir,
+            database: l.get("database", "url")?.map(|f| check_database(&f)).transpose()?.unwrap_or_default(),
+            redis: l.get("redis", "url")?.map(|f| check_redis(&f)).transpose()?,
+            http_addr: l.parse("http", "addr", SocketAddr::from(([127, 0, 0, 1], 8080)))?,
+            public_url: l.get("http", "public_url")?.map(|f| check_url(&f, "http.public_url")).transpose()?,
+            node_addr: l.parse("node", "addr", SocketAddr::from(([127, 0, 0, 1], 7443)))?,
+            node_public_addr: l.get("node", "public_addr")?.map(|f| check_host_port(&f)).transpose()?,
+            metrics_addr: l.parse("metrics", "addr", SocketAddr::from(([127, 0, 0, 1], 9090)))?,
+            admin_password: env("CORTEX_ADMIN_PASSWORD")?,
+            log_level: log_level(flags, &l)?,
+            log_json: match l.parse("log", "format", "text".to_owned())?.as_str() {
+                "text" => false,
+                "json" => true,
+                other => {
+                    let place = l.get("log", "format")?.map_or_else(String::new, |f| f.place);
+                    return Err(BadSetting::new(place, "log.format", format!("{other:?} is neither text nor json")));
+                }
+            },
+            otlp_endpoint: l.get("log", "otlp_endpoint")?.map(|f| check_url(&f, "log.otlp_endpoint")).transpose()?,
+            body_bytes: l.number("limits", "body_bytes", 8 << 20, 1024, 64 << 20)?,
+            output_bytes: l.number("limits", "output_bytes", 64 << 20, 1024, 1 << 40)?,
+            request_secs: l.number("limits", "request_secs", 30, 1, 3600)?,
+            connections: l.number("limits", "connections", 10_000, 1, 1_000_000)?,
+            events_replay_secs: l.number("limits", "events_replay_secs", 600, 1, 86_400)?,
+            access_secs: l.number("auth", "access_secs", 600, 10, 86_400)?,
+            refresh_days: l.number("auth", "refresh_days", 30, 1, 365)?,
+            session_hours: l.number("auth", "session_hours", 24, 1, 720)?,
+            certificate: Duration::from_secs(3600 * l.number("auth", "certificate_hours", 24, 1, 720)?),
+            invite_secs: l.number("auth", "invite_secs", 3600, 1, 86_400)?,
+        };
+        if let Some(p) = &config.admin_password {
+            let n = p.chars().count();
+            if !(12..=256).contains(&n) {
+                return Err(BadSetting::new(
+                    "environment",
+                    "CORTEX_ADMIN_PASSWORD",
+                    format!("a password has 12 to 256 characters, not {n}"),
+                ));
+            }
+        }
+        if !config.http_addr.ip().is_loopback() && !flags.insecure_http {
+            let place = l.get("http", "addr")?.map_or_else(String::new, |f| f.place);
+            return Err(BadSetting::new(
+                place,
+                "http.addr",
+                format!(
+                    "{} is not a loopback address and HTTPS is not built yet; add --insecure-http if a proxy or a private network protects it",
+                    config.http_addr
+                ),
+            ));
+        }
+        Ok(config)
+    }
+
+    /// What an invite and a download link name. The true port replaces 0.
+    pub fn url(&self, http: SocketAddr) -> String {
+        match &self.public_url {
+            Some(url) => url.trim_end_matches('/').to_owned(),
+            None => format!("http://{}", reachable(http)),
+        }
+    }
+
+    /// Where nodes dial.
+    pub fn node_address(&self, node: SocketAddr) -> String {
+        if let Some(a) = &self.node_public_addr {
+            return a.clone();
+        }
+        if node.ip().is_unspecified()
+            && let Some(host) = self.public_url.as_deref().and_then(host_of)
+        {
+            return format!("{host}:{}", node.port());
+        }
+        reachable(node).to_string()
+    }
+}
+
+fn read_file(path: &Path) -> Result<RawFile, BadSetting> {
+    let file: RawFile = read_toml(path)?;
+    let place = path.display().to_string();
+    for section in ["http", "node", "metrics", "database", "redis", "auth", "limits", "retention", "log"] {
+        for key in section_of(&file, section).keys() {
+            if !SETTINGS.iter().any(|(s, k, _)| *s == section && k == key) {
+                let known: Vec<_> = SETTINGS.iter().filter(|(s, ..)| *s == section).map(|(_, k, _)| *k).collect();
+                return Err(BadSetting::new(&place, format!("{section}.{key}"), format!("unknown key; there is {}", known.join(", "))));
+            }
+        }
+    }
+    Ok(file)
+}
+
+/// An unspecified address is reached on this machine by loopback.
+fn reachable(a: SocketAddr) -> SocketAddr {
+    let ip = match a.ip() {
+        IpAddr::V4(v4) if v4.is_unspecified() => IpAddr::from([127, 0, 0, 1]),
+        IpAddr::V6(v6) if v6.is_unspecified() => IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    SocketAddr::new(ip, a.port())
+}
+
+fn check_url(f: &Found, key: &str) -> Result<String, BadSetting> {
+    let ok = f.text.starts_with("http://") || f.text.starts_with("https://");
+    if ok && host_of(&f.text).is_some() {
+        return Ok(f.text.clone());
+    }
+    Err(BadSetting::new(&f.place, key, format!("{:?} is not an address such as https://hub.example.org", f.text)))
+}
+
+fn log_level(flags: &Flags, l: &Layers) -> Result<String, BadSetting> {
+    let found = match &flags.log_level {
+        Some(level) => Some(Found { text: level.clone(), place: "command line".into() }),
+        None => l.get("log", "level")?,
+    };
+    let Some(found) = found else { return Ok("info".into()) };
+    match telemetry::check(&found.text) {
+        Ok(_) => Ok(found.text),
+        Err(reason) => Err(BadSetting::new(found.place, "log.level", reason)),
+    }
+}
+
+/// Its text may hold a password, so no error repeats it.
+fn check_database(f: &Found) -> Result<hub_store::Database, BadSetting> {
+    hub_store::Database::parse(&f.text).map_err(|reason| BadSetting::new(&f.place, "database.url", reason))
+}
+
+/// Nor does any of these.
+fn check_redis(f: &Found) -> Result<hub_store::RedisUrl, BadSetting> {
+    hub_store::RedisUrl::parse(&f.text).map_err(|reason| BadSetting::new(&f.place, "redis.url", reason))
+}
+
+fn check_host_port(f: &Found) -> Result<String, BadSetting> {
+    match f.text.rsplit_once(':') {
+        Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => Ok(f.text.clone()),
+        _ => Err(BadSetting::new(&f.place, "node.public_addr", format!("{:?} is not host:port", f.text))),
+    }
+}
+
+/// The host of a URL, with brackets if it is an IPv6 literal.
+pub fn host_of(url: &str) -> Option<&str> {
+    let rest = url.split_once("://")?.1;
+    let authority = rest.split(['/', '?', '#']).next()?;
+    let host = if authority.starts_with('[') { &authority[..=authority.find(']')?] } else { authority.split(':').next()? };
+    (!host.is_empty()).then_some(host)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str) -> Result<Config, BadSetting> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hub.toml");
+        std::fs::write(&path, text).unwrap();
+        Config::load(&Flags { config: Some(path), ..Default::default() })
+    }
+
+    #[test]
+    fn defaults_are_the_documented_ones() {
+        let c = load("").unwrap();
+        assert_eq!(c.http_addr.to_string(), "127.0.0.1:8080");
+        assert_eq!((c.body_bytes, c.output_bytes, c.certificate.as_secs()), (8 << 20, 64 << 20, 86_400));
+        assert!(matches!(c.database, hub_store::Database::Sqlite));
+    }
+
+    #[test]
+    fn addresses_are_kept_without_showing_their_passwords() {
+        let c = load("[redis]\nurl = \"rediss://hub:geheim@redis.example\"\n").unwrap();
+        let shown = format!("{c:?}");
+        assert!(shown.contains("rediss://hub@redis.example:6379/0") && !shown.contains("geheim"), "{shown}");
+        let c = load("[database]\nurl = \"postgres://hub:geheim@db.example/cortex\"\n").unwrap();
+        let shown = format!("{c:?}");
+        assert!(shown.contains("postgres://hub@db.example:5432/cortex") && !shown.contains("geheim"), "{shown}");
+    }
+
+    #[test]
+    fn errors_name_file_key_and_reason() {
+        for (text, key, reason) in [
+            ("[http]\nadr = 1\n", "http.adr", "unknown key"),
+            ("[htp]\naddr = 1\n", "htp", "unknown field"),
+            ("[http]\naddr = \"127.0.0.1:99999\"\n", "http.addr", "invalid"),
+            ("[http]\naddr = \"0.0.0.0:80\"\n", "http.addr", "loopback"),
+            ("[limits]\nbody_bytes = 1\n", "limits.body_bytes", "between"),
+            ("[database]\nurl = \"mysql://u:geheim@x/d\"\n", "database.url", "only PostgreSQL"),
+            ("[database]\nurl = \"postgres://u:geheim@x\"\n", "database.url", "names no database"),
+            ("[redis]\nurl = \"http://u:geheim@x\"\n", "redis.url", "only Redis"),
+            ("[redis]\nurl = \"redis://u:geheim@x/y\"\n", "redis.url", "not a number"),
+            ("[http]\ntls_cert = \"x\"\n", "http.tls_cert", "not built yet"),
+            ("[log]\nformat = \"xml\"\n", "log.format", "neither"),
+        ] {
+            let e = load(text).unwrap_err();
+            assert_eq!(e.key, key, "{e}");
+            assert!(e.reason.contains(reason), "{e}");
+            assert!(!e.place.is_empty());
+            assert!(!format!("{e} {e:?}").contains("geheim"), "{e}");
+        }
+    }
+
+    #[test]
+    fn every_setting_says_what_is_wrong_with_it() {
+        for (section, key, built) in SETTINGS {
+            let e = load(&format!("[{section}]\n{key} = \"?=?\"\n")).unwrap_err();
+            assert_eq!(e.key, format!("{section}.{key}"), "{e}");
+            assert!(e.place.ends_with("hub.toml"), "{e}");
+            assert!(!e.reason.is_empty() && e.reason.contains("not built yet") != *built, "{e}");
+        }
+        let e = load("data_dir = 5\n").unwrap_err();
+        assert_eq!(e.key, "data_dir", "{e}");
+    }
+
+    #[test]
+    fn hosts() {
+        assert_eq!(host_of("https://hub.example.org:8443/x"), Some("hub.example.org"));
+        assert_eq!(host_of("http://[::1]:80"), Some("[::1]"));
+        assert_eq!(host_of("nonsense"), None);
+    }
+}

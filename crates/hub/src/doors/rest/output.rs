@@ -1,0 +1,316 @@
+//! A task's output: raw bytes, or server-sent events that a reader can resume.
+
+use super::App;
+use super::body::{PathId, Query};
+use super::problem::{Answer, Refusal};
+use super::views;
+use super::who::Who;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, header};
+use axum::response::{IntoResponse, Response};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as B64;
+use bytes::{Bytes, BytesMut};
+use futures::stream;
+use hub_engine::records::{OutputFrame, Stream, Task};
+use hub_engine::watch::Watch;
+use mesh_core::TaskId;
+use mesh_core::task::AttemptNo;
+use mesh_wire::rest::{AttemptEvent, EndEvent, GapEvent, OutputEvent};
+use serde::Deserialize;
+use std::collections::VecDeque;
+use std::time::Duration;
+use utoipa::IntoParams;
+
+/// Data that one read of the store brings; what a slow reader makes the hub hold.
+const READ_BYTES: usize = 256 << 10;
+const COMMENT_EVERY: Duration = Duration::from_secs(15);
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct OutputQuery {
+    /// stdout, stderr or all
+    stream: Option<String>,
+    /// Raw output: how many bytes to leave out
+    from_byte: Option<u64>,
+    /// Event streams: the first `seq` wanted
+    from_seq: Option<u64>,
+    /// Raw output: wait for more until the task ends
+    follow: Option<bool>,
+}
+
+/// The output of a task
+///
+/// Raw bytes, or with `Accept: text/event-stream` events `output`, `gap` and `end` whose data are OutputEvent, GapEvent and EndEvent.
+#[utoipa::path(
+    get, path = "/tasks/{id}/output", tag = "tasks", operation_id = "output",
+    params(OutputQuery, ("last-event-id" = Option<String>, Header, description = "Event streams: the id of the last event that was seen")),
+    responses((status = 200, description = "The output", content((Vec<u8> = "application/octet-stream"), (String = "text/event-stream")))),
+)]
+pub async fn get(
+    State(app): State<App>,
+    who: Who,
+    PathId(id): PathId<TaskId>,
+    Query(q): Query<OutputQuery>,
+    headers: HeaderMap,
+) -> Answer<Response> {
+    let only = match q.stream.as_deref() {
+        None | Some("all") => None,
+        Some("stdout") => Some(Stream::Stdout),
+        Some("stderr") => Some(Stream::Stderr),
+        Some(other) => return Err(Refusal::bad_request("bad_query", format!("stream is stdout, stderr or all, not {other:?}"))),
+    };
+    let task = app.tasks.get(who.caller(), id).await?;
+    let watch = app.tasks.watchers.subscribe(id);
+    let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let follower = Follower::new(app, task, watch);
+    if accept.contains("text/event-stream") {
+        if q.from_byte.is_some() || q.follow.is_some() {
+            return Err(Refusal::bad_request("bad_query", "an event stream takes from_seq, and always follows"));
+        }
+        let resumed = match headers.get("last-event-id").and_then(|v| v.to_str().ok()) {
+            None => None,
+            Some(text) => Some(
+                Place::parse(text)
+                    .ok_or_else(|| Refusal::bad_request("bad_event_id", "Last-Event-ID is the id of an event of this stream"))?,
+            ),
+        };
+        return Ok(events(follower, only, resumed, q.from_seq.map_or(0, |n| n.saturating_sub(1))));
+    }
+    if q.from_seq.is_some() {
+        return Err(Refusal::bad_request("bad_query", "from_seq is for event streams; raw output takes from_byte"));
+    }
+    Ok(raw(follower, only, q.from_byte.unwrap_or(0), q.follow.unwrap_or(false)))
+}
+
+/// What the id of an event names: an attempt, and a seq of its output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    attempt: u32,
+    seq: u64,
+}
+
+impl Place {
+    /// The seq alone for a first attempt, which most tasks end with; `2.17` for a later one.
+    fn id(self) -> String {
+        match self {
+            Self { attempt: 0 | 1, seq } => seq.to_string(),
+            Self { attempt, seq } => format!("{attempt}.{seq}"),
+        }
+    }
+    fn parse(text: &str) -> Option<Self> {
+        match text.split_once('.') {
+            None => Some(Self { attempt: 1, seq: text.parse().ok()? }),
+            Some((attempt, seq)) => Some(Self { attempt: attempt.parse().ok()?, seq: seq.parse().ok()? }),
+        }
+    }
+}
+
+/// Reads on behind a task until its end.
+struct Follower {
+    app: App,
+    id: TaskId,
+    task: Task,
+    /// The attempt whose output is read.
+    attempt: Option<AttemptNo>,
+    watch: Watch,
+}
+
+enum Next {
+    Frames(Vec<OutputFrame>),
+    /// All of one attempt was read, and there is another: its output begins anew.
+    Again(AttemptNo),
+    /// Nothing new for a while.
+    Quiet,
+    /// Final, and all that is kept was read.
+    End,
+    /// The hub is stopping, or the store failed: the reader comes again.
+    Broken,
+}
+
+impl Follower {
+    fn new(app: App, task: Task, watch: Watch) -> Self {
+        let attempt = task.progress.attempt.as_ref().map(|a| a.no);
+        Self { id: task.id, app, task, attempt, watch }
+    }
+
+    /// Frames after `seq`; waits for them when `follow` is set.
+    async fn next(&mut self, seq: u64, follow: bool) -> Next {
+        loop {
+            self.watch.seen();
+            // State first: what was final before an empty read has no more output.
+            match self.app.tasks.journal.task(self.id).await {
+                Ok(Some(task)) => self.task = task,
+                _ => return Next::Broken,
+            }
+            let newest = self.task.progress.attempt.as_ref().map(|a| a.no);
+            if self.attempt.is_none() {
+                self.attempt = newest;
+            }
+            match self.app.tasks.output(&self.task, self.attempt, seq, READ_BYTES).await {
+                Err(_) => return Next::Broken,
+                Ok(frames) if !frames.is_empty() => return Next::Frames(frames),
+                Ok(_) if self.attempt != newest => {
+                    self.attempt = newest;
+                    // The newest is some: there was one before it.
+                    if let Some(no) = newest {
+                        return Next::Again(no);
+                    }
+                }
+                Ok(_) if self.task.progress.state.is_final() || !follow => return Next::End,
+                Ok(_) => {}
+            }
+            let stop = self.app.stop.clone();
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Next::Broken,
+                changed = tokio::time::timeout(COMMENT_EVERY, self.watch.changed()) => {
+                    if changed.is_err() {
+                        return Next::Quiet;
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn raw(follower: Follower, only: Option<Stream>, from_byte: u64, follow: bool) -> Response {
+    let state = (follower, 0u64, from_byte);
+    let body = stream::unfold(state, move |(mut follower, mut seq, mut skip)| async move {
+        loop {
+            match follower.next(seq, follow).await {
+                Next::Frames(frames) => {
+                    seq = frames.last().map_or(seq, |f| f.seq);
+                    let mut out = BytesMut::new();
+                    for f in frames.iter().filter(|f| only.is_none_or(|s| s == f.stream)) {
+                        let drop = skip.min(f.data.len() as u64) as usize;
+                        skip -= drop as u64;
+                        out.extend_from_slice(&f.data[drop..]);
+                    }
+                    if !out.is_empty() {
+                        return Some((Ok::<Bytes, std::io::Error>(out.freeze()), (follower, seq, skip)));
+                    }
+                }
+                Next::Quiet => {}
+                Next::Again(_) => seq = 0,
+                Next::End => return None,
+                // A cut body tells the reader that this was not the end.
+                Next::Broken => return Some((Err(std::io::Error::other("the hub is stopping")), (follower, seq, skip))),
+            }
+        }
+    });
+    ([(header::CONTENT_TYPE, "application/octet-stream")], Body::from_stream(body)).into_response()
+}
+
+/// What an event stream has still to say.
+struct Events {
+    follower: Follower,
+    only: Option<Stream>,
+    seq: u64,
+    /// Node time of the attempt's first frame.
+    begin: Option<i64>,
+    ready: VecDeque<Bytes>,
+    done: bool,
+}
+
+fn events(follower: Follower, only: Option<Stream>, resumed: Option<Place>, after: u64) -> Response {
+    let seq = resumed.map_or(after, |place| place.seq);
+    let mut state = Events { follower, only, seq, begin: None, ready: VecDeque::new(), done: false };
+    if let Some(no) = state.follower.attempt
+        && resumed.is_some_and(|place| place.attempt != no.ordinal())
+    {
+        // What was seen so far is of an attempt before this one.
+        state.again(no);
+    }
+    let body = stream::unfold(state, |mut s| async move {
+        loop {
+            if let Some(event) = s.ready.pop_front() {
+                return Some((Ok::<Bytes, std::io::Error>(event), s));
+            }
+            if s.done {
+                return None;
+            }
+            s.read().await;
+        }
+    });
+    let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
+    (headers, Body::from_stream(body)).into_response()
+}
+
+impl Events {
+    async fn read(&mut self) {
+        match self.follower.next(self.seq, true).await {
+            Next::Frames(frames) => {
+                if self.begin.is_none() {
+                    self.begin = self.first_t_ms(&frames).await;
+                }
+                let begin = self.begin.unwrap_or(0);
+                let mut chunk = BytesMut::new();
+                for f in frames {
+                    self.seq = f.seq;
+                    if self.only.is_none_or(|s| s == f.stream) {
+                        chunk.extend_from_slice(&output_event(&f, self.id(f.seq), begin));
+                    }
+                }
+                self.ready.push_back(chunk.freeze());
+            }
+            Next::Again(no) => self.again(no),
+            Next::Quiet => self.ready.push_back(Bytes::from_static(b": quiet\n\n")),
+            Next::Broken => self.done = true,
+            Next::End => {
+                self.done = true;
+                let totals = self.follower.task.output;
+                if totals.truncated {
+                    let gap = GapEvent { from: totals.kept_seq + 1, to: Some(totals.durable_seq), reason: "truncated".into() };
+                    self.ready.push_back(event("gap", Some(self.id(totals.durable_seq)), &gap));
+                }
+                let app = self.follower.app.clone();
+                if let Ok(detail) = app.tasks.detail(self.follower.task.clone()).await {
+                    self.ready.push_back(event("end", None, &EndEvent { task: views::detail(&app, detail) }));
+                }
+            }
+        }
+    }
+
+    fn again(&mut self, no: AttemptNo) {
+        (self.seq, self.begin) = (0, None);
+        let attempt = no.ordinal();
+        self.ready.push_back(event("attempt", Some(Place { attempt, seq: 0 }.id()), &AttemptEvent { attempt }));
+    }
+
+    fn id(&self, seq: u64) -> String {
+        Place { attempt: self.follower.attempt.map_or(1, AttemptNo::ordinal), seq }.id()
+    }
+
+    async fn first_t_ms(&self, frames: &[OutputFrame]) -> Option<i64> {
+        let first = frames.first()?;
+        if first.seq == 1 {
+            return Some(first.t_ms);
+        }
+        let earliest = self.follower.app.tasks.output(&self.follower.task, self.follower.attempt, 0, 1).await.ok()?;
+        Some(earliest.first().unwrap_or(first).t_ms)
+    }
+}
+
+fn output_event(f: &OutputFrame, id: String, begin: i64) -> Bytes {
+    let stream = match f.stream {
+        Stream::Stdout => "stdout",
+        Stream::Stderr => "stderr",
+    };
+    let data = OutputEvent {
+        seq: f.seq,
+        stream: stream.into(),
+        t_ms: f.t_ms.saturating_sub(begin).max(0) as u64,
+        data_base64: B64.encode(&f.data),
+    };
+    event("output", Some(id), &data)
+}
+
+/// One event of the WHATWG event-stream format. JSON has no line break, so one `data:` line is enough.
+fn event(kind: &str, id: Option<String>, data: &impl serde::Serialize) -> Bytes {
+    let id = id.map(|n| format!("id: {n}\n")).unwrap_or_default();
+    let json = serde_json::to_string(data).unwrap_or_default();
+    Bytes::from(format!("{id}event: {kind}\ndata: {json}\n\n"))
+}

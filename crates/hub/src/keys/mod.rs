@@ -1,0 +1,265 @@
+//! The keyring: every private key of the hub, in `{data_dir}/keys` (0700), never in the database.
+
+mod passwords;
+mod tokens;
+
+pub use passwords::Argon2Passwords;
+
+use ed25519_dalek::SigningKey;
+use hub_engine::ports::{Keyring, StoreError, Stored};
+use mesh_core::seal::{self, Intent};
+use mesh_core::{Digest, HubId, LoginId, NodeId, UnixMs, UserId, enrol, sha256};
+use mesh_process::{entropy, files};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
+    SerialNumber, SubjectPublicKeyInfo,
+};
+use std::path::{Path, PathBuf};
+use time::OffsetDateTime;
+
+#[derive(Debug, thiserror::Error)]
+pub enum KeyError {
+    #[error("{path}: {source}")]
+    File { path: PathBuf, source: std::io::Error },
+    #[error("{path}: {problem}")]
+    Damaged { path: PathBuf, problem: String },
+    #[error("{0} has a database but no keys: put its keys folder back, or start with another data folder")]
+    Missing(PathBuf),
+    #[error("making a certificate: {0}")]
+    Certificate(#[from] rcgen::Error),
+}
+
+/// What a server needs for the node port.
+pub struct ServerIdentity {
+    /// Leaf, then root: the node finds its pin in it.
+    pub chain: Vec<Vec<u8>>,
+    /// PKCS#8 (DER).
+    pub key: Vec<u8>,
+    pub not_after: UnixMs,
+}
+
+pub struct Keys {
+    pub hub: HubId,
+    root_key: String,
+    root_der: Vec<u8>,
+    root_spki: Digest,
+    task: SigningKey,
+    intent: [u8; 32],
+    token: [u8; 32],
+    jwt: tokens::TokenKeys,
+}
+
+const ROOT_YEARS: i64 = 10;
+const SERVER_DAYS: i64 = 30;
+const SERVER_BACK_DAYS: i64 = 7;
+const NODE_BACK_MS: i64 = 5 * 60_000;
+
+impl Keys {
+    /// Opens the folder, or makes it with all keys on the very first start. A folder whose database
+    /// exists without keys is refused: made anew, they would cut every node off.
+    pub fn open(data_dir: &Path, now: UnixMs) -> Result<Self, KeyError> {
+        let dir = data_dir.join("keys");
+        if !dir.join("hub-id").exists() {
+            if data_dir.join("hub.db").exists() {
+                return Err(KeyError::Missing(data_dir.to_owned()));
+            }
+            Self::make(&dir, now)?;
+        }
+        let text = |name: &str| -> Result<String, KeyError> {
+            let path = dir.join(name);
+            std::fs::read_to_string(&path).map_err(|source| KeyError::File { path, source })
+        };
+        let secret = |name: &str| -> Result<[u8; 32], KeyError> {
+            let path = dir.join(name);
+            let mut out = [0; 32];
+            hex::decode_to_slice(text(name)?.trim(), &mut out).map_err(|e| KeyError::Damaged { path, problem: e.to_string() })?;
+            Ok(out)
+        };
+        let hub: HubId =
+            text("hub-id")?.trim().parse().map_err(|e| KeyError::Damaged { path: dir.join("hub-id"), problem: format!("{e}") })?;
+        let root_key = text("root.key")?;
+        let pair = KeyPair::from_pem(&root_key)?;
+        let path = dir.join("root.crt");
+        let root_der = std::fs::read(&path).map_err(|source| KeyError::File { path, source })?;
+        Ok(Self {
+            hub,
+            root_spki: sha256(&pair.subject_public_key_info()),
+            root_key,
+            root_der,
+            task: SigningKey::from_bytes(&secret("task.key")?),
+            intent: secret("intent.key")?,
+            token: secret("token.key")?,
+            jwt: tokens::TokenKeys::new(&secret("jwt.key")?, hub),
+        })
+    }
+
+    fn make(dir: &Path, now: UnixMs) -> Result<(), KeyError> {
+        let put = |name: &str, content: &[u8]| {
+            let path = dir.join(name);
+            files::write_private(&path, content).map_err(|source| KeyError::File { path, source })
+        };
+        files::private_dir(dir).map_err(|source| KeyError::File { path: dir.to_owned(), source })?;
+        let hub = HubId::from_parts(now, entropy::bytes());
+        let pair = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
+        let root = root_params(hub, now).self_signed(&pair)?;
+        put("root.key", pair.serialize_pem().as_bytes())?;
+        put("root.crt", root.der())?;
+        for name in ["task.key", "intent.key", "token.key", "jwt.key"] {
+            put(name, hex::encode(entropy::bytes::<32>()).as_bytes())?;
+        }
+        // Last: its presence says that all the others are there.
+        put("hub-id", hub.to_string().as_bytes())
+    }
+
+    fn issuer(&self) -> Result<Issuer<'static, KeyPair>, rcgen::Error> {
+        Issuer::from_ca_cert_der(&self.root_der.clone().into(), KeyPair::from_pem(&self.root_key)?)
+    }
+
+    /// `sha256:` and hex of the root's SubjectPublicKeyInfo.
+    pub fn pin(&self) -> String {
+        format!("sha256:{}", hex::encode(self.root_spki))
+    }
+    pub fn root_der(&self) -> &[u8] {
+        &self.root_der
+    }
+    /// Public keys that orders are signed by.
+    pub fn task_keys(&self) -> Vec<[u8; 32]> {
+        vec![self.task.verifying_key().to_bytes()]
+    }
+
+    /// What hubs of this deployment seal events with that pass through others' hands. Derived, so that
+    /// hubs with the same keys folder have the same.
+    pub fn bus_key(&self) -> [u8; 32] {
+        use hmac::{Hmac, KeyInit, Mac};
+        let mut mac = Hmac::<sha2::Sha256>::new_from_slice(&self.intent).expect("HMAC takes a key of any length");
+        // No intent begins like this.
+        mac.update(b"cortex-mesh bus key 1");
+        mac.finalize().into_bytes().into()
+    }
+
+    /// A fresh certificate for the node port: 30 days, dated a week back for clocks that lag.
+    pub fn server_identity(&self, now: UnixMs) -> Result<ServerIdentity, KeyError> {
+        let pair = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
+        let mut p = CertificateParams::new(vec![enrol::server_name(self.hub)])?;
+        p.distinguished_name.push(DnType::CommonName, "Cortex Mesh hub");
+        p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        p.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        p.serial_number = Some(serial());
+        p.not_before = at(now) - time::Duration::days(SERVER_BACK_DAYS);
+        p.not_after = at(now) + time::Duration::days(SERVER_DAYS);
+        let leaf = p.signed_by(&pair, &self.issuer()?)?;
+        Ok(ServerIdentity {
+            chain: vec![leaf.der().to_vec(), self.root_der.clone()],
+            key: pair.serialize_der(),
+            not_after: now + SERVER_DAYS * 86_400_000,
+        })
+    }
+}
+
+fn root_params(hub: HubId, now: UnixMs) -> CertificateParams {
+    let mut p = CertificateParams::default();
+    p.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    p.distinguished_name.push(DnType::CommonName, format!("Cortex Mesh root of {hub}"));
+    p.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    p.serial_number = Some(serial());
+    p.not_before = at(now) - time::Duration::days(SERVER_BACK_DAYS);
+    p.not_after = at(now) + time::Duration::days(365 * ROOT_YEARS);
+    p
+}
+
+fn at(ms: UnixMs) -> OffsetDateTime {
+    OffsetDateTime::from_unix_timestamp(ms / 1000).unwrap_or(OffsetDateTime::UNIX_EPOCH)
+}
+
+/// 127 random bits: positive and never twice.
+fn serial() -> SerialNumber {
+    let mut b: [u8; 16] = entropy::bytes();
+    b[0] &= 0x7f;
+    SerialNumber::from_slice(&b)
+}
+
+impl Keyring for Keys {
+    fn sign(&self, payload_type: &str, body: &[u8]) -> (String, [u8; 64]) {
+        (self.key_id(), seal::sign(&self.task, payload_type, body))
+    }
+    fn key_id(&self) -> String {
+        seal::key_id(&self.task.verifying_key().to_bytes())
+    }
+    fn seal(&self, intent: &Intent) -> Digest {
+        intent.seal(&self.intent)
+    }
+    fn is_sealed(&self, intent: &Intent, seal: &Digest) -> bool {
+        intent.is_sealed_by(&self.intent, seal)
+    }
+    fn token_mac(&self, token: &str) -> Digest {
+        use hmac::{Hmac, KeyInit, Mac};
+        let mut mac = Hmac::<sha2::Sha256>::new_from_slice(&self.token).expect("HMAC takes a key of any length");
+        mac.update(token.as_bytes());
+        mac.finalize().into_bytes().into()
+    }
+    fn issue_access(&self, user: UserId, login: LoginId, now: UnixMs, expires_at: UnixMs) -> String {
+        self.jwt.issue(user, login, now, expires_at)
+    }
+    fn read_access(&self, token: &str, now: UnixMs) -> Option<(UserId, LoginId)> {
+        self.jwt.read(token, now)
+    }
+    fn issue_certificate(&self, node: NodeId, spki_der: &[u8], now: UnixMs, not_after: UnixMs) -> Stored<Vec<u8>> {
+        let issue = || -> Result<Vec<u8>, rcgen::Error> {
+            let key = SubjectPublicKeyInfo::from_der(spki_der)?;
+            let mut p = CertificateParams::default();
+            p.distinguished_name = rcgen::DistinguishedName::new();
+            p.subject_alt_names = vec![SanType::URI(enrol::node_uri(self.hub, node).try_into()?)];
+            p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+            p.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+            p.serial_number = Some(serial());
+            // Dated back for another hub's clock that lags, but never by much of a short life.
+            p.not_before = at(now - NODE_BACK_MS.min((not_after - now) / 10));
+            p.not_after = at(not_after);
+            Ok(p.signed_by(&key, &self.issuer()?)?.der().to_vec())
+        };
+        issue().map_err(|e| StoreError::new("issue a node certificate", e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: UnixMs = 1_790_000_000_000;
+
+    #[test]
+    fn keys_are_made_once_and_private() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let a = Keys::open(dir.path(), NOW).unwrap();
+        let b = Keys::open(dir.path(), NOW + 5).unwrap();
+        assert_eq!((a.hub, a.pin(), a.task_keys(), a.bus_key()), (b.hub, b.pin(), b.task_keys(), b.bus_key()));
+        assert!(![a.intent, a.token].contains(&a.bus_key()));
+        for f in std::fs::read_dir(dir.path().join("keys")).unwrap() {
+            let f = f.unwrap();
+            assert_eq!(f.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{f:?}");
+        }
+        std::fs::write(dir.path().join("hub.db"), "x").unwrap();
+        std::fs::remove_dir_all(dir.path().join("keys")).unwrap();
+        assert!(matches!(Keys::open(dir.path(), NOW), Err(KeyError::Missing(_))));
+    }
+
+    #[test]
+    fn a_node_certificate_says_one_thing() {
+        use x509_parser::prelude::*;
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::open(dir.path(), NOW).unwrap();
+        let node = NodeId::from_bytes([5; 16]);
+        let pair = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+        let der = keys.issue_certificate(node, &pair.subject_public_key_info(), NOW, NOW + 3_600_000).unwrap();
+        let (_, c) = X509Certificate::from_der(&der).unwrap();
+        assert_eq!(c.subject().iter().count(), 0);
+        let san = c.subject_alternative_name().unwrap().unwrap();
+        assert_eq!(san.value.general_names.len(), 1);
+        assert!(matches!(&san.value.general_names[0], GeneralName::URI(u) if enrol::parse_node_uri(keys.hub, u) == Some(node)));
+        let eku = c.extended_key_usage().unwrap().unwrap().value;
+        assert!(eku.client_auth && !eku.server_auth);
+        assert_eq!(c.validity().not_after.timestamp() * 1000, NOW + 3_600_000);
+        assert_eq!(sha256(c.public_key().raw), sha256(&pair.subject_public_key_info()));
+    }
+}

@@ -1,0 +1,106 @@
+//! Passwords by argon2id (RFC 9106), a bounded number at once, off the async threads.
+
+use argon2::password_hash::phc::{Output, PasswordHash};
+use argon2::{Algorithm, Argon2, Block, Params, Version};
+use async_trait::async_trait;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD_NO_PAD as B64;
+use hub_engine::ports::{Passwords, StoreError, Stored};
+use mesh_process::entropy;
+use tokio::sync::Semaphore;
+
+/// Each takes 19 MiB and a core.
+const AT_ONCE: usize = 2;
+
+pub struct Argon2Passwords {
+    gate: Semaphore,
+    /// Compared with when the user is unknown, so that the answer takes as long.
+    dummy: String,
+}
+
+impl Argon2Passwords {
+    pub fn new() -> Result<Self, StoreError> {
+        let dummy = hash(b"nobody has this password")?;
+        Ok(Self { gate: Semaphore::new(AT_ONCE), dummy })
+    }
+}
+
+/// Room for one hash. The C library maps what is larger than 32 MiB and unmaps it when it is freed, while
+/// smaller pieces make it keep as much for ever: only what a hash needs of this is ever touched.
+const MAPPED_BYTES: usize = 33 << 20;
+
+fn compute(argon: &Argon2<'_>, password: &[u8], salt: &[u8]) -> Result<[u8; HASH_BYTES], argon2::Error> {
+    let mut memory = Vec::with_capacity((MAPPED_BYTES / Block::SIZE).max(argon.params().block_count()));
+    memory.resize(argon.params().block_count(), Block::default());
+    let mut out = [0; HASH_BYTES];
+    argon.hash_password_into_with_memory(password, salt, &mut out, &mut memory[..])?;
+    Ok(out)
+}
+
+const SALT_BYTES: usize = 16;
+const HASH_BYTES: usize = 32;
+
+/// The PHC string of a new salt and the hash under it.
+fn hash(password: &[u8]) -> Stored<String> {
+    let failed = |e: String| StoreError::new("hash a password", e);
+    let (argon, salt) = (Argon2::default(), entropy::bytes::<SALT_BYTES>());
+    let out = compute(&argon, password, &salt).map_err(|e| failed(e.to_string()))?;
+    let p = argon.params();
+    Ok(format!("$argon2id$v=19$m={},t={},p={}${}${}", p.m_cost(), p.t_cost(), p.p_cost(), B64.encode(salt), B64.encode(out)))
+}
+
+/// Computes the hash anew with the stored parameters and salt; compared in constant time.
+fn fits(password: &[u8], phc: &str) -> bool {
+    let Ok(stored) = PasswordHash::new(phc) else { return false };
+    let (Ok(params), Some(salt), Some(expected)) = (Params::try_from(&stored), stored.salt, stored.hash) else { return false };
+    let argon = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
+    compute(&argon, password, salt.as_ref()).is_ok_and(|out| Output::new(&out).is_ok_and(|o| o == expected))
+}
+
+async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Stored<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| StoreError::new("hash a password", e))
+}
+
+#[async_trait]
+impl Passwords for Argon2Passwords {
+    async fn hash(&self, password: String) -> Stored<String> {
+        let _permit = self.gate.acquire().await.map_err(|e| StoreError::new("hash a password", e))?;
+        off_thread(move || hash(password.as_bytes())).await?
+    }
+    async fn verify(&self, password: String, stored: Option<String>) -> Stored<bool> {
+        let _permit = self.gate.acquire().await.map_err(|e| StoreError::new("verify a password", e))?;
+        let known = stored.is_some();
+        let phc = stored.unwrap_or_else(|| self.dummy.clone());
+        let fits = off_thread(move || fits(password.as_bytes(), &phc)).await?;
+        Ok(known && fits)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn right_wrong_and_unknown() {
+        let p = Argon2Passwords::new().unwrap();
+        let phc = p.hash("correct horse".into()).await.unwrap();
+        assert!(phc.starts_with("$argon2id$"), "{phc}");
+        assert!(p.verify("correct horse".into(), Some(phc.clone())).await.unwrap());
+        assert!(!p.verify("wrong horse".into(), Some(phc)).await.unwrap());
+        assert!(!p.verify("nobody has this password".into(), None).await.unwrap());
+        for damaged in ["", "$argon2id$", "plain", "$argon2id$v=19$m=8,t=1,p=1$AAAA"] {
+            assert!(!p.verify("x".into(), Some(damaged.into())).await.unwrap(), "{damaged}");
+        }
+    }
+
+    /// What others write and read: the library's own PHC strings.
+    #[test]
+    fn the_form_is_the_published_one() {
+        use argon2::{PasswordHasher, PasswordVerifier};
+        let theirs = Argon2::default().hash_password(b"a password").unwrap().to_string();
+        assert!(fits(b"a password", &theirs) && !fits(b"another", &theirs));
+        let ours = hash(b"a password").unwrap();
+        assert!(Argon2::default().verify_password(b"a password", &PasswordHash::new(&ours).unwrap()).is_ok());
+        assert_eq!(ours.rsplit_once('$').unwrap().0.rsplit_once('$').unwrap().0, "$argon2id$v=19$m=19456,t=2,p=1");
+    }
+}

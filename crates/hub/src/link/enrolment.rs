@@ -1,0 +1,42 @@
+//! The one call that answers without a certificate.
+
+use super::wire::{bad_message, capabilities, certificate, csr_key, status};
+use super::{LinkContext, tls};
+use hub_engine::nodes::Enrolment;
+use mesh_wire::convert::{fixed, id};
+use mesh_wire::node as wire;
+use std::sync::Arc;
+use tonic::{Request, Response, Status};
+
+pub struct EnrolService(pub Arc<LinkContext>);
+
+#[tonic::async_trait]
+impl wire::enrolment_server::Enrolment for EnrolService {
+    async fn enrol(&self, request: Request<wire::EnrolRequest>) -> Result<Response<wire::EnrolReply>, Status> {
+        let context = &self.0;
+        let connection = request.extensions().get::<tls::Connection>().cloned().ok_or_else(|| Status::internal("no connection"))?;
+        let r = request.into_inner();
+        let registration = r.registration.unwrap_or_default();
+        let enrolment = Enrolment {
+            invite: id("invite_id", &r.invite_id).map_err(bad_message)?,
+            spki_der: csr_key(&r.csr_der)?,
+            nonce: fixed("nonce", &r.nonce).map_err(bad_message)?,
+            proof: r.proof,
+            exporter: connection.exporter,
+            version: registration.version,
+            capabilities: capabilities(registration.capabilities.unwrap_or_default()),
+            suggested_name: registration.suggested_name,
+        };
+        let invite = enrolment.invite;
+        let node = context.nodes.enrol(enrolment).await.map_err(|e| {
+            tracing::warn!(%invite, address = %connection.address, error = %e, "an enrolment was refused");
+            status(&e)
+        })?;
+        Ok(Response::new(wire::EnrolReply {
+            node_id: node.id.to_string(),
+            node_name: node.name,
+            certificate: Some(certificate(&context.keys, node.certificate)),
+            hub_time_ms: context.clock.anchored_ms(),
+        }))
+    }
+}

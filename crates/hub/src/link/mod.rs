@@ -1,0 +1,96 @@
+//! The node port: one TLS 1.3 listener for enrolment and links.
+//!
+//! ```text
+//! accept ─ TLS ─► Enrolment.Enrol          (the only call without a certificate)
+//!             └─► NodeLink.SyncConfiguration, TaskStream, DataStream, ReportHealth, Renew
+//! ```
+
+mod data;
+mod enrolment;
+mod envelope;
+mod node;
+mod tasks;
+pub mod tls;
+mod wire;
+
+use crate::keys::Keys;
+use hub_engine::delivery::Delivery;
+use hub_engine::nodes::Nodes;
+use mesh_core::{Digest, NodeId, UnixMs};
+use mesh_process::{SharedClock, Tasks};
+use mesh_wire::limits;
+use mesh_wire::node::enrolment_server::EnrolmentServer;
+use mesh_wire::node::node_link_server::NodeLinkServer;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tonic::{Request, Status};
+
+const PING_EVERY: Duration = Duration::from_secs(20);
+
+/// What every handler on the node port needs.
+pub struct LinkContext {
+    pub keys: Arc<Keys>,
+    pub nodes: Arc<Nodes>,
+    pub delivery: Arc<Delivery>,
+    pub clock: SharedClock,
+    pub tasks: Tasks,
+}
+
+/// Who is at the other end, as TLS has verified it.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    pub node: NodeId,
+    pub spki: Digest,
+    pub not_after: UnixMs,
+}
+
+impl LinkContext {
+    /// The node behind a request: its certificate is valid now, and the registry knows it.
+    async fn authenticate<T>(&self, request: &Request<T>) -> Result<(Peer, hub_engine::records::Node), Status> {
+        self.identify(request).await.inspect_err(|refused| {
+            if matches!(refused.code(), tonic::Code::Unauthenticated | tonic::Code::PermissionDenied) {
+                metrics::counter!("cortex_auth_failures_total", "kind" => "node").increment(1);
+            }
+        })
+    }
+    async fn identify<T>(&self, request: &Request<T>) -> Result<(Peer, hub_engine::records::Node), Status> {
+        let connection = request.extensions().get::<tls::Connection>().ok_or_else(|| Status::internal("no connection"))?;
+        let der = connection.certificate.as_deref().ok_or_else(|| Status::unauthenticated("this call needs a node certificate"))?;
+        let peer =
+            tls::read_node_certificate(self.keys.hub, der).ok_or_else(|| Status::unauthenticated("not a node certificate of this hub"))?;
+        // TLS checked the dates when the connection began; it may have lived long since.
+        if peer.not_after <= self.clock.now_ms() {
+            return Err(Status::unauthenticated("certificate_expired"));
+        }
+        let node = self.nodes.authenticate(peer.node, &peer.spki).await.map_err(|e| wire::status(&e))?;
+        Ok((peer, node))
+    }
+}
+
+/// Serves the node port until the group ends.
+pub async fn serve(
+    context: Arc<LinkContext>,
+    listener: TcpListener,
+    tls: Arc<tls::ServerTls>,
+    connections: usize,
+) -> Result<(), tonic::transport::Error> {
+    let token = context.tasks.token();
+    let incoming = tls::accept(listener, tls, connections, &context.tasks);
+    let link = NodeLinkServer::new(node::LinkService(context.clone()))
+        .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
+    let enrol = EnrolmentServer::new(enrolment::EnrolService(context)).max_decoding_message_size(64 << 10);
+    tonic::transport::Server::builder()
+        .initial_stream_window_size(limits::STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(limits::CONNECTION_WINDOW_BYTES)
+        .max_concurrent_streams(16)
+        .http2_max_header_list_size(16 << 10)
+        // Whoever answers none of these is gone, whatever TCP believes.
+        .http2_keepalive_interval(Some(PING_EVERY))
+        .http2_keepalive_timeout(Some(PING_EVERY))
+        .add_service(link)
+        .add_service(enrol)
+        .serve_with_incoming_shutdown(incoming, token.cancelled_owned())
+        .await
+}

@@ -1,0 +1,316 @@
+//! One node's task stream: heartbeats both ways, orders down, starts and results up.
+//!
+//! Two tasks serve a link. The *conversation* owns both directions and never waits on the store; the
+//! *worker* carries what the node reports to the journal, in order, as many at once as there are.
+
+use super::envelope::Sealer;
+use super::wire::{HubFrames, bad_message, status};
+use super::{LinkContext, Peer};
+use futures::StreamExt;
+use hub_engine::delivery::{Hello, Presence, Reported};
+use hub_engine::input::Answer;
+use hub_engine::links::{LINK_QUEUE, LinkCommand};
+use hub_engine::records::Node;
+use mesh_core::input::Fate;
+use mesh_core::permission::Caller;
+use mesh_core::task::{AttemptNo, Outcome};
+use mesh_core::{TaskId, UnixMs};
+use mesh_process::{CancellationToken, entropy};
+use mesh_wire::convert::{BadMessage, id};
+use mesh_wire::limits::{HEARTBEAT_SECS, ORDERS_PER_ENVELOPE, SILENCE_SECS};
+use mesh_wire::node::{self as wire, hub_frame, node_frame};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+
+/// Frames between the conversation and the socket.
+const OUT_QUEUE: usize = 64;
+/// Reports between the conversation and the journal; a node cannot hold more attempts than this.
+const REPORT_QUEUE: usize = 2048;
+/// Reports that share a round to the journal.
+const REPORTS_AT_ONCE: usize = 256;
+/// The word by which a node knows that it is revoked.
+const GOODBYE_REVOKED: &str = "revoked";
+/// Bytes of results on that way; what goes beyond ends the link, and the node says it again on the next.
+const REPORT_BYTES: usize = 32 << 20;
+const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Something a node reports about an attempt.
+enum Report {
+    Started(TaskId, AttemptNo),
+    /// With its part of [`REPORT_BYTES`].
+    Result(Box<Reported>, OwnedSemaphorePermit),
+}
+
+pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound: Streaming<wire::NodeFrame>) -> Result<HubFrames, Status> {
+    let first = tokio::time::timeout(HELLO_DEADLINE, inbound.message()).await.map_err(|_| Status::deadline_exceeded("no hello came"))??;
+    let Some(wire::NodeFrame { kind: Some(node_frame::Kind::Hello(hello)) }) = first else {
+        return Err(Status::failed_precondition("the first frame is a hello"));
+    };
+    let hello = read_hello(hello).map_err(bad_message)?;
+    let (commands, queue) = mpsc::channel(LINK_QUEUE);
+    let (own, its_node) = (context.clone(), node.clone());
+    // To its end even if the node hangs up: a link half in place would be a ghost.
+    let opened = context.tasks.complete("link open", async move { own.delivery.open_link(&its_node, hello, commands).await }).await;
+    let welcome = opened.ok_or_else(|| Status::unavailable("the hub is stopping"))?.map_err(|e| status(&e))?;
+    tracing::info!(node = %node.id, name = %node.name, generation = welcome.generation, "node online");
+    metrics::counter!("cortex_links_opened_total").increment(1);
+    let link_session: [u8; 16] = entropy::bytes();
+    let (out, frames) = mpsc::channel(OUT_QUEUE);
+    let frame = hub_frame::Kind::Welcome(wire::Welcome {
+        hub_id: context.keys.hub.to_string(),
+        hub_time_ms: context.clock.anchored_ms(),
+        link_session: link_session.to_vec(),
+        generation: welcome.generation,
+        marks: welcome
+            .marks
+            .into_iter()
+            .map(|(t, a, seq)| wire::OutputMark { task_id: t.to_string(), attempt: a.0, durable_seq: seq })
+            .collect(),
+    });
+    let _ = out.send(Ok(wire::HubFrame { kind: Some(frame) })).await;
+    let (reports, report_queue) = mpsc::channel(REPORT_QUEUE);
+    let caller = Caller::Node { node: node.id, generation: welcome.generation };
+    let tasks = context.tasks.clone();
+    tasks.spawn_until_cancelled("link worker", carry(context.clone(), caller, report_queue));
+    let conversation = Conversation {
+        context,
+        peer,
+        generation: welcome.generation,
+        _presence: welcome.presence,
+        cut: welcome.cut,
+        link_session,
+        out,
+        commands: queue,
+        reports,
+        room: Arc::new(Semaphore::new(REPORT_BYTES)),
+    };
+    tasks.spawn("link", conversation.run(inbound));
+    Ok(ReceiverStream::new(frames).boxed())
+}
+
+struct Conversation {
+    context: Arc<LinkContext>,
+    peer: Peer,
+    generation: u64,
+    _presence: Presence,
+    cut: CancellationToken,
+    link_session: [u8; 16],
+    out: mpsc::Sender<Result<wire::HubFrame, Status>>,
+    commands: mpsc::Receiver<LinkCommand>,
+    reports: mpsc::Sender<Report>,
+    room: Arc<Semaphore>,
+}
+
+impl Conversation {
+    async fn run(mut self, inbound: Streaming<wire::NodeFrame>) {
+        let cut = self.cut.clone();
+        let (code, detail) = tokio::select! {
+            biased;
+            // Whatever the conversation is doing: a node that is not ours waits for nothing.
+            () = cut.cancelled() => (GOODBYE_REVOKED, "its owner or an admin revoked or removed it".to_owned()),
+            end = self.talk(inbound) => end,
+        };
+        tracing::info!(node = %self.peer.node, generation = self.generation, code, detail, "link ended");
+        metrics::counter!("cortex_links_closed_total", "code" => code).increment(1);
+        let bye = hub_frame::Kind::Goodbye(wire::Goodbye { code: code.into(), detail });
+        let _ = self.out.try_send(Ok(wire::HubFrame { kind: Some(bye) }));
+        // Dropping the presence puts the node offline at once; a newer link of it stays untouched.
+    }
+
+    /// Serves until something ends the link; says what.
+    async fn talk(&mut self, mut inbound: Streaming<wire::NodeFrame>) -> (&'static str, String) {
+        let context = self.context.clone();
+        let clock = context.clock.clone();
+        let stop = context.tasks.token();
+        let mut sealer = Sealer {
+            keyring: &*context.keys,
+            hub: context.keys.hub,
+            node: self.peer.node,
+            node_key: self.peer.spki,
+            link_session: self.link_session,
+            seq: 0,
+        };
+        let life = (self.peer.not_after - clock.now_ms()).max(0) as u64;
+        let certificate_end = tokio::time::sleep(Duration::from_millis(life));
+        tokio::pin!(certificate_end);
+        let silence = tokio::time::sleep(Duration::from_secs(SILENCE_SECS));
+        tokio::pin!(silence);
+        let mut beat = tokio::time::interval(Duration::from_secs(HEARTBEAT_SECS));
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut beats = 0;
+        // The newest heartbeat of the node, to be answered with ours: (sent_ms, when it came).
+        let mut heard: Option<(UnixMs, Duration)> = None;
+        let mut batch = Vec::with_capacity(ORDERS_PER_ENVELOPE);
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return ("shutdown", "the hub is stopping".into()),
+                () = &mut certificate_end => return ("certificate_expired", "the certificate of this link has ended".into()),
+                () = &mut silence => return ("silent", format!("no frame came for {SILENCE_SECS} s")),
+                _ = beat.tick() => {
+                    beats += 1;
+                    let now = clock.steady();
+                    let (echo_ms, held) = heard.map_or((0, Duration::ZERO), |(ms, at)| (ms, now.saturating_sub(at)));
+                    let beat = wire::Heartbeat { seq: beats, sent_ms: now.as_millis() as i64, echo_ms, held_ms: held.as_millis() as i64 };
+                    if !self.say(hub_frame::Kind::Heartbeat(beat)).await {
+                        return ("gone", "the stream was closed".into());
+                    }
+                }
+                n = self.commands.recv_many(&mut batch, ORDERS_PER_ENVELOPE) => {
+                    if n == 0 {
+                        return ("overrun", "the link was too slow for its orders; connect again".into());
+                    }
+                    if let Some(end) = self.pass(&mut sealer, std::mem::take(&mut batch)).await {
+                        return end;
+                    }
+                }
+                frame = inbound.message() => {
+                    let frame = match frame {
+                        Ok(Some(f)) => f,
+                        Ok(None) => return ("closed", "the node closed the stream".into()),
+                        Err(e) => return ("broken", e.message().to_owned()),
+                    };
+                    silence.as_mut().reset(tokio::time::Instant::now() + Duration::from_secs(SILENCE_SECS));
+                    if let Err(e) = self.hear(frame, &mut heard) {
+                        return ("bad_frame", e);
+                    }
+                }
+            }
+        }
+    }
+
+    async fn say(&self, kind: hub_frame::Kind) -> bool {
+        // A socket that takes nothing for as long as silence may last counts as gone.
+        self.out.send_timeout(Ok(wire::HubFrame { kind: Some(kind) }), Duration::from_secs(SILENCE_SECS)).await.is_ok()
+    }
+
+    /// Carries a batch of the engine's commands to the node, orders sharing envelopes.
+    async fn pass(&self, sealer: &mut Sealer<'_>, batch: Vec<LinkCommand>) -> Option<(&'static str, String)> {
+        let (mut orders, mut cancels, mut inputs, mut acks, mut close) = (vec![], vec![], vec![], vec![], None);
+        for command in batch {
+            match command {
+                LinkCommand::Order(o) => orders.push(*o),
+                LinkCommand::Cancel { task, attempt } => cancels.push((task, attempt)),
+                LinkCommand::Input(i) => inputs.push(*i),
+                LinkCommand::ResultAck { task, attempt } => acks.push(wire::ResultAck { task_id: task.to_string(), attempt: attempt.0 }),
+                LinkCommand::Close { code, detail } => close = Some((code, detail)),
+            }
+        }
+        if close.is_some() {
+            return close;
+        }
+        // A cancel may be for an order of this very batch: orders first.
+        let mut envelopes = sealer.orders(orders);
+        envelopes.extend(sealer.cancels(&cancels));
+        envelopes.extend(inputs.into_iter().map(|i| sealer.input(i)));
+        let frames = envelopes.into_iter().map(hub_frame::Kind::Envelope).chain(acks.into_iter().map(hub_frame::Kind::ResultAck));
+        for kind in frames {
+            if !self.say(kind).await {
+                return Some(("gone", "the stream was closed".into()));
+            }
+        }
+        None
+    }
+
+    fn hear(&self, frame: wire::NodeFrame, heard: &mut Option<(UnixMs, Duration)>) -> Result<(), String> {
+        let now = self.context.clock.steady();
+        let report = match frame.kind {
+            None => return Ok(()), // a kind of a later version
+            Some(node_frame::Kind::Hello(_)) => return Err("a second hello".into()),
+            Some(node_frame::Kind::Heartbeat(b)) => {
+                *heard = Some((b.sent_ms, now));
+                let back = (now.as_millis() as i64).saturating_sub(b.echo_ms).saturating_sub(b.held_ms);
+                if b.echo_ms > 0 && (0..3_600_000).contains(&back) {
+                    self.context.delivery.links.set_rtt(self.peer.node, Duration::from_millis(back as u64));
+                }
+                return Ok(());
+            }
+            Some(node_frame::Kind::Rejected(r)) => {
+                metrics::counter!("cortex_envelopes_rejected_total").increment(1);
+                let detail: String = r.detail.chars().take(200).collect();
+                let code: String = r.code.chars().take(64).collect();
+                tracing::error!(node = %self.peer.node, seq = r.seq, ?code, ?detail, "the node refused an envelope");
+                return Ok(());
+            }
+            Some(node_frame::Kind::Input(a)) => {
+                let caller = Caller::Node { node: self.peer.node, generation: self.generation };
+                // A code of a later version is no answer: the caller asks again. An older link's word is none either.
+                if let Some(answer) = read_answer(&a).map_err(|e| e.to_string())? {
+                    let _ = self.context.delivery.input_answered(&caller, answer);
+                }
+                return Ok(());
+            }
+            Some(node_frame::Kind::Started(s)) => {
+                Report::Started(id("started.task_id", &s.task_id).map_err(|e: BadMessage| e.to_string())?, AttemptNo(s.attempt))
+            }
+            Some(node_frame::Kind::Result(r)) => {
+                let result = read_result(r).map_err(|e| e.to_string())?;
+                let bytes = result.result.as_ref().map_or(0, Vec::len) as u32;
+                let room = self.room.clone().try_acquire_many_owned(bytes).map_err(|_| "results come faster than they are stored")?;
+                Report::Result(Box::new(result), room)
+            }
+        };
+        self.reports.try_send(report).map_err(|_| "more reports than attempts".into())
+    }
+}
+
+/// Carries reports to the journal; those of a round share commits.
+async fn carry(context: Arc<LinkContext>, caller: Caller, mut queue: mpsc::Receiver<Report>) {
+    let mut round = Vec::with_capacity(REPORTS_AT_ONCE);
+    while queue.recv_many(&mut round, REPORTS_AT_ONCE).await > 0 {
+        let (delivery, caller) = (&context.delivery, &caller);
+        // All begin in their order and share a commit; the journal keeps that order.
+        let reports = round.drain(..).map(|report| async move {
+            match report {
+                Report::Started(t, a) => delivery.started(caller, t, a).await,
+                Report::Result(r, _room) => delivery.result(caller, *r).await,
+            }
+        });
+        for error in futures::future::join_all(reports).await.into_iter().filter_map(Result::err) {
+            // Not acknowledged: the node says it again on its next link, and this one is closed.
+            tracing::warn!(?caller, %error, "a report could not be recorded");
+            if let Caller::Node { node, generation } = *caller
+                && context.delivery.links.is_current(node, generation)
+            {
+                let close = LinkCommand::Close { code: "not_recorded", detail: "the hub could not record a report; connect again".into() };
+                context.delivery.links.send(node, close);
+            }
+        }
+    }
+}
+
+fn read_hello(h: wire::Hello) -> Result<Hello, BadMessage> {
+    let attempts = h
+        .attempts
+        .iter()
+        .map(|a| Ok((id("hello.attempts.task_id", &a.task_id)?, AttemptNo(a.attempt))))
+        .collect::<Result<_, BadMessage>>()?;
+    Ok(Hello { spool: id("hello.spool_id", &h.spool_id)?, max_tasks: h.max_tasks, attempts })
+}
+
+fn read_answer(a: &wire::InputAnswer) -> Result<Option<Answer>, BadMessage> {
+    let (task, attempt) = (id("input.task_id", &a.task_id)?, AttemptNo(a.attempt));
+    let fate = Fate::try_from(a.code()).ok();
+    Ok(fate.map(|fate| Answer { task, attempt, request: a.request, fate, taken: a.taken_seq }))
+}
+
+/// What a skill without a process may give back.
+const MAX_RESULT_BYTES: usize = 256 << 10;
+
+fn read_result(r: wire::TaskResult) -> Result<Reported, BadMessage> {
+    let outcome = r.outcome.as_ref().ok_or_else(|| BadMessage::new("result.outcome", "missing"))?;
+    if r.result.len() > MAX_RESULT_BYTES {
+        return Err(BadMessage::new("result.result", "too large"));
+    }
+    Ok(Reported {
+        task: id("result.task_id", &r.task_id)?,
+        attempt: AttemptNo(r.attempt),
+        outcome: Outcome::try_from(outcome)?,
+        last_seq: r.last_seq,
+        result: (!r.result.is_empty()).then_some(r.result),
+        sandbox_applied: (!r.sandbox_applied.is_empty()).then(|| r.sandbox_applied.chars().take(500).collect()),
+    })
+}

@@ -1,0 +1,454 @@
+//! Wiring: from settings to a hub that serves, and back down.
+
+use crate::config::Config;
+use crate::doors::listener::{self, Limits};
+use crate::doors::rest::{self, Binaries, Door, Facts, RestState};
+use crate::keys::{Argon2Passwords, KeyError, Keys};
+use crate::link::{self, LinkContext, tls};
+use crate::metrics;
+use anyhow::{Context, anyhow};
+use axum::Router;
+use hub_engine::accounts::{self, Accounts};
+use hub_engine::bus::EVENTS_KEPT;
+use hub_engine::delivery::Delivery;
+use hub_engine::events::Events;
+use hub_engine::expiry::{Expiry, Unsettled};
+use hub_engine::idempotency::Idempotency;
+use hub_engine::links::Links;
+use hub_engine::manage::Management;
+use hub_engine::memory::Memory;
+use hub_engine::messages::Messages;
+use hub_engine::nodes::{self, Nodes};
+use hub_engine::pool::{Pool, Queue};
+use hub_engine::ports::{self, Meta};
+use hub_engine::records::HubMeta;
+use hub_engine::sessions::Sessions;
+use hub_engine::state::State;
+use hub_engine::stats::{self, Remembered, Statistics};
+use hub_engine::tasks::TaskService;
+use hub_engine::watch::Watchers;
+use hub_store::{RedisBus, RedisPlan, Store};
+use mesh_process::{SharedClock, Tasks, files};
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, UnixListener};
+
+/// How long a stop waits for work under way.
+const STOP_GRACE: Duration = Duration::from_secs(10);
+/// How long a start waits for Redis, so that whoever comes back at once is not told of a loss.
+const REDIS_WAIT: Duration = Duration::from_secs(3);
+/// How often the registry notes who is here.
+const SEEN_EVERY: Duration = Duration::from_secs(15);
+/// How often idempotency keys of yesterday are thrown away.
+const FORGET_EVERY: Duration = Duration::from_secs(3600);
+/// How often the hub looks at its own certificate.
+const CERTIFICATE_LOOK: Duration = Duration::from_secs(3600);
+/// At this much left of 30 days, the hub's certificate is renewed.
+const CERTIFICATE_LEFT_MS: i64 = 10 * 86_400_000;
+
+/// Connections of the small listeners.
+const SOCKET_CONNECTIONS: usize = 256;
+const METRICS_CONNECTIONS: usize = 32;
+
+/// A hub that runs. Dropping it does not stop it; [`Hub::stop`] does.
+pub struct Hub {
+    pub http: SocketAddr,
+    pub node: SocketAddr,
+    pub metrics: SocketAddr,
+    pub socket: PathBuf,
+    pub data_dir: PathBuf,
+    /// Made and printed once, at the very first start.
+    pub made_password: Option<String>,
+    pub store: Arc<Store>,
+    pub keys: Arc<Keys>,
+    doors: Tasks,
+    work: Tasks,
+    store_tasks: Tasks,
+    _lock: files::Lock,
+}
+
+/// In the data folder: the password that the first start made, until it is changed.
+pub const MADE_PASSWORD: &str = "admin-password";
+
+/// The digest that orders name until policies are built: permissive, network full.
+fn built_in_policy() -> mesh_core::Digest {
+    mesh_core::sha256(b"cortexmesh built-in policy 1: mode permissive, network full")
+}
+
+impl Hub {
+    /// Starts everything and writes `hub.json` once all of it is ready.
+    pub async fn start(config: Config, clock: SharedClock) -> anyhow::Result<Self> {
+        let dir = config.data_dir.clone();
+        files::private_dir(&dir).with_context(|| format!("data folder {}", dir.display()))?;
+        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o700)).with_context(|| format!("data folder {}", dir.display()))?;
+        let lock = files::Lock::try_take(&dir.join("hub.lock"))
+            .with_context(|| format!("lock in {}", dir.display()))?
+            .ok_or_else(|| anyhow!("the data folder {} is in use by another hub; stop it, or use another --data-dir", dir.display()))?;
+        // What a killed hub left must not be taken for this one.
+        let _ = std::fs::remove_file(dir.join("hub.json"));
+        metrics::install();
+        raise_descriptors(config.connections);
+        let now = clock.now_ms();
+        let keys = Arc::new(Keys::open(&dir, now).map_err(|e: KeyError| anyhow!(e))?);
+        let (doors, work, store_tasks) = (Tasks::new(), Tasks::new(), Tasks::new());
+        let store = Store::open(&dir, &config.database, &store_tasks).await.context("opening the store")?;
+        let meta = store.hub(HubMeta { id: keys.hub, incarnation: 1, created_at: now }).await?;
+        if meta.id != keys.hub {
+            return Err(anyhow!(
+                "the database in {} belongs to hub {}, its keys to {}; put the right ones together",
+                dir.display(),
+                meta.id,
+                keys.hub
+            ));
+        }
+
+        let http_listener = bind(config.http_addr, "http.addr").await?;
+        let node_listener = bind(config.node_addr, "node.addr").await?;
+        let metrics_listener = bind(config.metrics_addr, "metrics.addr").await?;
+        let (http, node, metrics) = (http_listener.local_addr()?, node_listener.local_addr()?, metrics_listener.local_addr()?);
+
+        let events = events(&config, &keys, &clock, &store_tasks).await;
+        let services = Services::build(&config, &store, &keys, &clock, meta.incarnation, (&work, &doors), events)?;
+        let made_password = first_admin(&services.accounts, &config, &dir).await?;
+        // What ended while the hub was away has ended before anybody can ask.
+        services.expiry.round().await?;
+        services.pool.recover().await?;
+        services.manage.recover().await?;
+
+        let (server_tls, certificate_end) = tls::ServerTls::new(&keys, now)?;
+        let server_tls = Arc::new(server_tls);
+        let context = Arc::new(LinkContext {
+            keys: keys.clone(),
+            nodes: services.nodes.clone(),
+            delivery: services.delivery.clone(),
+            clock: clock.clone(),
+            tasks: work.child(),
+        });
+        let links = context.tasks.clone();
+        let port_tls = server_tls.clone();
+        let connections = config.connections as usize;
+        doors.spawn_vital("node port", async move { link::serve(context, node_listener, port_tls, connections).await });
+        let pool = services.pool.clone();
+        let stop_pool = work.token();
+        work.spawn_vital("pool", async move {
+            tokio::select! {
+                biased;
+                () = stop_pool.cancelled() => {}
+                () = pool.run() => {}
+            }
+            Ok::<(), std::convert::Infallible>(())
+        });
+        let manage = services.manage.clone();
+        work.spawn_until_cancelled("registry", async move { manage.run().await });
+        let registry = services.nodes.clone();
+        work.spawn_until_cancelled("presence", async move {
+            loop {
+                tokio::time::sleep(SEEN_EVERY).await;
+                if let Err(error) = registry.note_seen().await {
+                    tracing::warn!(%error, "noting who is here failed");
+                }
+            }
+        });
+        let expiry = services.expiry.clone();
+        work.spawn_until_cancelled("session ends", async move { expiry.run().await });
+        let statistics = services.statistics.clone();
+        work.spawn_until_cancelled("statistics", async move {
+            loop {
+                if let Err(error) = statistics.sample().await {
+                    tracing::warn!(%error, "sampling the statistics failed");
+                }
+                tokio::time::sleep(stats::SAMPLE_EVERY).await;
+            }
+        });
+        let keys_of_callers = services.idempotency.clone();
+        work.spawn_until_cancelled("idempotency keys", async move {
+            loop {
+                if let Err(error) = keys_of_callers.forget_old().await {
+                    tracing::warn!(%error, "forgetting old idempotency keys failed");
+                }
+                tokio::time::sleep(FORGET_EVERY).await;
+            }
+        });
+        work.spawn_until_cancelled("hub certificate", renew_certificate(server_tls, keys.clone(), clock.clone(), certificate_end));
+
+        let own_dir = std::env::current_exe().ok().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
+        let scraped = metrics::Scraped { pool: services.pool.clone(), store: store.clone(), data_dir: dir.clone() };
+        let app = rest::router(Arc::new(RestState {
+            accounts: services.accounts,
+            nodes: services.nodes,
+            memory: Memory { store: store.clone(), sessions: services.sessions.clone(), clock: clock.clone() },
+            messages: Messages { store: store.clone(), sessions: services.sessions.clone(), clock: clock.clone() },
+            state: State { store: store.clone(), clock: clock.clone() },
+            expiry: services.expiry,
+            statistics: services.statistics,
+            manage: services.manage,
+            sessions: services.sessions,
+            tasks: services.tasks,
+            idempotency: services.idempotency,
+            events: services.events,
+            streams: doors.clone(),
+            meta: store.clone(),
+            keys: keys.clone(),
+            binaries: Binaries::beside(&own_dir),
+            clock,
+            stop: doors.token(),
+            facts: Facts {
+                public_url: config.url(http),
+                node_address: config.node_address(node),
+                started_at_ms: now,
+                body_bytes: config.body_bytes as usize,
+                request_secs: config.request_secs,
+                made_password_file: dir.join(MADE_PASSWORD),
+                data_dir: dir.clone(),
+            },
+        }));
+        serve_http(&doors, http_listener, app.clone(), config.connections as usize);
+        let socket = dir.join("hub.sock");
+        serve_socket(&doors, &socket, app)?;
+        metrics::fold(&doors);
+        serve_metrics(&doors, metrics_listener, scraped);
+        // Links end by the token of the doors as well, so that nodes hear a reason.
+        let (stop, group) = (doors.token(), links);
+        work.spawn("links end", async move {
+            stop.cancelled().await;
+            group.end(STOP_GRACE).await;
+        });
+        let hub = Self { http, node, metrics, socket, data_dir: dir, made_password, store, keys, doors, work, store_tasks, _lock: lock };
+        hub.write_hub_json()?;
+        tracing::info!(%http, %node, hub = %hub.keys.hub, "the hub is ready");
+        Ok(hub)
+    }
+
+    fn write_hub_json(&self) -> anyhow::Result<()> {
+        let facts = serde_json::json!({
+            "http": self.http.to_string(),
+            "grpc": self.node.to_string(),
+            "metrics": self.metrics.to_string(),
+            "socket": self.socket,
+            "pid": std::process::id(),
+            "version": rest::VERSION,
+        });
+        files::write_private(&self.data_dir.join("hub.json"), facts.to_string().as_bytes()).context("writing hub.json")
+    }
+
+    /// Waits until vital work has failed: a port, the pool or the store's writer is gone.
+    pub async fn failed(&self) {
+        let [doors, work, store] = [&self.doors, &self.work, &self.store_tasks].map(Tasks::token);
+        tokio::select! {
+            () = doors.cancelled() => {}
+            () = work.cancelled() => {}
+            () = store.cancelled() => {}
+        }
+    }
+
+    /// Stops in order: doors and links first, then the work behind them, the store last.
+    pub async fn stop(self) -> bool {
+        let _ = std::fs::remove_file(self.data_dir.join("hub.json"));
+        let _ = std::fs::remove_file(&self.socket);
+        let mut clean = true;
+        for (name, group) in [("doors", self.doors), ("work", self.work), ("store", self.store_tasks)] {
+            if let mesh_process::tasks::Ended::Left(n) = group.end(STOP_GRACE).await {
+                tracing::warn!(group = name, left = n, "work was left at the stop");
+                clean = false;
+            }
+        }
+        clean
+    }
+}
+
+struct Services {
+    accounts: Arc<Accounts>,
+    nodes: Arc<Nodes>,
+    manage: Arc<Management>,
+    sessions: Arc<Sessions>,
+    pool: Arc<Pool>,
+    delivery: Arc<Delivery>,
+    tasks: Arc<TaskService>,
+    expiry: Arc<Expiry>,
+    statistics: Arc<Statistics>,
+    idempotency: Arc<Idempotency>,
+    events: Events,
+}
+
+impl Services {
+    fn build(
+        config: &Config,
+        store: &Arc<Store>,
+        keys: &Arc<Keys>,
+        clock: &SharedClock,
+        incarnation: u32,
+        (work, doors): (&Tasks, &Tasks),
+        events: Events,
+    ) -> anyhow::Result<Self> {
+        let keyring: Arc<dyn ports::Keyring> = keys.clone();
+        let (links, watchers) = (Arc::new(Links::telling(events.clone())), Watchers::default());
+        let accounts = Arc::new(Accounts {
+            recent: accounts::Recent::default(),
+            store: store.clone(),
+            keyring: keyring.clone(),
+            passwords: Arc::new(Argon2Passwords::new()?),
+            clock: clock.clone(),
+            events: events.clone(),
+            lifetimes: accounts::Lifetimes { access_secs: config.access_secs, refresh_days: config.refresh_days },
+        });
+        let nodes = Arc::new(Nodes {
+            hub: keys.hub,
+            store: store.clone(),
+            keyring: keyring.clone(),
+            links: links.clone(),
+            events: events.clone(),
+            history: Default::default(),
+            clock: clock.clone(),
+            lifetimes: nodes::Lifetimes { certificate_ms: config.certificate.as_millis() as i64, invite_secs: config.invite_secs },
+        });
+        let sessions = Arc::new(Sessions {
+            store: store.clone(),
+            nodes: nodes.clone(),
+            events: events.clone(),
+            clock: clock.clone(),
+            session_hours: config.session_hours,
+        });
+        let pool = Arc::new(Pool {
+            journal: store.clone(),
+            sessions: store.clone(),
+            accounts: store.clone(),
+            keyring: keyring.clone(),
+            links: links.clone(),
+            watchers: watchers.clone(),
+            events: events.clone(),
+            clock: clock.clone(),
+            incarnation,
+            policy: built_in_policy(),
+            queue: Queue::default(),
+        });
+        let delivery = Arc::new(Delivery {
+            journal: store.clone(),
+            output: store.clone(),
+            nodes: store.clone(),
+            links: links.clone(),
+            pool: pool.clone(),
+            clock: clock.clone(),
+            output_bytes: config.output_bytes,
+        });
+        let manage = Arc::new(Management {
+            nodes: nodes.clone(),
+            journal: store.clone(),
+            pool: pool.clone(),
+            work: work.clone(),
+            seen: Default::default(),
+        });
+        let tasks = Arc::new(TaskService {
+            journal: store.clone(),
+            output: store.clone(),
+            keyring,
+            nodes: nodes.clone(),
+            sessions: sessions.clone(),
+            links,
+            pool: pool.clone(),
+            watchers,
+            clock: clock.clone(),
+            work: work.clone(),
+            stop: doors.token(),
+        });
+        let expiry = Arc::new(Expiry {
+            sessions: sessions.clone(),
+            tasks: tasks.clone(),
+            purges: store.clone(),
+            clock: clock.clone(),
+            unsettled: Unsettled::default(),
+        });
+        let statistics = Arc::new(Statistics {
+            gauges: store.clone(),
+            nodes: nodes.clone(),
+            pool: pool.clone(),
+            clock: clock.clone(),
+            remembered: Remembered::default(),
+        });
+        let idempotency = Arc::new(Idempotency { store: store.clone(), clock: clock.clone() });
+        Ok(Self { accounts, nodes, manage, sessions, pool, delivery, tasks, expiry, statistics, idempotency, events })
+    }
+}
+
+/// Over Redis where that is set. A hub starts without it too: the store holds the truth.
+async fn events(config: &Config, keys: &Keys, clock: &SharedClock, tasks: &Tasks) -> Events {
+    let keep_for = Duration::from_secs(config.events_replay_secs);
+    let Some(url) = config.redis.clone() else { return Events::local(keep_for, clock.clone()) };
+    let (hub, key, clock) = (keys.hub, keys.bus_key(), clock.clone());
+    let bus = RedisBus::start(RedisPlan { url, hub, key, keep: EVENTS_KEPT, keep_for, clock: clock.clone() }, tasks);
+    if !bus.connected(REDIS_WAIT).await {
+        tracing::warn!("the hub starts without Redis and goes on trying; until then other hubs do not hear its events");
+    }
+    Events::new(Arc::new(bus), clock)
+}
+
+/// Asks the system for as many open files as it allows: connections need one each.
+fn raise_descriptors(connections: u64) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+    if let Some(most) = getrlimit(Resource::Nofile).current.filter(|most| *most < connections) {
+        tracing::warn!(most, connections, "fewer files may be open than limits.connections; raise the service's limit (LimitNOFILE)");
+    }
+}
+
+async fn bind(address: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("{key}: cannot listen on {address}"))
+}
+
+/// Makes the first admin; a password that was made is kept in a private file until it is changed.
+async fn first_admin(accounts: &Accounts, config: &Config, dir: &Path) -> anyhow::Result<Option<String>> {
+    let (password, made) = match &config.admin_password {
+        Some(p) => (p.clone(), false),
+        None => (accounts::made_password(), true),
+    };
+    if made && !dir.join(MADE_PASSWORD).exists() && accounts.store.count_users().await? == 0 {
+        // The file first: a crash between leaves a file without a user, and not a user without a password.
+        files::write_private(&dir.join(MADE_PASSWORD), format!("{password}\n").as_bytes()).context("keeping the made password")?;
+    }
+    let password = match std::fs::read_to_string(dir.join(MADE_PASSWORD)) {
+        Ok(kept) if made => kept.trim().to_owned(),
+        _ => password,
+    };
+    let created = accounts.first_admin("admin", &password).await?;
+    Ok((created && made).then_some(password))
+}
+
+async fn renew_certificate(server_tls: Arc<tls::ServerTls>, keys: Arc<Keys>, clock: SharedClock, mut end: i64) {
+    loop {
+        tokio::time::sleep(CERTIFICATE_LOOK).await;
+        let now = clock.now_ms();
+        if end - now > CERTIFICATE_LEFT_MS {
+            continue;
+        }
+        match server_tls.renew(&keys, now) {
+            Ok(until) => end = until,
+            Err(error) => tracing::error!(%error, "the hub's certificate could not be renewed"),
+        }
+    }
+}
+
+fn serve_http(group: &Tasks, listener: TcpListener, app: Router, connections: usize) {
+    let app = app.layer(axum::Extension(Door::Http));
+    group.spawn_vital("http", listener::serve("http", listener, app, Limits::of(connections), group.clone()));
+}
+
+/// The control socket: 0600, and the peer's uid must be the hub's own.
+fn serve_socket(group: &Tasks, path: &Path, app: Router) -> anyhow::Result<()> {
+    let _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path).with_context(|| format!("control socket {}", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    let app = app.layer(axum::Extension(Door::Socket));
+    let listener = listener::OwnUid { listener, own: rustix::process::getuid().as_raw() };
+    group.spawn_vital("control socket", listener::serve("socket", listener, app, Limits::of(SOCKET_CONNECTIONS), group.clone()));
+    Ok(())
+}
+
+fn serve_metrics(group: &Tasks, listener: TcpListener, state: metrics::Scraped) {
+    let app = metrics::router(state);
+    group.spawn_vital("metrics", listener::serve("metrics", listener, app, Limits::of(METRICS_CONNECTIONS), group.clone()));
+}

@@ -1,0 +1,154 @@
+//! One try to bring a link up: TLS, registration, hello, welcome, the second stream.
+
+use super::time::NodeTime;
+use crate::config::Resolved;
+use crate::enrolment::words;
+use crate::state::{DataDir, Identity, StateError};
+use crate::tls::{self, ClientCertificate, TlsError};
+use mesh_wire::node::node_link_client::NodeLinkClient;
+use mesh_wire::node::{
+    Capabilities, Hello, HubFrame, NodeData, NodeFrame, RegistrationRequest, SandboxPolicy, Welcome, hub_frame, node_frame,
+};
+use mesh_wire::{convert, limits};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use tonic::{Code, Status, Streaming};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Control frames given to the transport ahead of what it has sent.
+const TASK_FRAMES: usize = 32;
+/// Output frames given to the transport ahead: beyond it HTTP/2's flow control rules.
+const DATA_FRAMES: usize = 2;
+
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("the connection to the hub: {0}")]
+    Transport(#[from] tonic::transport::Error),
+    #[error("{what}: {}", words(.status))]
+    Answer {
+        what: &'static str,
+        #[source]
+        status: Box<Status>,
+    },
+    #[error("{0}: no answer in time")]
+    Timeout(&'static str),
+    #[error("the hub at this address is {0}, not ours")]
+    OtherHub(String),
+    #[error("the hub closed the stream before its welcome")]
+    NoWelcome,
+    #[error("the hub said goodbye before its welcome: {code} {detail}")]
+    Goodbye { code: String, detail: String },
+    #[error("the hub's welcome: {0}")]
+    Welcome(#[from] convert::BadMessage),
+}
+
+/// An answer by which a hub says that this node is no longer one of its own.
+pub fn says_revoked(s: &Status) -> bool {
+    matches!(s.code(), Code::Unauthenticated | Code::PermissionDenied) && s.message().to_lowercase().contains("revoked")
+}
+
+impl DialError {
+    pub fn revoked(&self) -> bool {
+        match self {
+            Self::Answer { status, .. } => says_revoked(status),
+            Self::Goodbye { code, .. } => code == super::GOODBYE_REVOKED,
+            _ => false,
+        }
+    }
+}
+
+/// What a try needs to know, copied so that it borrows nothing.
+#[derive(Clone)]
+pub struct Dial {
+    pub settings: Resolved,
+    pub dir: DataDir,
+    pub time: NodeTime,
+    pub capabilities: Capabilities,
+    pub hello: Hello,
+}
+
+/// A link that stands; its streams are not read yet.
+pub struct Dialed {
+    pub client: NodeLinkClient<Channel>,
+    pub policy: SandboxPolicy,
+    pub welcome: Welcome,
+    pub link_session: [u8; 16],
+    pub from_hub: Streaming<HubFrame>,
+    pub task_frames: mpsc::Sender<NodeFrame>,
+    pub data_frames: mpsc::Sender<NodeData>,
+    /// To be given to the second stream's call.
+    pub data_source: mpsc::Receiver<NodeData>,
+}
+
+async fn in_time<T>(what: &'static str, limit: Duration, work: impl Future<Output = Result<T, Status>>) -> Result<T, DialError> {
+    match tokio::time::timeout(limit, work).await {
+        Err(_) => Err(DialError::Timeout(what)),
+        Ok(Err(status)) => Err(DialError::Answer { what, status: Box::new(status) }),
+        Ok(Ok(v)) => Ok(v),
+    }
+}
+
+impl Dial {
+    pub async fn run(self) -> Result<Dialed, DialError> {
+        let identity: Identity = self.dir.identity()?;
+        let (certificate, root) = self.dir.certificates()?;
+        let own = ClientCertificate { certificate, root, key: identity.private() };
+        let config = tls::client_config(self.settings.ca_pin, Some(own), self.time.clone())?;
+        let connecting = tls::connect(&self.settings.grpc, &self.settings.server_name, config);
+        let stream = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| DialError::Timeout("connecting"))??;
+        let channel = tls::channel(stream).await?;
+        let mut client = NodeLinkClient::new(channel)
+            .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
+        let registration = RegistrationRequest {
+            version: env!("CARGO_PKG_VERSION").into(),
+            capabilities: Some(self.capabilities),
+            suggested_name: self.settings.node_name.clone(),
+        };
+        let policy = in_time("registering", ANSWER_TIMEOUT, client.sync_configuration(registration)).await?.into_inner();
+
+        let (task_frames, outgoing) = mpsc::channel(TASK_FRAMES);
+        // The queue is new and empty: this cannot fail.
+        let _ = task_frames.try_send(NodeFrame { kind: Some(node_frame::Kind::Hello(self.hello)) });
+        let greeting = async {
+            let mut from_hub = client.task_stream(ReceiverStream::new(outgoing)).await?.into_inner();
+            let first = from_hub.message().await?;
+            Ok((from_hub, first))
+        };
+        let (from_hub, first) = in_time("the hello", ANSWER_TIMEOUT, greeting).await?;
+        let welcome = match first.and_then(|f| f.kind) {
+            Some(hub_frame::Kind::Welcome(w)) => w,
+            Some(hub_frame::Kind::Goodbye(g)) => return Err(DialError::Goodbye { code: g.code, detail: g.detail }),
+            _ => return Err(DialError::NoWelcome),
+        };
+        if welcome.hub_id != self.settings.hub.to_string() {
+            return Err(DialError::OtherHub(welcome.hub_id));
+        }
+        self.time.welcome(welcome.hub_time_ms);
+        let link_session = convert::fixed("link_session", &welcome.link_session)?;
+        let (data_frames, data_source) = mpsc::channel(DATA_FRAMES);
+        Ok(Dialed { client, policy, welcome, link_session, from_hub, task_frames, data_frames, data_source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn revocation_is_told_from_other_refusals() {
+        assert!(says_revoked(&Status::permission_denied("this node was revoked")));
+        assert!(says_revoked(&Status::unauthenticated("Revoked")));
+        assert!(!says_revoked(&Status::unavailable("revoked")));
+        assert!(!says_revoked(&Status::unauthenticated("no client certificate")));
+        assert!(DialError::Goodbye { code: "revoked".into(), detail: String::new() }.revoked());
+        assert!(!DialError::NoWelcome.revoked());
+    }
+}

@@ -1,0 +1,480 @@
+//! The loop that owns attempts, output, link and warden. See the module above for its states.
+
+mod input;
+mod intake;
+mod uplink;
+
+use super::attempts::Attempts;
+use super::backoff::Backoff;
+use super::connect::{DialError, Dialed};
+use super::data::{Next, Outflow, Pulls};
+use super::orders::{Checker, Key, RejectionWindow};
+use super::time::NodeTime;
+use super::tracks::Tracks;
+use crate::capabilities::Health;
+use crate::config::Resolved;
+use crate::enrolment::Validity;
+use crate::state::{DataDir, Identity, State};
+use crate::status::Status;
+use crate::warden::Warden;
+use crate::workspace::WorkspaceRoot;
+use mesh_core::SpoolId;
+use mesh_core::policy::Grant;
+use mesh_core::task::AttemptNo;
+use mesh_process::signals::Asked;
+use mesh_process::{SharedClock, Tasks};
+use mesh_wire::node::node_link_client::NodeLinkClient;
+use mesh_wire::node::{self as wire, Capabilities, CertificateReply, Heartbeat, HubData, HubFrame, NodeData, NodeFrame};
+use mesh_wire::node::{node_data, node_frame};
+use mesh_wire::{convert, limits};
+use node_warden::frames::Request;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tonic::Status as Refusal;
+use tonic::transport::Channel;
+
+/// What readers and background calls may have waiting for the loop.
+const INBOX: usize = 128;
+const HEARTBEAT: Duration = Duration::from_secs(limits::HEARTBEAT_SECS);
+const SILENCE: Duration = Duration::from_secs(limits::SILENCE_SECS);
+const HEALTH: Duration = Duration::from_secs(15);
+/// A result that was not acknowledged is told again.
+const REPEAT: Duration = Duration::from_secs(15);
+/// Another machine has this node's identity: stay away for a while.
+const SUPERSEDED_WAIT: Duration = Duration::from_secs(300);
+/// A link that stood so long was a good one.
+const GOOD_LINK: Duration = Duration::from_secs(10);
+const STORE_TIME: Duration = Duration::from_secs(600);
+const RENEW_RETRY: Duration = Duration::from_secs(60);
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// From the warden's stop to our own end, at most.
+const STOP_LIMIT: Duration = Duration::from_secs(20);
+/// After the tasks have ended: time for their results to reach the hub.
+const LAST_WORDS: Duration = Duration::from_secs(3);
+const STATUS_EVERY: Duration = Duration::from_secs(1);
+
+/// How the daemon ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Tasks and warden were ended.
+    Stopped,
+    /// Tasks and warden go on.
+    Left,
+    Revoked,
+}
+
+/// Everything that an engine is made of.
+pub struct Parts {
+    pub settings: Resolved,
+    pub dir: DataDir,
+    pub state: State,
+    pub identity: Identity,
+    pub certificate: Validity,
+    pub time: NodeTime,
+    pub clock: SharedClock,
+    pub capabilities: Capabilities,
+    pub sandbox_applied: String,
+    pub root: WorkspaceRoot,
+    pub warden: Warden,
+    pub tasks: Tasks,
+    pub signals: mpsc::Receiver<Asked>,
+}
+
+enum News {
+    Dialed(Box<Result<Dialed, DialError>>),
+    Frame(HubFrame),
+    Data(HubData),
+    Closed(Option<Refusal>),
+    Renewed(Result<CertificateReply, Refusal>),
+}
+
+/// A link that is up.
+struct Up {
+    no: u64,
+    readers: Tasks,
+    client: NodeLinkClient<Channel>,
+    task_frames: mpsc::Sender<NodeFrame>,
+    data_frames: mpsc::Sender<NodeData>,
+    checker: Checker,
+    rejections: RejectionWindow,
+    /// Why no task may start under this hub's policy.
+    policy_problem: Option<String>,
+    heartbeat: Option<Heartbeat>,
+    control: VecDeque<node_frame::Kind>,
+    requests: VecDeque<wire::PayloadRequest>,
+    since: Duration,
+    heard: Duration,
+    heartbeat_due: Duration,
+    heartbeat_seq: u64,
+    /// `sent_ms` of the hub's newest heartbeat, and when it came.
+    hub_sent: (i64, Duration),
+    health_due: Duration,
+    repeat_due: Duration,
+}
+
+enum Ending {
+    No,
+    /// The warden was told to stop.
+    Tasks {
+        exit: Exit,
+        until: Duration,
+    },
+    /// The warden has ended; results may still go out.
+    Results {
+        exit: Exit,
+        until: Duration,
+    },
+}
+
+pub struct Engine {
+    p: Parts,
+    inbox: mpsc::Receiver<(u64, News)>,
+    news: mpsc::Sender<(u64, News)>,
+    spool: Option<SpoolId>,
+    attempts: Attempts,
+    outflow: Outflow,
+    pulls: Pulls,
+    /// Given to the warden, which has not answered yet.
+    starting: BTreeMap<Key, Box<Grant>>,
+    /// Cancels that the warden has not answered with an end yet.
+    cancelling: BTreeSet<Key>,
+    to_warden: VecDeque<Request>,
+    /// What both speak, from its welcome.
+    warden_version: u32,
+    tracks: Tracks,
+    up: Option<Up>,
+    dialling: Option<u64>,
+    dial_due: Option<Duration>,
+    next_no: u64,
+    backoff: Backoff,
+    /// The next link replaces the present one under a new certificate.
+    swapping: bool,
+    renewing: bool,
+    renew_retry: Duration,
+    store_time_due: Duration,
+    health: Health,
+    status: Status,
+    status_written: Option<(Status, Duration)>,
+    ending: Ending,
+}
+
+impl Engine {
+    pub fn new(p: Parts) -> Self {
+        let (news, inbox) = mpsc::channel(INBOX);
+        let status = Status {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            node_id: p.settings.node.to_string(),
+            node_name: p.settings.node_name.clone(),
+            hub_id: p.settings.hub.to_string(),
+            hub: p.settings.grpc.clone(),
+            workspace_root: p.root.path().to_owned(),
+            certificate_not_after: convert::rfc3339(p.certificate.not_after_ms),
+            ..Status::default()
+        };
+        Self {
+            outflow: Outflow::new(p.dir.path()),
+            health: Health::new(p.root.path()),
+            inbox,
+            news,
+            spool: None,
+            attempts: Attempts::default(),
+            pulls: Pulls::default(),
+            starting: BTreeMap::new(),
+            cancelling: BTreeSet::new(),
+            to_warden: VecDeque::new(),
+            warden_version: 0,
+            tracks: Tracks::default(),
+            up: None,
+            dialling: None,
+            dial_due: None,
+            next_no: 1,
+            backoff: Backoff::default(),
+            swapping: false,
+            renewing: false,
+            renew_retry: Duration::ZERO,
+            store_time_due: p.clock.steady() + STORE_TIME,
+            status,
+            status_written: None,
+            ending: Ending::No,
+            p,
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.p.clock.steady()
+    }
+
+    pub async fn run(mut self) -> Exit {
+        self.link_state("connecting", "waiting for the warden");
+        loop {
+            if let Some(exit) = self.due() {
+                self.drop_link();
+                if exit != Exit::Revoked {
+                    self.link_state("stopped", "");
+                }
+                self.write_status();
+                return exit;
+            }
+            let sleep = self.next_due().saturating_sub(self.now());
+            let up = self.up.as_ref();
+            let control = up.filter(|u| u.heartbeat.is_some() || !u.control.is_empty()).map(|u| u.task_frames.clone());
+            let data = up.filter(|u| !u.requests.is_empty() || self.outflow.wants()).map(|u| u.data_frames.clone());
+            let to_warden = (!self.to_warden.is_empty()).then(|| self.p.warden.requests.clone());
+            let warden_lives = !matches!(self.ending, Ending::Results { .. });
+            tokio::select! {
+                biased;
+                asked = self.p.signals.recv() => match asked {
+                    Some(Asked::Interrupt) => self.stop(Exit::Stopped),
+                    Some(Asked::Terminate) | None => {
+                        self.drop_link();
+                        self.link_state("stopped", "");
+                        self.write_status();
+                        return Exit::Left;
+                    }
+                },
+                event = self.p.warden.events.recv(), if warden_lives => match event {
+                    Some(e) => self.on_warden(e),
+                    None => self.warden_gone(),
+                },
+                Ok(permit) = room(to_warden) => if let Some(r) = self.to_warden.pop_front() { let _ = permit.send(r); },
+                Some((no, news)) = self.inbox.recv() => self.on_news(no, news),
+                Ok(permit) = room(control) => if let Some(kind) = self.next_control() { let _ = permit.send(NodeFrame { kind: Some(kind) }); },
+                Ok(permit) = room(data) => if let Some(kind) = self.next_data() { let _ = permit.send(NodeData { kind: Some(kind) }); },
+                () = tokio::time::sleep(sleep) => {}
+            }
+        }
+    }
+
+    // ---- time ----
+
+    /// Does what is due; gives the exit when it is time.
+    fn due(&mut self) -> Option<Exit> {
+        let now = self.now();
+        match self.ending {
+            Ending::Tasks { exit, until } if now >= until => return Some(exit),
+            Ending::Results { exit, until } if now >= until || self.up.is_none() || !self.attempts.has_untold() => return Some(exit),
+            _ => {}
+        }
+        if let Some(up) = &mut self.up {
+            if now >= up.heard + SILENCE {
+                self.lost("the hub was silent for 15 s", true);
+            } else {
+                if now >= up.heartbeat_due {
+                    up.heartbeat_due = now + HEARTBEAT;
+                    up.heartbeat_seq += 1;
+                    up.heartbeat = Some(Heartbeat {
+                        seq: up.heartbeat_seq,
+                        sent_ms: now.as_millis() as i64,
+                        echo_ms: up.hub_sent.0,
+                        held_ms: now.saturating_sub(up.hub_sent.1).as_millis() as i64,
+                    });
+                }
+                if now >= up.health_due {
+                    up.health_due = now + HEALTH;
+                    self.report_health();
+                }
+                self.repeat(now);
+                self.renew(now);
+                if self.pulls.timed_out(now) {
+                    self.lost("a payload did not come", true);
+                }
+            }
+        }
+        if now >= self.store_time_due {
+            self.store_time_due = now + STORE_TIME;
+            self.store_time();
+        }
+        if self.dial_due.is_some_and(|t| now >= t) {
+            self.dial_due = None;
+            self.dial();
+        }
+        self.write_status_sometimes(now);
+        None
+    }
+
+    fn next_due(&self) -> Duration {
+        let mut due = self.now() + Duration::from_secs(5);
+        let mut also = |t: Duration| due = due.min(t);
+        if let Some(u) = &self.up {
+            also(u.heard + SILENCE);
+            also(u.heartbeat_due);
+            if let (false, Some(node_now)) = (self.renewing, self.p.time.now()) {
+                let left = self.p.certificate.renew_at_ms().saturating_sub(node_now).max(0) as u64;
+                also((self.now() + Duration::from_millis(left)).max(self.renew_retry));
+            }
+        }
+        if let Some(t) = self.dial_due {
+            also(t);
+        }
+        if let Ending::Tasks { until, .. } | Ending::Results { until, .. } = self.ending {
+            also(until);
+        }
+        if let Some((written, at)) = &self.status_written
+            && *written != self.status
+        {
+            also(*at + STATUS_EVERY);
+        }
+        due
+    }
+
+    fn repeat(&mut self, now: Duration) {
+        let Some(up) = &mut self.up else { return };
+        if now < up.repeat_due {
+            return;
+        }
+        up.repeat_due = now + REPEAT;
+        self.tell_all();
+    }
+
+    fn store_time(&self) {
+        if let Some(ms) = self.p.time.now()
+            && let Err(error) = self.p.state.set_hub_time_ms(ms)
+        {
+            tracing::warn!(%error, "the hub's time cannot be stored");
+        }
+    }
+
+    // ---- the end ----
+
+    fn stop(&mut self, exit: Exit) {
+        if !matches!(self.ending, Ending::No) {
+            return;
+        }
+        tracing::info!("ending tasks and the warden");
+        self.to_warden.push_back(Request::Stop);
+        self.ending = Ending::Tasks { exit, until: self.now() + STOP_LIMIT };
+    }
+
+    fn warden_gone(&mut self) {
+        let (exit, until) = match self.ending {
+            Ending::Tasks { exit, .. } => (exit, self.now() + LAST_WORDS),
+            _ => {
+                tracing::error!("the warden's handle ended by itself");
+                (Exit::Left, self.now())
+            }
+        };
+        self.ending = Ending::Results { exit, until };
+    }
+
+    fn revoked(&mut self, words: &str) {
+        let words = words.trim_start_matches("revoked: ");
+        // Kept before anything ends: whoever starts this node again goes on from here.
+        if let Err(error) = self.p.state.set_revoked(words) {
+            tracing::error!(%error, "the revocation cannot be kept; the hub will say it again");
+        }
+        let text = revoked_text(words, self.p.root.path());
+        tracing::error!("{text}");
+        println!("{text}");
+        self.drop_link();
+        self.dial_due = None;
+        self.link_state("revoked", words);
+        self.write_status();
+        match &mut self.ending {
+            // It was stopping anyway, and ends as what it is now.
+            Ending::Tasks { exit, .. } | Ending::Results { exit, .. } => *exit = Exit::Revoked,
+            Ending::No => self.stop(Exit::Revoked),
+        }
+    }
+
+    // ---- to the hub ----
+
+    fn tell_all(&mut self) {
+        for key in self.attempts.keys().collect::<Vec<_>>() {
+            self.tell(&key);
+        }
+    }
+
+    /// Queues what the hub must hear about one attempt now.
+    fn tell(&mut self, key: &Key) {
+        let now = self.now();
+        let Some(up) = &mut self.up else { return };
+        let outflow = &self.outflow;
+        up.control.extend(self.attempts.tell(key, now, REPEAT, &self.p.sandbox_applied, |k, seq| outflow.is_durable(k, seq)));
+    }
+
+    fn free(&mut self) {
+        for (key, offset) in self.outflow.take_freed() {
+            self.to_warden.push_back(Request::Acked { task: key.task, attempt: key.attempt, offset });
+        }
+    }
+
+    fn next_control(&mut self) -> Option<node_frame::Kind> {
+        let up = self.up.as_mut()?;
+        up.heartbeat.take().map(node_frame::Kind::Heartbeat).or_else(|| up.control.pop_front())
+    }
+
+    fn next_data(&mut self) -> Option<node_data::Kind> {
+        if let Some(r) = self.up.as_mut()?.requests.pop_front() {
+            return Some(node_data::Kind::Payload(r));
+        }
+        let next = self.outflow.next_frame();
+        self.free();
+        match next {
+            Ok(Next::Frame(f)) => Some(node_data::Kind::Output(*f)),
+            Ok(Next::Settled(key)) => {
+                self.tell(&key);
+                None
+            }
+            Ok(Next::Nothing) => None,
+            Err((key, error)) => {
+                tracing::error!(task = %key, %error, "output cannot be read from the spool");
+                // An end must be told even so; what is missing is missing.
+                if self.attempts.get(&key).is_some_and(|a| a.end.is_some()) {
+                    let last = self.outflow.cut(&key);
+                    self.attempts.cut(&key, last);
+                    self.tell(&key);
+                }
+                None
+            }
+        }
+    }
+
+    // ---- status ----
+
+    fn link_state(&mut self, state: &str, detail: &str) {
+        if self.status.link != state {
+            self.status.since = convert::rfc3339(self.p.clock.now_ms());
+        }
+        self.status.link = state.to_owned();
+        self.status.link_detail = detail.to_owned();
+        self.status_written = None;
+    }
+
+    fn note_running(&mut self) {
+        self.status.running = self.attempts.running().chain(self.starting.keys().copied()).map(|k| k.to_string()).collect();
+    }
+
+    fn write_status_sometimes(&mut self, now: Duration) {
+        let due = match &self.status_written {
+            None => true,
+            Some((written, at)) => *written != self.status && now >= *at + STATUS_EVERY,
+        };
+        if due {
+            self.write_status();
+        }
+    }
+
+    fn write_status(&mut self) {
+        self.status.write(&self.p.dir);
+        self.status_written = Some((self.status.clone(), self.now()));
+    }
+}
+
+/// What a revoked node says, at that moment and at each start after it.
+pub fn revoked_text(words: &str, workspace: &str) -> String {
+    format!("this node was revoked by its hub ({words}); its tasks are ended, its workspace stays in {workspace}")
+}
+
+fn key(task: &str, attempt: u64) -> Option<Key> {
+    Some(Key { task: task.parse().ok()?, attempt: AttemptNo(attempt) })
+}
+
+/// Waits for room in a queue; for ever when there is nothing to send.
+async fn room<T>(sender: Option<mpsc::Sender<T>>) -> Result<mpsc::OwnedPermit<T>, ()> {
+    match sender {
+        Some(s) => s.reserve_owned().await.map_err(drop),
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,238 @@
+//! What comes in from both sides: envelopes and payloads of the hub, the words of the warden.
+
+use super::{Engine, key};
+use crate::link::data::Pulled;
+use crate::link::orders::{Accepted, Checked, Key, Payload};
+use crate::skills::{self, Step};
+use mesh_core::spec::Spec;
+use mesh_core::task::{NeverStarted, Outcome, Reason, ReasonCode};
+use mesh_wire::node::{self as wire, node_frame};
+use node_warden::frames::{Event, Request};
+
+impl Engine {
+    pub(super) fn on_envelope(&mut self, e: &wire::Envelope) {
+        let now = self.now();
+        let Some(up) = &mut self.up else { return };
+        match up.checker.check(e) {
+            Ok(Accepted::Orders(orders)) => orders.into_iter().for_each(|o| self.on_order(o)),
+            Ok(Accepted::Cancels(keys)) => keys.into_iter().for_each(|k| self.on_cancel(k)),
+            Ok(Accepted::Input(piece)) => self.on_input(piece),
+            Err(r) => {
+                tracing::warn!(seq = r.seq, code = r.code, detail = %r.detail, "an envelope was rejected; nothing of it runs");
+                let too_many = up.rejections.note(now);
+                up.control.push_back(node_frame::Kind::Rejected(wire::Rejected { seq: r.seq, code: r.code.into(), detail: r.detail }));
+                if too_many {
+                    self.lost("too many rejected envelopes", true);
+                }
+            }
+        }
+        self.start_pull();
+    }
+
+    fn on_order(&mut self, o: Checked) {
+        let key = o.key;
+        if let Some(grant) = self.starting.get(&key) {
+            if grant.spec() != &o.digest {
+                self.conflict(key);
+            }
+            return;
+        }
+        if let Some(a) = self.attempts.get(&key) {
+            if a.digest.is_some_and(|d| d != o.digest) {
+                return self.conflict(key);
+            }
+            // A start for an attempt that is known is answered with its status and runs nothing.
+            tracing::info!(task = %key, ended = a.end.is_some(), "an order for a known attempt");
+            self.attempts.retell(&key);
+            return self.tell(&key);
+        }
+        if self.pulls.holds(&key) {
+            return;
+        }
+        self.tracks.received(key, &o.request_id);
+        match self.admit(&o) {
+            Err(outcome) => self.over(&o, outcome, vec![]),
+            Ok(()) => match &o.payload {
+                Payload::Inline(bytes) => {
+                    let bytes = bytes.clone();
+                    self.begin(&o, &bytes);
+                }
+                Payload::Pull(_) => self.pulls.push(o),
+            },
+        }
+    }
+
+    fn admit(&self, o: &Checked) -> Result<(), Outcome> {
+        let refused = |code, text: &str| Err(Outcome::NeverStarted(NeverStarted::Refused(Reason::new(code, text))));
+        // A link is up, so there was a welcome.
+        let Some(now) = self.p.time.now() else { return refused(ReasonCode::BadRequest, "no node time yet") };
+        o.admit(now)?;
+        if !matches!(self.ending, super::Ending::No) {
+            // It was not started and shall not be: it may go elsewhere, or come again later.
+            return Err(Outcome::NeverStarted(NeverStarted::Late));
+        }
+        match self.up.as_ref().and_then(|u| u.policy_problem.as_deref()) {
+            Some(problem) => refused(ReasonCode::PolicyDenied, problem),
+            None => Ok(()),
+        }
+    }
+
+    fn begin(&mut self, o: &Checked, payload: &[u8]) {
+        let step = match o.spec(payload) {
+            Err(outcome) => Step::Over { outcome, result: vec![] },
+            Ok(Spec::Echo { payload }) => skills::echo::step(payload),
+            Ok(spec) if spec.takes_input() && !self.warden_takes_input() => {
+                let detail =
+                    "this node's warden is of a version without live input; `cortex-node stop` and a new start bring the present one";
+                let outcome = Outcome::NeverStarted(NeverStarted::Refused(Reason::new(ReasonCode::SkillError, detail)));
+                Step::Over { outcome, result: vec![] }
+            }
+            Ok(spec @ Spec::Shell(_)) => skills::shell::step(o, &spec, &self.p.root, &self.p.state),
+        };
+        match step {
+            Step::Over { outcome, result } => self.over(o, outcome, result),
+            Step::Start(grant) => {
+                self.to_warden.push_back(Request::Start { grant: (*grant).clone() });
+                self.starting.insert(o.key, grant);
+                self.note_running();
+            }
+        }
+    }
+
+    fn over(&mut self, o: &Checked, outcome: Outcome, result: Vec<u8>) {
+        let key = o.key;
+        if outcome != Outcome::Done {
+            tracing::info!(task = %key, ?outcome, "not started");
+        }
+        let at = self.p.time.now().unwrap_or(0);
+        self.attempts.over(key, o.digest, outcome, result, at);
+        self.tracks.mark(&key, "ended");
+        self.tell(&key);
+    }
+
+    pub(super) fn on_cancel(&mut self, key: Key) {
+        self.pulls.cancel(&key);
+        if self.attempts.get(&key).is_some_and(|a| a.end.is_some()) {
+            self.attempts.retell(&key);
+            return self.tell(&key);
+        }
+        // Also for one that nobody knows here: the warden keeps a synced refusal.
+        self.cancelling.insert(key);
+        self.to_warden.push_back(Request::Cancel { task: key.task, attempt: key.attempt });
+    }
+
+    fn conflict(&mut self, key: Key) {
+        tracing::error!(task = %key, "an order named another spec for a known attempt; nothing of it runs");
+        if let Some(up) = &mut self.up {
+            let detail = format!("{} attempt {} is known with another spec", key.task, key.attempt.0);
+            up.control.push_back(node_frame::Kind::Rejected(wire::Rejected { seq: 0, code: "conflict".into(), detail }));
+        }
+    }
+
+    fn start_pull(&mut self) {
+        let now = self.now();
+        let Some(up) = &mut self.up else { return };
+        if let Some(o) = self.pulls.start(now) {
+            up.requests.push_back(wire::PayloadRequest {
+                task_id: o.key.task.to_string(),
+                attempt: o.key.attempt.0,
+                sha256: o.digest.to_vec(),
+            });
+        }
+    }
+
+    pub(super) fn on_payload(&mut self, c: wire::PayloadChunk) {
+        match self.pulls.chunk(c, self.now()) {
+            Pulled::More | Pulled::Stray => return,
+            Pulled::Done(o, bytes) => match self.admit(&o) {
+                Ok(()) => self.begin(&o, &bytes),
+                Err(outcome) => self.over(&o, outcome, vec![]),
+            },
+            Pulled::Failed(o, why) => {
+                let reason = Reason::new(ReasonCode::BadRequest, why);
+                self.over(&o, Outcome::NeverStarted(NeverStarted::Refused(reason)), vec![]);
+            }
+        }
+        self.start_pull();
+    }
+
+    pub(super) fn on_result_ack(&mut self, a: &wire::ResultAck) {
+        let Some(key) = key(&a.task_id, a.attempt) else { return };
+        if self.attempts.get(&key).is_none_or(|x| x.end.is_none()) {
+            return;
+        }
+        self.outflow.forget(&key);
+        self.tracks.over(&key, "result acknowledged");
+        if self.attempts.remove(&key).is_some_and(|x| !x.local) {
+            self.to_warden.push_back(Request::Forget { task: key.task, attempt: key.attempt });
+        }
+    }
+
+    pub(super) fn on_warden(&mut self, event: Event) {
+        match event {
+            Event::Welcome { version, spool, attempts } => {
+                self.warden_version = version;
+                tracing::info!(%spool, attempts = attempts.len(), "attached to the warden");
+                let gone = self.attempts.restore(&attempts, self.p.clock.now_ms());
+                for k in &gone {
+                    self.outflow.forget(k);
+                    self.tracks.over(k, "forgotten");
+                }
+                for k in &attempts {
+                    let key = Key { task: k.task, attempt: k.attempt };
+                    self.answered(&key);
+                    self.outflow.grown(key, k.output_end, k.last_seq);
+                }
+                // What was on its way when the last attachment ended. A repeated start runs nothing twice.
+                let again = self.starting.values().map(|g| Request::Start { grant: (**g).clone() });
+                self.to_warden.retain(|r| !matches!(r, Request::Start { .. } | Request::Cancel { .. }));
+                self.to_warden.extend(again);
+                self.cancelling.retain(|k| self.attempts.get(k).is_none_or(|a| a.end.is_none()));
+                let again = self.cancelling.iter().map(|k| Request::Cancel { task: k.task, attempt: k.attempt });
+                self.to_warden.extend(again);
+                self.status.spool_id = spool.to_string();
+                let first = self.spool.replace(spool);
+                if first.is_none() {
+                    self.dial();
+                } else if self.up.is_some() && (first != Some(spool) || !gone.is_empty()) {
+                    self.lost("the warden's memory changed; the hub must hear of it", false);
+                }
+                self.tell_all();
+            }
+            Event::Started { task, attempt, at_ms } => {
+                let key = Key { task, attempt };
+                self.attempts.started(key, at_ms);
+                self.tracks.mark(&key, "started");
+                self.answered(&key);
+                self.tell(&key);
+            }
+            Event::Output { task, attempt, end, last_seq } => self.outflow.grown(Key { task, attempt }, end, last_seq),
+            Event::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover } => {
+                let key = Key { task, attempt };
+                self.cancelling.remove(&key);
+                if leftover > 0 {
+                    tracing::error!(task = %key, leftover, "processes of a task could not be ended");
+                }
+                self.outflow.grown(key, output_end, last_seq);
+                self.attempts.ended(key, outcome, last_seq, at_ms);
+                self.tracks.mark(&key, "ended");
+                self.answered(&key);
+                self.tell(&key);
+            }
+            Event::Input { task, attempt, request, fate, taken } => self.answer_input(Key { task, attempt }, request, fate, taken),
+            Event::Conflict { task, attempt } => {
+                let key = Key { task, attempt };
+                self.starting.remove(&key);
+                self.conflict(key);
+            }
+        }
+        self.note_running();
+    }
+
+    /// The warden knows of this attempt: its memory counts from here on.
+    fn answered(&mut self, key: &Key) {
+        if let Some(grant) = self.starting.remove(key) {
+            self.attempts.set_digest(key, *grant.spec());
+        }
+    }
+}

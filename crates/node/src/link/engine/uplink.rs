@@ -1,0 +1,294 @@
+//! The link's life: dialling, welcome, loss, goodbye, renewal.
+
+use super::{CALL_TIMEOUT, Ending, Engine, GOOD_LINK, News, RENEW_RETRY, REPEAT, SUPERSEDED_WAIT, Up, key};
+use crate::enrolment::{self, words};
+use crate::link::connect::{Dial, DialError, Dialed, says_revoked};
+use crate::link::orders::{Checker, Key, RejectionWindow};
+use crate::link::{GOODBYE_CERTIFICATE_EXPIRED, GOODBYE_REVOKED, GOODBYE_SUPERSEDED};
+use mesh_process::{Tasks, entropy};
+use mesh_wire::convert;
+use mesh_wire::node::node_link_client::NodeLinkClient;
+use mesh_wire::node::{self as wire, CertificateReply, Goodbye, HubFrame, NodeData, hub_data, hub_frame};
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use tonic::{Status as Refusal, Streaming};
+
+impl Engine {
+    pub(super) fn dial(&mut self) {
+        let Some(spool) = self.spool else { return };
+        if self.dialling.is_some() || !matches!(self.ending, Ending::No) {
+            return;
+        }
+        let no = self.next_no;
+        self.next_no += 1;
+        self.dialling = Some(no);
+        if self.up.is_none() {
+            self.link_state("connecting", "");
+        }
+        let dial = Dial {
+            settings: self.p.settings.clone(),
+            dir: self.p.dir.clone(),
+            time: self.p.time.clone(),
+            capabilities: self.p.capabilities.clone(),
+            hello: wire::Hello { spool_id: spool.to_string(), attempts: self.attempts.known(), max_tasks: self.p.settings.max_tasks },
+        };
+        let news = self.news.clone();
+        self.p.tasks.spawn_until_cancelled("dial", async move {
+            let result = dial.run().await;
+            let _ = news.send((no, News::Dialed(Box::new(result)))).await;
+        });
+    }
+
+    pub(super) fn dial_later(&mut self, wait: Duration) {
+        self.dial_due = Some(self.now() + wait);
+    }
+
+    /// The link is gone or was not made: say why, and when the next try comes.
+    pub(super) fn lost(&mut self, why: &str, wait_by_backoff: bool) {
+        if let Some(up) = &self.up
+            && self.now().saturating_sub(up.since) >= GOOD_LINK
+        {
+            self.backoff.reset();
+        }
+        self.drop_link();
+        if self.dialling.is_some() {
+            // The successor is on its way already.
+            return;
+        }
+        let wait = if wait_by_backoff { self.backoff.next(u64::from_be_bytes(entropy::bytes())) } else { Duration::ZERO };
+        tracing::warn!(reason = why, wait_ms = wait.as_millis() as u64, "link down");
+        self.link_state("waiting", why);
+        self.dial_later(wait);
+    }
+
+    pub(super) fn drop_link(&mut self) {
+        if let Some(up) = self.up.take() {
+            up.readers.token().cancel();
+            // Calls of this link ended with it.
+            self.renewing = false;
+            self.pulls.clear();
+            self.store_time();
+        }
+    }
+
+    pub(super) fn on_news(&mut self, no: u64, news: News) {
+        if let News::Dialed(result) = news {
+            if self.dialling == Some(no) {
+                self.dialling = None;
+                self.on_dialed(no, *result);
+            }
+            return;
+        }
+        let now = self.now();
+        // What an older link still says is of no interest.
+        let Some(up) = self.up.as_mut().filter(|u| u.no == no) else { return };
+        match news {
+            News::Dialed(_) => {}
+            News::Frame(frame) => {
+                up.heard = now;
+                match frame.kind {
+                    Some(hub_frame::Kind::Heartbeat(h)) => up.hub_sent = (h.sent_ms, now),
+                    Some(hub_frame::Kind::Envelope(e)) => self.on_envelope(&e),
+                    Some(hub_frame::Kind::ResultAck(a)) => self.on_result_ack(&a),
+                    Some(hub_frame::Kind::Goodbye(g)) => self.on_goodbye(g),
+                    Some(hub_frame::Kind::Welcome(_)) | None => {}
+                }
+            }
+            News::Data(data) => match data.kind {
+                Some(hub_data::Kind::Output(a)) => {
+                    if let Some(key) = key(&a.task_id, a.attempt) {
+                        self.outflow.acked(key, a.durable_seq);
+                        self.free();
+                        self.tell(&key);
+                    }
+                }
+                Some(hub_data::Kind::Payload(c)) => self.on_payload(c),
+                None => {}
+            },
+            News::Closed(refusal) => match refusal {
+                Some(r) if says_revoked(&r) => self.revoked(&words(&r)),
+                Some(r) => self.lost(&format!("the stream broke: {}", words(&r)), true),
+                None => self.lost("the hub closed the stream", true),
+            },
+            News::Renewed(result) => self.on_renewed(result),
+        }
+    }
+
+    fn on_dialed(&mut self, no: u64, result: Result<Dialed, DialError>) {
+        let swap = std::mem::take(&mut self.swapping);
+        let d = match result {
+            Ok(d) => d,
+            Err(e) if e.revoked() => return self.revoked(&e.to_string()),
+            // The old link is still there: let it be, and try the swap with the next loss.
+            Err(e) if self.up.is_some() => return tracing::warn!(error = %e, "the link under the new certificate was not made"),
+            Err(DialError::Goodbye { code, detail }) => return self.on_goodbye(Goodbye { code, detail }),
+            Err(e) => return self.lost(&e.to_string(), true),
+        };
+        if !matches!(self.ending, Ending::No) {
+            return;
+        }
+        self.drop_link();
+        let now = self.now();
+        let readers = self.p.tasks.child();
+        self.spawn_readers(no, &readers, d.client.clone(), d.from_hub, d.data_source);
+        let s = &self.p.settings;
+        let checker = Checker::new(s.hub, s.node, self.p.identity.spki_sha256(), s.task_keys.clone(), d.link_session);
+        let policy_problem = (d.policy.mode != "permissive" || d.policy.network != "full")
+            .then(|| format!("sandbox {:?} with network {:?} is not built on this node", d.policy.mode, d.policy.network));
+        self.up = Some(Up {
+            no,
+            readers,
+            client: d.client,
+            task_frames: d.task_frames,
+            data_frames: d.data_frames,
+            checker,
+            rejections: RejectionWindow::default(),
+            policy_problem,
+            heartbeat: None,
+            control: VecDeque::new(),
+            requests: VecDeque::new(),
+            since: now,
+            heard: now,
+            heartbeat_due: now,
+            heartbeat_seq: 0,
+            hub_sent: (0, now),
+            health_due: now,
+            repeat_due: now + REPEAT,
+        });
+        let marks = d.welcome.marks.iter().filter_map(|m| Some((key(&m.task_id, m.attempt)?, m.durable_seq)));
+        let marks: BTreeMap<Key, u64> = marks.collect();
+        self.outflow.relink(&marks);
+        self.attempts.relink();
+        self.tell_all();
+        self.dial_due = None;
+        self.link_state("up", "");
+        self.store_time();
+        tracing::info!(generation = d.welcome.generation, renewed = swap, "link up");
+        if !swap {
+            let s = &self.p.settings;
+            println!("link up: node {} ({}) on hub {}", s.node_name, s.node, s.hub);
+        }
+    }
+
+    fn spawn_readers(
+        &self,
+        no: u64,
+        readers: &Tasks,
+        mut client: NodeLinkClient<Channel>,
+        mut from_hub: Streaming<HubFrame>,
+        data_source: mpsc::Receiver<NodeData>,
+    ) {
+        let news = self.news.clone();
+        readers.spawn_until_cancelled("task stream", async move {
+            let end = loop {
+                match from_hub.message().await {
+                    Ok(Some(f)) => {
+                        if news.send((no, News::Frame(f))).await.is_err() {
+                            return;
+                        }
+                    }
+                    Ok(None) => break None,
+                    Err(e) => break Some(e),
+                }
+            };
+            let _ = news.send((no, News::Closed(end))).await;
+        });
+        let news = self.news.clone();
+        readers.spawn_until_cancelled("data stream", async move {
+            let read = async {
+                let mut from_hub = client.data_stream(ReceiverStream::new(data_source)).await?.into_inner();
+                while let Some(d) = from_hub.message().await? {
+                    if news.send((no, News::Data(d))).await.is_err() {
+                        break;
+                    }
+                }
+                Ok(())
+            };
+            let end: Result<(), Refusal> = read.await;
+            let _ = news.send((no, News::Closed(end.err()))).await;
+        });
+    }
+
+    pub(super) fn on_goodbye(&mut self, g: Goodbye) {
+        match g.code.as_str() {
+            GOODBYE_REVOKED => self.revoked(if g.detail.is_empty() { "revoked" } else { &g.detail }),
+            // Our own newer link took the place of this one.
+            GOODBYE_SUPERSEDED if self.swapping => self.drop_link(),
+            GOODBYE_SUPERSEDED => {
+                self.drop_link();
+                tracing::warn!(
+                    wait_s = SUPERSEDED_WAIT.as_secs(),
+                    "superseded: another machine linked with this node's identity; waiting before the next try"
+                );
+                self.link_state("superseded", "another machine uses this node's identity; the next try comes in 5 minutes");
+                self.dial_later(SUPERSEDED_WAIT);
+            }
+            GOODBYE_CERTIFICATE_EXPIRED => self.lost("the certificate of this link has ended", false),
+            code => self.lost(&format!("the hub said goodbye: {code} {}", g.detail), true),
+        }
+    }
+
+    pub(super) fn report_health(&mut self) {
+        let running = self.attempts.running().count() as u32;
+        let report = self.health.sample(running);
+        let Some(up) = &self.up else { return };
+        let mut client = up.client.clone();
+        up.readers.spawn_until_cancelled("health", async move {
+            if let Ok(Err(e)) = tokio::time::timeout(CALL_TIMEOUT, client.report_health(report)).await {
+                tracing::debug!(error = %words(&e), "health was not taken");
+            }
+        });
+    }
+
+    pub(super) fn renew(&mut self, now: Duration) {
+        let Some(node_now) = self.p.time.now() else { return };
+        if self.renewing || now < self.renew_retry || node_now < self.p.certificate.renew_at_ms() {
+            return;
+        }
+        self.renew_retry = now + RENEW_RETRY;
+        let request = match (self.p.identity.csr(), self.p.state.counter()) {
+            (Ok(csr_der), Ok(counter)) => wire::RenewRequest { csr_der, counter: counter + 1 },
+            (Err(e), _) => return tracing::error!(error = %e, "no certificate request"),
+            (_, Err(e)) => return tracing::error!(error = %e, "no renewal counter"),
+        };
+        let Some(up) = &self.up else { return };
+        self.renewing = true;
+        let (no, mut client, news) = (up.no, up.client.clone(), self.news.clone());
+        up.readers.spawn_until_cancelled("renew", async move {
+            let result = match tokio::time::timeout(CALL_TIMEOUT, client.renew(request)).await {
+                Ok(r) => r.map(tonic::Response::into_inner),
+                Err(_) => Err(Refusal::deadline_exceeded("no answer in time")),
+            };
+            let _ = news.send((no, News::Renewed(result))).await;
+        });
+    }
+
+    fn on_renewed(&mut self, result: Result<CertificateReply, Refusal>) {
+        self.renewing = false;
+        let reply = match result {
+            Ok(r) => r,
+            Err(e) if says_revoked(&e) => return self.revoked(&words(&e)),
+            Err(e) => return tracing::warn!(error = %words(&e), "the certificate was not renewed; trying again in a minute"),
+        };
+        let s = &self.p.settings;
+        let validity = match enrolment::check_certificate(&reply, s.hub, s.node, &self.p.identity, &s.ca_pin) {
+            Ok(v) => v,
+            Err(e) => return tracing::error!(error = %e, "the renewed certificate cannot be used"),
+        };
+        // The file first: were the counter first, a crash between them would skip a renewal.
+        let stored = self.p.dir.store_certificate(&reply.certificate_der, &reply.root_der);
+        if let Err(e) = stored.and_then(|()| self.p.state.set_counter(reply.counter)) {
+            return tracing::error!(error = %e, "the renewed certificate cannot be stored");
+        }
+        self.p.certificate = validity;
+        self.renew_retry = Duration::ZERO;
+        self.status.certificate_not_after = convert::rfc3339(validity.not_after_ms);
+        tracing::info!(counter = reply.counter, not_after = %self.status.certificate_not_after, "certificate renewed");
+        // The new link stands before the old one goes; the hub then supersedes the old one.
+        self.swapping = true;
+        self.dial();
+    }
+}

@@ -1,0 +1,457 @@
+//! The real program, with its real warden, against a scripted hub.
+
+mod support;
+
+use mesh_core::spec::{Program, Shell, Spec};
+use mesh_core::{SessionId, TaskId};
+use mesh_process::entropy;
+use mesh_wire::node::outcome::Kind as Ended;
+use mesh_wire::node::{Goodbye, InputBody, hub_frame, node_frame};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Output, Stdio};
+use std::sync::mpsc;
+use support::{Hub, Link, PATIENCE};
+
+struct Node {
+    _tmp: tempfile::TempDir,
+    dir: PathBuf,
+    invite: PathBuf,
+    root: PathBuf,
+    child: Option<(Child, mpsc::Receiver<String>)>,
+}
+
+#[expect(clippy::disallowed_methods, reason = "a test starts the program it tests")]
+fn program() -> std::process::Command {
+    std::process::Command::new(env!("CARGO_BIN_EXE_cortex-node"))
+}
+
+impl Node {
+    fn new(hub: &Hub) -> Self {
+        let tmp = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(tmp.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        let invite = tmp.path().join("box.yaml");
+        std::fs::write(&invite, &hub.yaml).unwrap();
+        let (dir, root) = (tmp.path().join("d"), tmp.path().join("w"));
+        Self { dir, root, invite, _tmp: tmp, child: None }
+    }
+    fn command(&self, args: &[&str]) -> std::process::Command {
+        let mut c = program();
+        c.args(args)
+            .env("CORTEX_NODE_DATA_DIR", &self.dir)
+            .env("CORTEX_NODE_WORKSPACE_ROOT", &self.root)
+            .env("CORTEX_NODE_LOG", "debug,h2=info,hyper=info,rustls=info,tower=info");
+        c
+    }
+    fn call(&self, args: &[&str]) -> Output {
+        self.command(args).stdin(Stdio::null()).output().unwrap()
+    }
+    fn start(&mut self, args: &[&str]) {
+        let mut child = self.command(args).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let (tx, rx) = mpsc::sync_channel(64);
+        std::thread::spawn(move || out.lines().map_while(Result::ok).for_each(|l| drop(tx.send(l))));
+        self.child = Some((child, rx));
+    }
+    fn line(&self) -> String {
+        self.child.as_ref().unwrap().1.recv_timeout(PATIENCE).expect("no line on standard output")
+    }
+    fn wait(&mut self) -> Option<i32> {
+        self.child.take().unwrap().0.wait().unwrap().code()
+    }
+    fn signal(&self, s: rustix::process::Signal) {
+        let id = self.child.as_ref().unwrap().0.id() as i32;
+        rustix::process::kill_process(rustix::process::Pid::from_raw(id).unwrap(), s).unwrap();
+    }
+    async fn up(hub: &mut Hub) -> (Self, Link) {
+        let mut n = Self::new(hub);
+        let invite = n.invite.to_str().unwrap().to_owned();
+        n.start(&["join", &invite]);
+        let link = hub.link().await;
+        assert!(n.line().starts_with("joined: node box (node_"));
+        assert_eq!(n.line(), format!("link up: node box ({}) on hub {}", hub.inner.node, hub.inner.hub));
+        (n, link)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = self.call(&["stop"]);
+        if let Some((mut c, _)) = self.child.take() {
+            let _ = c.kill();
+            let _ = c.wait();
+        }
+        if std::thread::panicking() {
+            let log = std::fs::read_to_string(self.dir.join("warden.log")).unwrap_or_default();
+            eprintln!("warden.log: {log}");
+        }
+    }
+}
+
+fn task() -> TaskId {
+    TaskId::from_parts(1_700_000_000_000, entropy::bytes())
+}
+fn script(text: &str) -> Spec {
+    shell(text, vec![])
+}
+fn shell(text: &str, stdin: Vec<u8>) -> Spec {
+    Spec::Shell(Shell { program: Program::Script(text.into()), cwd: String::new(), env: Default::default(), stdin, stdin_open: false })
+}
+fn output(hub: &Hub, task: TaskId) -> String {
+    String::from_utf8_lossy(hub.knobs().output.get(&(task.to_string(), 1)).map_or(&[][..], |v| v)).into_owned()
+}
+fn mode(p: &Path) -> u32 {
+    std::fs::metadata(p).unwrap().permissions().mode() & 0o777
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn join_link_run_and_stop() {
+    let mut hub = support::start().await;
+    let (mut node, mut link) = Node::up(&mut hub).await;
+    assert!(link.hello.attempts.is_empty());
+    assert_eq!(mode(&node.dir.join("identity.key")), 0o600);
+    let used = std::fs::read_to_string(&node.invite).unwrap();
+    assert!(!used.contains("secret:") && mode(&node.invite) == 0o600, "{used}");
+
+    // a command in a session, its output, its result
+    let (t, session) = (task(), SessionId::from_bytes([7; 16]));
+    link.orders(vec![hub.order(t, &script("echo out; echo err >&2; pwd; id -u; echo kept > file"), Some(session))]).await;
+    assert_eq!(link.started().await.task_id, t.to_string());
+    let r = link.result().await;
+    let o = r.outcome.clone().unwrap();
+    assert_eq!((o.kind(), o.code), (Ended::Exited, 0), "{o:?}");
+    let text = output(&hub, t);
+    assert!(text.contains("out\n") && text.contains("err\n") && text.contains(&format!("/{session}\n")), "{text}");
+    if rustix::process::geteuid().is_root() {
+        assert!(text.contains("700000"), "{text}");
+        assert!(r.sandbox_applied.ends_with("no_new_privs,uid"), "{}", r.sandbox_applied);
+    }
+    link.acknowledge(&r).await;
+
+    // the same session again: the same folder; a large payload is pulled; an order sent twice runs once
+    let t = task();
+    let big = shell("cat file; wc -c; echo x >> count; wc -l < count", vec![b'z'; 300_000]);
+    let order = hub.order(t, &big, Some(session));
+    assert!(order.payload.is_empty());
+    link.orders(vec![order.clone()]).await;
+    link.orders(vec![order.clone()]).await;
+    let r = link.result().await;
+    let text: Vec<String> = output(&hub, t).split_whitespace().map(String::from).collect();
+    assert_eq!(text, ["kept", "300000", "1"]);
+    // not acknowledged: the order once more gives the result once more, and runs nothing
+    link.orders(vec![order]).await;
+    let again = link.result().await;
+    assert_eq!((again.outcome, again.last_seq), (r.outcome.clone(), r.last_seq));
+    assert_eq!(output(&hub, t).split_whitespace().last(), Some("1"));
+    link.acknowledge(&r).await;
+
+    // echo, late, and what the policy refuses
+    let (e, late, root) = (task(), task(), task());
+    let mut preload = script("true");
+    if let Spec::Shell(s) = &mut preload {
+        s.env.insert("LD_PRELOAD".into(), "x".into());
+    }
+    let mut late_order = hub.order(late, &script("true"), None);
+    late_order.start_before_ms = 1;
+    link.orders(vec![hub.order(e, &Spec::Echo { payload: b"hello".to_vec() }, None), late_order, hub.order(root, &preload, None)]).await;
+    let mut results = vec![];
+    for _ in 0..3 {
+        let r = link.result().await;
+        link.acknowledge(&r).await;
+        results.push((r.task_id.clone(), r.outcome.unwrap().kind(), r.result));
+    }
+    assert_eq!(
+        results,
+        [
+            (e.to_string(), Ended::Done, b"hello".to_vec()),
+            (late.to_string(), Ended::Late, vec![]),
+            (root.to_string(), Ended::Refused, vec![])
+        ]
+    );
+
+    // an altered envelope runs nothing and is answered
+    let body = link.orders_body(vec![hub.order(task(), &script("true"), None)]);
+    let mut envelope = link.sealed(mesh_core::seal::payload_type::ORDERS, prost::Message::encode_to_vec(&body));
+    envelope.body[40] ^= 1;
+    link.send(hub_frame::Kind::Envelope(envelope)).await;
+    let node_frame::Kind::Rejected(r) = link.frame().await else { panic!() };
+    assert_eq!(r.code, "bad_signature");
+
+    // a cancel ends the tree; a cancel of an unknown attempt leaves a refusal behind
+    let t = task();
+    link.orders(vec![hub.order(t, &script("sleep 100 & sleep 100"), None)]).await;
+    link.started().await;
+    link.cancel(t).await;
+    let r = link.result().await;
+    assert_eq!(r.outcome.clone().unwrap().kind(), Ended::Cancelled);
+    link.acknowledge(&r).await;
+    let t = task();
+    link.cancel(t).await;
+    let r = link.result().await;
+    assert_eq!((r.task_id.clone(), r.outcome.clone().unwrap().kind()), (t.to_string(), Ended::CancelledBeforeStart));
+    link.orders(vec![hub.order(t, &script("true"), None)]).await;
+    assert_eq!(link.result().await.outcome.unwrap().kind(), Ended::CancelledBeforeStart);
+
+    // status, a second daemon, stop
+    let status = String::from_utf8(node.call(&["status"]).stdout).unwrap();
+    assert!(status.contains("link         up") && status.contains(&hub.inner.node.to_string()), "{status}");
+    let second = node.call(&["run"]);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("a daemon runs already"));
+    assert!(hub.knobs().health > 0);
+    let stopped = node.call(&["stop"]);
+    assert!(String::from_utf8_lossy(&stopped.stdout).contains("stopped: daemon, tasks and warden"), "{stopped:?}");
+    assert_eq!(node.wait(), Some(0));
+    assert!(!node.dir.join("warden.sock").exists());
+    let again = node.call(&["join", node.invite.to_str().unwrap()]);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&again.stderr).contains("is enrolled already"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn input_is_taken_from_this_hub_alone_and_outlives_the_daemon() {
+    use mesh_core::seal::payload_type;
+    use mesh_wire::node::input_answer::Code;
+    use prost::Message;
+    let mut hub = support::start().await;
+    let (mut node, mut link) = Node::up(&mut hub).await;
+    let t = task();
+    assert_eq!(link.input(t, 1, b"x", false).await, (Code::NotRunning, 0), "an attempt that nobody knows here");
+    let mut open = script("cat; sleep 600");
+    if let Spec::Shell(s) = &mut open {
+        s.stdin_open = true;
+    }
+    link.orders(vec![hub.order(t, &open, None)]).await;
+    link.started().await;
+    assert_eq!(link.input(t, 1, b"one,", false).await, (Code::Taken, 1));
+
+    // Forged, for another node, for another link, or said twice: nothing of it reaches the task.
+    let good = link.input_body(t, 2, b"FORGED", false);
+    let mut altered = link.sealed(payload_type::INPUT, good.encode_to_vec());
+    *altered.body.last_mut().unwrap() ^= 1;
+    let elsewhere = InputBody { node_id: mesh_core::NodeId::from_bytes([9; 16]).to_string(), ..good.clone() };
+    let earlier = InputBody { link_session: vec![9; 16], ..good.clone() };
+    let stale = InputBody { seq: 1, ..good };
+    for (envelope, code) in [
+        (altered, "bad_signature"),
+        (link.sealed(payload_type::INPUT, elsewhere.encode_to_vec()), "other_node"),
+        (link.sealed(payload_type::INPUT, earlier.encode_to_vec()), "other_link"),
+        (link.sealed(payload_type::INPUT, stale.encode_to_vec()), "replayed"),
+    ] {
+        link.send(hub_frame::Kind::Envelope(envelope)).await;
+        let node_frame::Kind::Rejected(r) = link.frame().await else { panic!() };
+        assert_eq!(r.code, code);
+    }
+    assert_eq!(link.input(t, 1, b"again", false).await, (Code::Taken, 1));
+    assert_eq!(link.input(t, 3, b"early", false).await, (Code::Gap, 1));
+
+    node.signal(rustix::process::Signal::KILL);
+    node.child.take().unwrap().0.wait().unwrap();
+    link.ended().await;
+    node.start(&["run"]);
+    let mut link = hub.link().await;
+    link.started().await;
+    assert_eq!(link.input(t, 1, b"again", false).await, (Code::Taken, 1), "the warden remembers");
+    assert_eq!(link.input(t, 2, b"two", true).await, (Code::Taken, 2));
+    assert_eq!(link.input(t, 3, b"late", false).await, (Code::Closed, 2));
+    // The cancel must not overtake the command's reading.
+    let printed = async {
+        while output(&hub, t) != "one,two" {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, printed).await.expect("all pieces, once and in order");
+    link.cancel(t).await;
+    let r = link.result().await;
+    assert_eq!(output(&hub, t), "one,two");
+    assert_eq!(link.input(t, 3, b"late", false).await.0, Code::Ended);
+    link.acknowledge(&r).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tasks_outlive_the_daemon_and_nothing_is_lost() {
+    let mut hub = support::start().await;
+    let (mut node, mut link) = Node::up(&mut hub).await;
+    let t = task();
+    let text = "for i in 1 2 3; do echo before; done; while [ ! -e go ]; do sleep 0.05; done; echo after; exit 7";
+    let session = SessionId::from_bytes([8; 16]);
+    link.orders(vec![hub.order(t, &script(text), Some(session))]).await;
+    link.started().await;
+    let folder = std::fs::read_dir(&node.root).unwrap().next().unwrap().unwrap().path().join(session.to_string());
+    node.signal(rustix::process::Signal::KILL);
+    node.child.take().unwrap().0.wait().unwrap();
+    link.ended().await;
+    std::fs::write(folder.join("go"), "").unwrap();
+
+    node.start(&["run"]);
+    let mut link = hub.link().await;
+    assert_eq!(link.hello.attempts.len(), 1, "the warden remembers");
+    let r = link.result().await;
+    let o = r.outcome.clone().unwrap();
+    assert_eq!((o.kind(), o.code), (Ended::Exited, 7));
+    assert_eq!(output(&hub, t), "before\nbefore\nbefore\nafter\n");
+    // the result is told on every link until it is acknowledged
+    link.send(hub_frame::Kind::Goodbye(Goodbye { code: "shutdown".into(), detail: String::new() })).await;
+    drop(link);
+    let mut link = hub.link().await;
+    assert_eq!(link.hello.attempts.iter().filter(|a| a.ended).count(), 1);
+    let r = link.result().await;
+    link.acknowledge(&r).await;
+
+    // SIGTERM leaves tasks alone
+    let t = task();
+    link.orders(vec![hub.order(t, &script("sleep 100"), None)]).await;
+    link.started().await;
+    node.signal(rustix::process::Signal::TERM);
+    assert_eq!(node.wait(), Some(0));
+    let status = String::from_utf8(node.call(&["status"]).stdout).unwrap();
+    assert!(status.contains("not running") && status.contains(&t.to_string()), "{status}");
+    node.start(&["run"]);
+    let mut link = hub.link().await;
+    assert_eq!(link.hello.attempts.iter().filter(|a| !a.ended).count(), 1);
+
+    // a revocation ends them
+    link.started().await;
+    link.send(hub_frame::Kind::Goodbye(Goodbye { code: "revoked".into(), detail: "by its owner".into() })).await;
+    assert_eq!(node.wait(), Some(3));
+    assert!(folder.join("go").exists(), "the workspace stays");
+    assert!(!node.dir.join("warden.sock").exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_is_renewed_make_before_break() {
+    let mut hub = support::start().await;
+    // two thirds of its life are over at once
+    hub.knobs().certificate = (1_000, 100_000);
+    let (node, mut first) = Node::up(&mut hub).await;
+    let mut second = hub.link().await;
+    assert_eq!(hub.knobs().renewals, [2]);
+    let _ = first.send(hub_frame::Kind::Goodbye(Goodbye { code: "superseded".into(), detail: String::new() })).await;
+    first.ended().await;
+    let t = task();
+    second.orders(vec![hub.order(t, &Spec::Echo { payload: b"x".to_vec() }, None)]).await;
+    assert_eq!(second.result().await.task_id, t.to_string());
+    drop(node);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refusals_are_shown_as_the_hub_said_them() {
+    let hub = support::start().await;
+    hub.knobs().revoked = true;
+    let node = Node::new(&hub);
+    let invite = node.invite.to_str().unwrap();
+    let out = node.call(&["join", invite, "--enroll-only"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("the hub refused: the invite was used before"), "{out:?}");
+    let key = std::fs::read(node.dir.join("identity.key")).unwrap();
+    // the secret stays for another try, with the same key
+    hub.knobs().revoked = false;
+    let out = node.call(&["join", invite, "--enroll-only"]);
+    assert_eq!(out.status.code(), Some(0), "{out:?}");
+    assert_eq!(std::fs::read(node.dir.join("identity.key")).unwrap(), key);
+    assert!(!node.dir.join("warden.sock").exists(), "--enroll-only starts nothing");
+
+    // a hub that is not the pinned one gets no proof
+    let other = support::start().await;
+    let node = Node::new(&other);
+    let text = std::fs::read_to_string(&node.invite).unwrap().replace(&other.address, &hub.address);
+    std::fs::write(&node.invite, text).unwrap();
+    let out = node.call(&["join", node.invite.to_str().unwrap()]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("ca_pin"), "{out:?}");
+
+    // what cannot be
+    assert_eq!(node.call(&["doctor", "--x"]).status.code(), Some(2));
+    assert_eq!(node.call(&["run"]).status.code(), Some(1));
+    std::fs::write(&node.invite, "hub: 3").unwrap();
+    let out = node.call(&["join", node.invite.to_str().unwrap()]);
+    assert_eq!(out.status.code(), Some(2));
+}
+
+/// The warden of a data folder, by its command line.
+fn warden_pid(dir: &Path) -> rustix::process::Pid {
+    let dir = dir.canonicalize().unwrap();
+    let found = std::fs::read_dir("/proc").unwrap().flatten().find_map(|e| {
+        let pid: i32 = e.file_name().to_str()?.parse().ok()?;
+        let line = std::fs::read(e.path().join("cmdline")).ok()?;
+        let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
+        (words.get(1) == Some(&&b"warden"[..]) && words.get(3) == Some(&dir.as_os_str().as_encoded_bytes())).then_some(pid)
+    });
+    rustix::process::Pid::from_raw(found.expect("no warden runs")).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn output_survives_broken_links_byte_by_byte() {
+    let mut hub = support::start().await;
+    let (node, mut link) = Node::up(&mut hub).await;
+    let (noisy, quiet) = (task(), task());
+    let text = "i=0; while [ $i -lt 40 ]; do seq 1 20000; i=$((i+1)); sleep 0.01; done";
+    link.orders(vec![hub.order(noisy, &script(text), None)]).await;
+    link.started().await;
+    for _ in 0..2 {
+        link.send(hub_frame::Kind::Goodbye(Goodbye { code: "shutdown".into(), detail: String::new() })).await;
+        drop(link);
+        link = hub.link().await;
+    }
+    link.orders(vec![hub.order(quiet, &script("echo quiet"), None)]).await;
+    let mut ends = vec![];
+    while ends.len() < 2 {
+        let r = link.result().await;
+        link.acknowledge(&r).await;
+        ends.push(r.task_id);
+    }
+    let once: String = (1..=20_000).map(|n| format!("{n}\n")).collect();
+    assert!(output(&hub, noisy) == once.repeat(40), "{} bytes", output(&hub, noisy).len());
+    assert_eq!(output(&hub, quiet), "quiet\n");
+    drop(node);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_warden_loses_its_tasks_and_says_so() {
+    let mut hub = support::start().await;
+    let (node, mut link) = Node::up(&mut hub).await;
+    let t = task();
+    link.orders(vec![hub.order(t, &script("echo seen; sleep 100"), None)]).await;
+    link.started().await;
+    rustix::process::kill_process(warden_pid(&node.dir), rustix::process::Signal::KILL).unwrap();
+    let r = link.result().await;
+    assert_eq!((r.task_id.clone(), r.outcome.clone().unwrap().kind()), (t.to_string(), Ended::Lost));
+    link.acknowledge(&r).await;
+    // and the next one serves
+    let t = task();
+    let order = hub.order(t, &script("exit 3"), None);
+    link.orders(vec![order.clone()]).await;
+    let r = link.result().await;
+    assert_eq!((r.task_id.clone(), r.outcome.clone().unwrap().code), (t.to_string(), 3));
+    // another spec under the same number runs nothing
+    let other = hub.order(t, &script("exit 4"), None);
+    link.orders(vec![other]).await;
+    let node_frame::Kind::Rejected(r) = link.frame().await else { panic!() };
+    assert_eq!(r.code, "conflict");
+    drop(node);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_superseded_node_waits_and_says_so() {
+    let mut hub = support::start().await;
+    let (mut node, mut link) = Node::up(&mut hub).await;
+    link.send(hub_frame::Kind::Goodbye(Goodbye { code: "superseded".into(), detail: String::new() })).await;
+    link.ended().await;
+    loop {
+        let status = String::from_utf8(node.call(&["status"]).stdout).unwrap();
+        if status.contains("link         superseded") {
+            assert!(status.contains("5 minutes"), "{status}");
+            break;
+        }
+        assert!(!status.contains("link         connecting"), "{status}");
+    }
+    assert!(hub.no_link_yet());
+    // an answer that says revoked ends it too
+    node.signal(rustix::process::Signal::TERM);
+    assert_eq!(node.wait(), Some(0));
+    hub.knobs().revoked = true;
+    node.start(&["run"]);
+    assert!(node.line().contains("was revoked by its hub"));
+    assert_eq!(node.wait(), Some(3));
+}
