@@ -17,7 +17,7 @@ const MAX_NOTICES: usize = 20;
 #[derive(Debug, Default)]
 pub struct MemoryStore(Mutex<State>);
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 struct State {
     hub: Option<HubMeta>,
     tasks: BTreeMap<TaskId, (Task, Vec<TaskEvent>)>,
@@ -40,7 +40,7 @@ struct State {
     made: BTreeMap<Digest, (Known, UnixMs)>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Refresh {
     token: RefreshToken,
     used: bool,
@@ -50,6 +50,10 @@ struct Refresh {
 impl MemoryStore {
     pub fn new() -> Self {
         Self::default()
+    }
+    /// As it is now, apart from what comes: a back-up.
+    pub fn copy(&self) -> Self {
+        Self(Mutex::new(self.state().clone()))
     }
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)

@@ -7,7 +7,7 @@
 
 mod data;
 mod enrolment;
-mod envelope;
+pub mod envelope;
 mod node;
 mod tasks;
 pub mod tls;

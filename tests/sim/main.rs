@@ -1,0 +1,140 @@
+//! The hub's engine and the node's logic against seeded faults, with simulated time and no socket.
+//!
+//! A seed decides everything: the same seed gives the same trace, bit by bit. To see one again:
+//!
+//! ```text
+//! SIM_SEED=17 cargo test -p mesh-tests --test simulation one -- --nocapture
+//! SIM_SEED=17 SIM_BREAK=SkipFence cargo test …
+//! ```
+//! What may go wrong stands in `plan.rs`, what must hold in `oracle.rs`.
+#![expect(clippy::disallowed_methods, reason = "a seed is given on the command line")]
+
+mod daemon;
+mod hub;
+mod net;
+mod node;
+mod oracle;
+mod plan;
+mod run;
+mod store;
+mod warden;
+mod world;
+
+use plan::{Break, Fault, Point, TRANSITIONS};
+use run::{Report, run};
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Seeds of a run; more with `SIM_SEEDS`.
+const SEEDS: u64 = 2000;
+/// Of everything that is to be covered there is at least so much.
+const AT_LEAST: u64 = 20;
+/// A broken mechanism is noticed within so many seeds.
+const SEEDS_TO_NOTICE: u64 = 400;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+}
+
+fn story(seed: u64, broken: Option<Break>, report: &Report) -> String {
+    let Some(v) = &report.violation else { return String::new() };
+    let from = report.trace.len().saturating_sub(400);
+    let with = broken.map(|b| format!(" SIM_BREAK={b:?}")).unwrap_or_default();
+    let again = format!("SIM_SEED={seed}{with} cargo test -p mesh-tests --test simulation one -- --nocapture");
+    format!("{}\n\nseed {seed} breaks `{}`: {}\nagain: {again}\n", report.trace[from..].join("\n"), v.invariant, v.detail)
+}
+
+/// Runs seeds on all cores until `each` has had enough; `each` sees them in any order.
+fn many(seeds: std::ops::Range<u64>, broken: Option<Break>, each: impl Fn(u64, Report) -> bool + Sync) {
+    let next = AtomicU64::new(seeds.start);
+    let threads = std::thread::available_parallelism().map_or(2, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::SeqCst);
+                    if seed >= seeds.end {
+                        return;
+                    }
+                    if !each(seed, run(seed, broken)) {
+                        next.store(seeds.end, Ordering::SeqCst);
+                    }
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn one() {
+    let Some(seed) = number("SIM_SEED") else { return };
+    let broken = std::env::var("SIM_BREAK").ok().map(|b| Break::named(&b).unwrap_or_else(|| panic!("{b} is nothing to break")));
+    let report = run(seed, broken);
+    if report.violation.is_some() {
+        panic!("{}", story(seed, broken, &report));
+    }
+    println!("{}", report.trace.join("\n"));
+}
+
+#[test]
+fn every_seed_holds_and_everything_is_covered() {
+    let (first, count) = (number("SIM_FIRST").unwrap_or(0), number("SIM_SEEDS").unwrap_or(SEEDS));
+    let counts: Mutex<BTreeMap<String, u64>> = Mutex::default();
+    let failed: Mutex<BTreeMap<u64, String>> = Mutex::default();
+    many(first..first + count, None, |seed, report| {
+        for (what, n) in &report.counts {
+            *world::lock(&counts).entry(what.clone()).or_default() += n;
+        }
+        let bad = report.violation.is_some();
+        if bad {
+            world::lock(&failed).insert(seed, story(seed, None, &report));
+        }
+        !bad || number("SIM_ALL").is_some()
+    });
+    let failed = failed.into_inner().unwrap_or_default();
+    if let Some((_, story)) = failed.first_key_value() {
+        panic!("{story}\nfailed: {:?}", failed.keys().collect::<Vec<_>>());
+    }
+    let counts = counts.into_inner().unwrap_or_default();
+    counts.iter().for_each(|(what, n)| println!("{n:>8} {what}"));
+    let faults = Fault::ALL.iter().map(|f| format!("fault {f:?}"));
+    let points = Point::ALL.iter().map(|p| format!("crash {p:?}"));
+    let wanted = TRANSITIONS.iter().map(|t| t.to_string()).chain(faults).chain(points);
+    let rare: Vec<_> = wanted.filter(|w| counts.get(w).copied().unwrap_or(0) < AT_LEAST).collect();
+    assert!(count < SEEDS || rare.is_empty(), "covered less than {AT_LEAST} times: {rare:#?}");
+    // And nothing happens that nobody has thought of.
+    let unknown: Vec<_> = counts.keys().filter(|w| w.split(' ').count() == 3 && !TRANSITIONS.contains(&w.as_str())).collect();
+    assert!(unknown.is_empty(), "transitions that are not in the list: {unknown:?}");
+}
+
+#[test]
+fn a_seed_gives_the_same_trace_again() {
+    for seed in [3, 1414, 99_991] {
+        let (first, second) = (run(seed, None), run(seed, None));
+        assert!(first.trace.len() > 50);
+        let differs = first.trace.iter().zip(&second.trace).position(|(a, b)| a != b);
+        assert_eq!(differs.map(|n| (&first.trace[n], &second.trace[n])), None);
+        assert_eq!(first.trace.len(), second.trace.len());
+    }
+}
+
+#[test]
+fn a_broken_mechanism_is_noticed() {
+    let mut unnoticed = vec![];
+    for (broken, by) in Break::ALL {
+        let noticed: Mutex<Option<(u64, String)>> = Mutex::default();
+        let tried = AtomicU64::new(0);
+        many(0..SEEDS_TO_NOTICE, Some(broken), |seed, report| {
+            tried.fetch_add(1, Ordering::SeqCst);
+            let Some(v) = report.violation.filter(|v| by.contains(&v.invariant)) else { return true };
+            world::lock(&noticed).get_or_insert((seed, v.invariant.to_owned()));
+            false
+        });
+        match noticed.into_inner().unwrap_or_default() {
+            Some((seed, invariant)) => println!("{broken:?}: noticed by {invariant} in seed {seed}"),
+            None => unnoticed.push((broken, by, tried.into_inner())),
+        }
+    }
+    assert!(unnoticed.is_empty(), "nobody noticed: {unnoticed:?}");
+}
