@@ -158,7 +158,7 @@ impl Daemon {
         Some(up.hub_time.0 + (self.now() - up.hub_time.1).as_millis() as i64)
     }
     fn next_due(&self) -> Instant {
-        let mut due = Instant::now() + Duration::from_secs(1);
+        let mut due = Instant::now() + Duration::from_secs(if self.stopping.is_some() || self.up.is_some() { 1 } else { 5 });
         if let Some(up) = &self.up {
             due = due.min(up.heartbeat_due).min(up.heard + SILENCE);
         }

@@ -91,7 +91,6 @@ impl Keyring for SimKeys {
 
 pub struct Hub {
     pub life: Arc<Life>,
-    pub incarnation: u32,
     world: Arc<World>,
     pub store: SimStore,
     keys: Arc<SimKeys>,
@@ -176,7 +175,7 @@ impl Hub {
         });
         let idempotency = Idempotency { store: port, clock: clock.clone() };
         let (world, ready) = (world.clone(), AtomicBool::new(false));
-        Arc::new(Self { life, incarnation, world, store, keys, clock, links, pool, delivery, manage, tasks, idempotency, ready })
+        Arc::new(Self { life, world, store, keys, clock, links, pool, delivery, manage, tasks, idempotency, ready })
     }
 
     /// Takes up what the journal holds, and then serves. A start that fails ends the process.
@@ -242,7 +241,7 @@ impl Hub {
         let marks = opened.marks.iter().map(|(t, a, seq)| ((*t, *a), *seq)).collect();
         let generation = opened.generation;
         self.world.note(format_args!("link {} is generation {generation} of node {}", end.wire.no, end.wire.node));
-        end.send.send(ToNode::Welcome { link_session, generation, hub_time_ms: self.clock.anchored_ms(), marks });
+        end.send.send(ToNode::Welcome { link_session, hub_time_ms: self.clock.anchored_ms(), marks });
         let HubEnd { wire, send, receive } = end;
         let (reports, report_queue) = mpsc::channel(REPORTS);
         let (output, output_queue) = mpsc::channel(TOGETHER * 64);

@@ -87,7 +87,8 @@ fn every_seed_holds_and_everything_is_covered() {
             *world::lock(&counts).entry(what.clone()).or_default() += n;
         }
         let bad = report.violation.is_some();
-        if bad {
+        if let Some(v) = &report.violation {
+            println!("seed {seed} breaks {}: {}", v.invariant, v.detail);
             world::lock(&failed).insert(seed, story(seed, None, &report));
         }
         !bad || number("SIM_ALL").is_some()

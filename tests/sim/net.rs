@@ -31,7 +31,7 @@ pub enum ToHub {
 
 /// … and from the hub.
 pub enum ToNode {
-    Welcome { link_session: [u8; 16], generation: u64, hub_time_ms: i64, marks: Vec<(Key, u64)> },
+    Welcome { link_session: [u8; 16], hub_time_ms: i64, marks: Vec<(Key, u64)> },
     Heartbeat,
     Envelope(Envelope),
     ResultAck(ResultAck),

@@ -6,7 +6,6 @@ use crate::warden::{Spool, ToWarden, Warden};
 use crate::world::{World, lock};
 use mesh_core::{NodeId, SpoolId};
 use mesh_process::{Clock, Tasks};
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use tokio::sync::{mpsc, watch};
@@ -36,7 +35,6 @@ pub struct Machine {
     /// What the next daemon is asked to do: swap its link for a second one, or end tasks and warden.
     pub swap: AtomicBool,
     pub stop: AtomicBool,
-    pub told: Mutex<BTreeSet<&'static str>>,
 }
 
 impl Machine {
@@ -59,7 +57,6 @@ impl Machine {
             wire_no: AtomicU64::new(0),
             swap: AtomicBool::new(false),
             stop: AtomicBool::new(false),
-            told: Mutex::default(),
         })
     }
     pub fn now_ms(&self) -> i64 {
@@ -89,9 +86,6 @@ impl Machine {
     }
     pub fn warden_life(&self) -> u64 {
         if lock(&self.warden).is_some() { self.warden_life.load(Ordering::SeqCst) } else { 0 }
-    }
-    pub fn has_warden(&self) -> bool {
-        lock(&self.warden).is_some()
     }
     pub fn kill_warden(&self) {
         if let Some((tasks, _)) = lock(&self.warden).take() {

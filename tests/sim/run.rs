@@ -81,6 +81,7 @@ struct Sim {
     silent_since: BTreeMap<NodeId, Instant>,
     /// Slow, failing or lossy store; the end of it.
     mood_until: Option<Instant>,
+    peace: bool,
 }
 
 fn caller(user: u16) -> Caller {
@@ -121,6 +122,7 @@ impl Sim {
             dispatched: Arc::default(),
             silent_since: BTreeMap::new(),
             mood_until: None,
+            peace: false,
         }
     }
 
@@ -136,7 +138,7 @@ impl Sim {
         self.heal();
         let until = Instant::now() + REST;
         loop {
-            if self.wait(Duration::from_secs(1)).await {
+            if self.wait(Duration::from_secs(2)).await {
                 return;
             }
             let left = self.left().await;
@@ -169,7 +171,8 @@ impl Sim {
             if now >= until {
                 return false;
             }
-            tokio::time::sleep((until - now).min(Duration::from_millis(250))).await;
+            let step = if self.peace { Duration::from_secs(1) } else { Duration::from_millis(250) };
+            tokio::time::sleep((until - now).min(step)).await;
         }
     }
 
@@ -381,7 +384,8 @@ impl Sim {
     fn heal(&mut self) {
         let world = &self.world;
         world.note("---- peace ----");
-        world.healed.store(true, Ordering::SeqCst);
+        world.set_clock();
+        self.peace = true;
         world.disarm();
         lock(&world.partitions).clear();
         lock(&world.slow_links).clear();
@@ -392,14 +396,19 @@ impl Sim {
             m.swap.store(false, Ordering::SeqCst);
         }
         self.undrain();
+        // A back-up may have brought nodes back that are gone for good.
+        for m in self.machines.iter().filter(|m| m.revoked.load(Ordering::SeqCst)) {
+            let id = m.id;
+            self.on_hub("revoke again", move |hub| async move { hub.manage.revoke(&caller(1), id).await.is_ok() });
+        }
     }
 
     /// What keeps this from being at rest, and which invariant it would break for ever.
     async fn left(&self) -> Option<(&'static str, String)> {
         let hub = self.hub.borrow().clone();
         let Some(hub) = hub.filter(|h| h.serves()) else { return Some(("comes_to_rest", "the hub does not serve".into())) };
-        let all = self.disk.tasks(&TaskFilter::default(), Window { before: None, limit: u32::MAX }).await.unwrap_or_default();
-        if let Some(open) = all.iter().find(|t| !t.progress.state.is_final()) {
+        let open = self.disk.open_tasks(None, None, 1).await.unwrap_or_default();
+        if let Some(open) = open.first() {
             return Some(("comes_to_rest", format!("{} is {:?}", open.id, open.progress)));
         }
         let revoked: BTreeSet<usize> = self.machines.iter().filter(|m| m.revoked.load(Ordering::SeqCst)).map(|m| m.n).collect();
@@ -446,7 +455,7 @@ impl Sim {
                 spec,
                 seal: [0; 32],
                 timeout_secs: if r.chance(20) { r.between(1, 5) } else { 120 },
-                queue_secs: if r.chance(15) { r.between(1, 60) } else { 900 },
+                queue_secs: if r.chance(15) { r.between(1, 60) } else { 120 },
                 terms,
                 created_at: now,
                 progress: Progress::new(),

@@ -5,7 +5,7 @@ use crate::plan::{Break, Fault, Point};
 use mesh_process::{Clock, Tasks};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -91,10 +91,11 @@ pub struct Violation {
 
 /// Shared by everything in one seed.
 pub struct World {
-    pub seed: u64,
     pub broken: Option<Break>,
     begun: Instant,
     wall: Arc<AtomicI64>,
+    /// As far ahead as the wall clock ever was.
+    ahead: AtomicI64,
     rng: Mutex<Rng>,
     trace: Mutex<Vec<String>>,
     counts: Mutex<BTreeMap<String, u64>>,
@@ -106,7 +107,6 @@ pub struct World {
     pub partitions: Mutex<BTreeMap<usize, Instant>>,
     /// Nodes whose link is slow now.
     pub slow_links: Mutex<BTreeSet<usize>>,
-    pub healed: AtomicBool,
     /// What belongs to no simulated process: callers, the director.
     pub tasks: Tasks,
 }
@@ -114,10 +114,10 @@ pub struct World {
 impl World {
     pub fn new(seed: u64, broken: Option<Break>) -> Arc<Self> {
         Arc::new(Self {
-            seed,
             broken,
             begun: Instant::now(),
             wall: Arc::default(),
+            ahead: AtomicI64::new(0),
             rng: Mutex::new(Rng(seed.wrapping_mul(0xA24B_AED4_963E_E407))),
             trace: Mutex::default(),
             counts: Mutex::default(),
@@ -127,7 +127,6 @@ impl World {
             armed: Mutex::default(),
             partitions: Mutex::default(),
             slow_links: Mutex::default(),
-            healed: AtomicBool::new(false),
             tasks: Tasks::new(),
         })
     }
@@ -135,7 +134,12 @@ impl World {
         Arc::new(SimClock::new(self.begun, self.wall.clone()))
     }
     pub fn jump(&self, by_ms: i64) {
-        self.wall.fetch_add(by_ms, Ordering::SeqCst);
+        let now = self.wall.fetch_add(by_ms, Ordering::SeqCst) + by_ms;
+        self.ahead.fetch_max(now, Ordering::SeqCst);
+    }
+    /// Somebody sets the wall clock; what was to come at a time that had been is due.
+    pub fn set_clock(&self) {
+        self.wall.store(self.ahead.load(Ordering::SeqCst), Ordering::SeqCst);
     }
     pub fn steady(&self) -> Duration {
         Instant::now() - self.begun
@@ -149,9 +153,6 @@ impl World {
     }
     pub fn is(&self, broken: Break) -> bool {
         self.broken == Some(broken)
-    }
-    pub fn healed(&self) -> bool {
-        self.healed.load(Ordering::SeqCst)
     }
 
     pub fn note(&self, what: impl Display) {

@@ -147,6 +147,11 @@ impl Delivery {
             let outcome = Outcome::Lost { detail: "maybe_ran".into() };
             return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
         }
+        if !known && self.is_of_before(attempt) {
+            // A restore has brought this attempt back: it may have run, ended and been acknowledged since.
+            let outcome = Outcome::Lost { detail: "maybe_ran".into() };
+            return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
+        }
         if !known {
             self.pool.send_order(&task, node, attempt);
         }
@@ -154,6 +159,11 @@ impl Delivery {
             self.links.send(node, LinkCommand::Cancel { task: id, attempt });
         }
         Ok(())
+    }
+
+    /// Was this number handed out before the database was restored?
+    fn is_of_before(&self, attempt: AttemptNo) -> bool {
+        attempt < AttemptNo::first(self.pool.incarnation)
     }
 
     /// Is this the newest attempt, open, and of this node? What is not known here is asked of the
@@ -196,6 +206,13 @@ impl Delivery {
             return Ok(Some(last));
         }
         let totals = self.output.append(task, attempt, frames, self.output_bytes).await?;
+        if totals.is_none() && self.is_of_before(attempt) {
+            // What is missing was acknowledged before a restore, and its node has forgotten it.
+            let outcome = Outcome::Lost { detail: "output was lost by a restore".into() };
+            self.end(task, Event::Ended { attempt, outcome }, Besides::default()).await?;
+            self.links.send(node, LinkCommand::Cancel { task, attempt });
+            return Ok(Some(last));
+        }
         self.pool.watchers.notify(task);
         Ok(totals.map(|t| t.durable_seq))
     }

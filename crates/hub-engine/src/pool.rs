@@ -17,7 +17,7 @@ use crate::watch::Watchers;
 use mesh_core::permission::Role;
 use mesh_core::placement::{Waiting, choose};
 use mesh_core::spec::INLINE_SPEC_BYTES;
-use mesh_core::task::{Action, AttemptNo, Event, ReasonCode, TaskState, step};
+use mesh_core::task::{Action, AttemptNo, Event, Outcome, ReasonCode, TaskState, step};
 use mesh_core::{Digest, NodeId, SessionId, TaskId, UserId};
 use mesh_process::SharedClock;
 use std::cmp::Reverse;
@@ -139,6 +139,14 @@ impl Pool {
         match attempt.filter(|_| p.state != TaskState::Pending) {
             Some(a) if a.granted.is_some() => {
                 self.queue.remove(task.id);
+                if self.links.get(a.node).is_some_and(|l| Some(l.spool) != a.granted) {
+                    // Its node came back with another memory while the grant was committed.
+                    let event = Event::Ended { attempt: a.no, outcome: Outcome::Lost { detail: "maybe_ran".into() } };
+                    if let Applied::Done(task, actions) = self.apply(task.id, &event, Besides::default()).await? {
+                        self.perform(&task, &actions);
+                    }
+                    return Ok(());
+                }
                 self.take_up(task).await?;
                 // A node that knows it starts nothing twice.
                 self.send_order(task, a.node, a.no);
@@ -342,9 +350,12 @@ impl Pool {
     /// Hands a granted attempt to its node's link. A row that no longer fits its seal is never signed.
     pub fn send_order(&self, task: &Task, node: NodeId, attempt: AttemptNo) {
         let granted = task.progress.attempt.as_ref().and_then(|a| a.granted);
-        if self.links.get(node).map(|l| l.spool) != granted {
-            // Not here, or with another memory than the one it was granted to: the next hello settles it.
-            return;
+        match self.links.get(node).map(|l| l.spool) {
+            spool if spool == granted => {}
+            // Not here: the next hello settles it.
+            None => return,
+            // With another memory than the one it was granted to: its hello came before this commit.
+            Some(_) => return self.queue.doubt(task.id),
         }
         if mesh_core::sha256(&task.spec) != task.digest || !self.keyring.is_sealed(&task.intent(), &task.seal) {
             tracing::error!(task = %task.id, "the stored task does not fit its seal; it is not sent");

@@ -117,6 +117,18 @@ impl World {
     async fn new() -> Self {
         let store = Arc::new(MemoryStore::new());
         let clock = Arc::new(Hands(AtomicI64::new(1000)));
+        let node = sample::node(1, 1);
+        let invite = sample::invite(1);
+        store.add_invite(&invite).await.unwrap();
+        assert_eq!(store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap(), Claim::Claimed);
+        Self::on(store, clock, node, 1)
+    }
+    /// The process ends, and another takes up what it left, with this incarnation.
+    async fn incarnate(&mut self, incarnation: u32) {
+        *self = Self::on(self.store.clone(), self.clock.clone(), self.node.clone(), incarnation);
+        self.pool.recover().await.unwrap();
+    }
+    fn on(store: Arc<MemoryStore>, clock: Arc<Hands>, node: Node, incarnation: u32) -> Self {
         let (enter, entered) = mpsc::channel(64);
         let journal = Arc::new(Held {
             inner: store.clone(),
@@ -124,10 +136,6 @@ impl World {
             fail_expiry: AtomicBool::new(false),
             entered: Mutex::new(enter),
         });
-        let node = sample::node(1, 1);
-        let invite = sample::invite(1);
-        store.add_invite(&invite).await.unwrap();
-        assert_eq!(store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap(), Claim::Claimed);
         let links = Arc::new(Links::default());
         let pool = Arc::new(Pool {
             journal: journal.clone(),
@@ -138,7 +146,7 @@ impl World {
             watchers: Watchers::default(),
             events: Events::local(Duration::from_secs(60), clock.clone()),
             clock: clock.clone(),
-            incarnation: 1,
+            incarnation,
             policy: [0; 32],
             queue: Queue::default(),
         });
@@ -164,8 +172,11 @@ impl World {
     }
 
     async fn hello(&self, spool: u16) -> (Welcome, mpsc::Receiver<LinkCommand>) {
+        self.hello_of(spool, vec![]).await
+    }
+    async fn hello_of(&self, spool: u16, attempts: Vec<(TaskId, AttemptNo)>) -> (Welcome, mpsc::Receiver<LinkCommand>) {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(spool), max_tasks: 4, attempts: vec![] };
+        let hello = Hello { spool: sample::spool_id(spool), max_tasks: 4, attempts };
         (self.delivery.open_link(&self.node, hello, commands).await.unwrap(), queue)
     }
 
@@ -272,6 +283,56 @@ async fn another_spool_cannot_answer_for_what_it_never_had() {
     assert_eq!(orders(&mut queue), []);
     let ended = w.store.task(task.id).await.unwrap().unwrap().progress;
     assert_eq!((ended.state, ended.reason.unwrap().detail), (TaskState::Failed, "maybe_ran".into()));
+}
+
+#[tokio::test]
+async fn a_grant_to_a_memory_that_is_gone_by_its_commit_is_lost_and_not_stuck() {
+    let mut w = World::new().await;
+    let task = w.task(1);
+    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    let (first, _first_queue) = w.hello(1).await;
+    w.journal.commits.forget_permits(1000);
+    while w.entered.try_recv().is_ok() {}
+    let pool = w.pool.clone();
+    let placing = async move { pool.round().await };
+    // While the grant to the first memory is committed, the node comes with a second one.
+    let meanwhile = async {
+        w.entered.recv().await.unwrap();
+        let second = w.hello(2).await;
+        w.journal.commits.add_permits(1000);
+        second
+    };
+    let (placed, (_second, mut queue)) = futures::future::join(placing, meanwhile).await;
+    placed.unwrap();
+    drop(first);
+    assert_eq!(orders(&mut queue), [], "it was not granted to this memory");
+    w.pool.round_of_changes().await.unwrap();
+    let ended = w.store.task(task.id).await.unwrap().unwrap().progress;
+    assert_eq!((ended.state, ended.reason.unwrap().detail), (TaskState::Failed, "maybe_ran".into()));
+    assert_eq!(w.links.running(w.node.id), 0);
+}
+
+#[tokio::test]
+async fn a_restored_hub_sends_no_order_of_before_again() {
+    let mut w = World::new().await;
+    let (first, mut queue) = w.hello(1).await;
+    let (unknown, gap) = (w.task(1), w.task(2));
+    for task in [&unknown, &gap] {
+        w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    }
+    let attempt = orders(&mut queue)[0].1;
+    drop(first);
+    w.incarnate(2).await;
+    // What ran after the back-up may have been acknowledged, and forgotten by its node.
+    let (welcome, mut queue) = w.hello_of(1, vec![(gap.id, attempt)]).await;
+    assert_eq!(orders(&mut queue), []);
+    assert_eq!(w.state(unknown.id).await, TaskState::Failed);
+    assert_eq!(w.state(gap.id).await, TaskState::Assigned, "this one its node can speak of");
+    let frame = OutputFrame { seq: 3, t_ms: 1, stream: Stream::Stdout, data: "x".into() };
+    assert_eq!(w.delivery.append(&w.caller(&welcome), gap.id, attempt, vec![frame]).await.unwrap(), Some(3));
+    assert_eq!(w.state(gap.id).await, TaskState::Failed, "its first output is nowhere any more");
+    assert!(matches!(queue.try_recv(), Ok(LinkCommand::Cancel { .. })));
+    assert_eq!(w.links.running(w.node.id), 0);
 }
 
 #[tokio::test]
