@@ -162,7 +162,8 @@ impl Daemon {
         if let Some(up) = &self.up {
             due = due.min(up.heartbeat_due).min(up.heard + SILENCE);
         }
-        due.min(self.dial_due.unwrap_or(due)).min(if self.events.is_none() { self.attach_due } else { due })
+        let attaches = self.events.is_none() && self.stopping.is_none();
+        due.min(self.dial_due.unwrap_or(due)).min(if attaches { self.attach_due } else { due })
     }
     fn die_at(&mut self, point: Point) -> bool {
         if self.m.world.dies_at(point) {

@@ -242,10 +242,10 @@ impl Hub {
         let generation = opened.generation;
         self.world.note(format_args!("link {} is generation {generation} of node {}", end.wire.no, end.wire.node));
         end.send.send(ToNode::Welcome { link_session, hub_time_ms: self.clock.anchored_ms(), marks });
-        let HubEnd { wire, send, receive } = end;
+        let HubEnd { wire, send, mut receive } = end;
         let (reports, report_queue) = mpsc::channel(REPORTS);
         let (output, output_queue) = mpsc::channel(TOGETHER * 64);
-        let group = self.life.tasks.child();
+        let group = &self.life.tasks;
         let data_ended = CancellationToken::new();
         let (hub, to_node, ended) = (self.clone(), send.clone(), data_ended.clone());
         group.spawn_until_cancelled("link worker", async move { hub.carry(node, generation, report_queue).await });
@@ -254,7 +254,19 @@ impl Hub {
             hub.keep(node, generation, output_queue, &to_node).await;
             ended.cancel();
         });
-        let mut talk = Talk { hub: self.clone(), node, generation, _presence: opened.presence, send, reports, output, link_session, seq: 0, key: node_key(wire.node) };
+        let late = output.clone();
+        let mut talk = Talk {
+            hub: self.clone(),
+            node,
+            generation,
+            _presence: opened.presence,
+            send,
+            reports,
+            output,
+            link_session,
+            seq: 0,
+            key: node_key(wire.node),
+        };
         for command in first {
             talk.pass(vec![command]);
         }
@@ -263,9 +275,24 @@ impl Hub {
             () = opened.cut.cancelled() => "revoked",
             () = wire.reset_hub.cancelled() => "broken",
             () = data_ended.cancelled() => "data stream ended",
-            code = talk.run(receive, queue) => code,
+            code = talk.run(&mut receive, queue) => code,
         };
-        group.token().cancel();
+        // The second stream is one of its own: what still comes there meets the fence.
+        group.spawn_until_cancelled("late data", async move {
+            let read = async {
+                while let Some(message) = receive.receive().await {
+                    let full = match message {
+                        ToHub::Output(key, frame) => late.try_send(Data::Output(key, frame)).is_err(),
+                        ToHub::Pull(p) => late.try_send(Data::Pull(p)).is_err(),
+                        ToHub::Frame(_) => false,
+                    };
+                    if full {
+                        return;
+                    }
+                }
+            };
+            let _ = tokio::time::timeout(SILENCE, read).await;
+        });
         code
     }
 
@@ -303,8 +330,14 @@ impl Hub {
                             return Ok(());
                         };
                         let last_seq = if self.world.is(Break::ResultBeforeOutput) { 0 } else { r.last_seq };
-                        let reported =
-                            Reported { task, attempt: AttemptNo(r.attempt), outcome, last_seq, result: None, sandbox_applied: Some(r.sandbox_applied) };
+                        let reported = Reported {
+                            task,
+                            attempt: AttemptNo(r.attempt),
+                            outcome,
+                            last_seq,
+                            result: None,
+                            sandbox_applied: Some(r.sandbox_applied),
+                        };
                         self.delivery.result(&caller, reported).await
                     }
                     _ => return Ok(()),
@@ -397,7 +430,7 @@ struct Talk {
 }
 
 impl Talk {
-    async fn run(&mut self, mut receive: crate::net::Receiver<ToHub>, mut commands: mpsc::Receiver<LinkCommand>) -> &'static str {
+    async fn run(&mut self, receive: &mut crate::net::Receiver<ToHub>, mut commands: mpsc::Receiver<LinkCommand>) -> &'static str {
         let silence = tokio::time::sleep(SILENCE);
         tokio::pin!(silence);
         let mut beat = tokio::time::interval(Duration::from_secs(HEARTBEAT_SECS));
@@ -472,7 +505,12 @@ impl Talk {
         if dies {
             self.hub.life.kill(&world);
         }
-        world.note(format_args!("hub said to {} on generation {}: orders {ordered}, cancels {}, acks {acked}", self.node, self.generation, cancels.len()));
+        world.note(format_args!(
+            "hub said to {} on generation {}: orders {ordered}, cancels {}, acks {acked}",
+            self.node,
+            self.generation,
+            cancels.len()
+        ));
         None
     }
 

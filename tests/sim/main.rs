@@ -28,6 +28,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Seeds of a run; more with `SIM_SEEDS`.
 const SEEDS: u64 = 2000;
+/// Of a failed seed's trace, when it is one of many.
+const LINES: usize = 100;
 /// Of everything that is to be covered there is at least so much.
 const AT_LEAST: u64 = 20;
 /// A broken mechanism is noticed within so many seeds.
@@ -37,9 +39,9 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
 }
 
-fn story(seed: u64, broken: Option<Break>, report: &Report) -> String {
+fn story(seed: u64, broken: Option<Break>, report: &Report, lines: usize) -> String {
     let Some(v) = &report.violation else { return String::new() };
-    let from = report.trace.len().saturating_sub(400);
+    let from = report.trace.len().saturating_sub(lines);
     let with = broken.map(|b| format!(" SIM_BREAK={b:?}")).unwrap_or_default();
     let again = format!("SIM_SEED={seed}{with} cargo test -p mesh-tests --test simulation one -- --nocapture");
     format!("{}\n\nseed {seed} breaks `{}`: {}\nagain: {again}\n", report.trace[from..].join("\n"), v.invariant, v.detail)
@@ -72,7 +74,7 @@ fn one() {
     let broken = std::env::var("SIM_BREAK").ok().map(|b| Break::named(&b).unwrap_or_else(|| panic!("{b} is nothing to break")));
     let report = run(seed, broken);
     if report.violation.is_some() {
-        panic!("{}", story(seed, broken, &report));
+        panic!("{}", story(seed, broken, &report, usize::MAX));
     }
     println!("{}", report.trace.join("\n"));
 }
@@ -89,7 +91,7 @@ fn every_seed_holds_and_everything_is_covered() {
         let bad = report.violation.is_some();
         if let Some(v) = &report.violation {
             println!("seed {seed} breaks {}: {}", v.invariant, v.detail);
-            world::lock(&failed).insert(seed, story(seed, None, &report));
+            world::lock(&failed).insert(seed, story(seed, None, &report, LINES));
         }
         !bad || number("SIM_ALL").is_some()
     });

@@ -344,7 +344,7 @@ impl Sim {
                     slow.insert(m.n);
                 }
             }
-            12 => m.swap.store(true, Ordering::SeqCst),
+            12 | 19 => m.swap.store(true, Ordering::SeqCst),
             13 if world.rng(|r| r.chance(30)) => self.intrude(&m),
             13 | 14 => {
                 let mood = world.rng(|r| match r.below(3) {
@@ -443,7 +443,8 @@ impl Sim {
             let retries = if r.chance(30) { r.between(1, 2) as u32 } else { 0 };
             let not_before = r.chance(8).then(|| now + r.between(100, 20_000) as i64);
             let deadline = r.chance(15).then(|| not_before.unwrap_or(now) + r.between(500, 30_000) as i64);
-            let terms = Terms { retries, backoff_ms: r.between(0, 2000), not_before, deadline, priority: r.between(0, 2) as i32, select: None };
+            let terms =
+                Terms { retries, backoff_ms: r.between(0, 2000), not_before, deadline, priority: r.between(0, 2) as i32, select: None };
             let spec = spec.encode();
             let mut task = Task {
                 id,

@@ -123,6 +123,10 @@ impl Warden {
         for (key, record) in journal.iter_mut() {
             let last = out.get(key).map_or(0, Out::last);
             if record.end.is_none() {
+                if let Some(out) = out.get_mut(key) {
+                    // What it finds is synced before the end says how much there is.
+                    out.synced = last;
+                }
                 record.end = Some((Outcome::Lost { detail: "warden_ended".into() }, last));
                 record.started_at = record.started_at.max(now);
             }
@@ -135,7 +139,8 @@ impl Warden {
 
     pub async fn run(mut self, mut inbox: mpsc::Receiver<ToWarden>) {
         loop {
-            let due = self.attempts.values().filter_map(|s| if let State::Running(r) = s { r.script.front().map(|n| n.0) } else { None }).min();
+            let due =
+                self.attempts.values().filter_map(|s| if let State::Running(r) = s { r.script.front().map(|n| n.0) } else { None }).min();
             tokio::select! {
                 biased;
                 said = inbox.recv() => match said {

@@ -208,8 +208,7 @@ impl Delivery {
         let totals = self.output.append(task, attempt, frames, self.output_bytes).await?;
         if totals.is_none() && self.is_of_before(attempt) {
             // What is missing was acknowledged before a restore, and its node has forgotten it.
-            let outcome = Outcome::Lost { detail: "output was lost by a restore".into() };
-            self.end(task, Event::Ended { attempt, outcome }, Besides::default()).await?;
+            self.end(task, Event::Ended { attempt, outcome: lost_by_restore() }, Besides::default()).await?;
             self.links.send(node, LinkCommand::Cancel { task, attempt });
             return Ok(Some(last));
         }
@@ -222,11 +221,14 @@ impl Delivery {
         let node = self.fence(caller)?;
         if self.holds(node, r.task, r.attempt).await? {
             let durable = if r.last_seq == 0 { 0 } else { self.output.totals(r.task, r.attempt).await?.durable_seq };
-            if r.last_seq > durable {
+            let missing = r.last_seq > durable;
+            if missing && !self.is_of_before(r.attempt) {
                 return Err(Error::invalid("output_missing", format!("the result names output {} and {durable} is here", r.last_seq)));
             }
             let besides = Besides { result: r.result, sandbox_applied: r.sandbox_applied, signed: None };
-            self.end(r.task, Event::Ended { attempt: r.attempt, outcome: r.outcome }, besides).await?;
+            // The node had been told that its output is durable, by a hub that was rolled back since.
+            let outcome = if missing { lost_by_restore() } else { r.outcome };
+            self.end(r.task, Event::Ended { attempt: r.attempt, outcome }, besides).await?;
         }
         self.links.send(node, LinkCommand::ResultAck { task: r.task, attempt: r.attempt });
         Ok(())
@@ -253,4 +255,8 @@ impl Delivery {
         let task = self.journal.task(id).await?.ok_or(Error::NotFound("task"))?;
         if task.digest != sha256 { Err(Error::NotFound("payload")) } else { Ok(task.spec) }
     }
+}
+
+fn lost_by_restore() -> Outcome {
+    Outcome::Lost { detail: "output was lost by a restore".into() }
 }

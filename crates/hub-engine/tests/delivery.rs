@@ -316,15 +316,15 @@ async fn a_grant_to_a_memory_that_is_gone_by_its_commit_is_lost_and_not_stuck() 
 async fn a_restored_hub_sends_no_order_of_before_again() {
     let mut w = World::new().await;
     let (first, mut queue) = w.hello(1).await;
-    let (unknown, gap) = (w.task(1), w.task(2));
-    for task in [&unknown, &gap] {
+    let (unknown, gap, ended) = (w.task(1), w.task(2), w.task(3));
+    for task in [&unknown, &gap, &ended] {
         w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
     }
     let attempt = orders(&mut queue)[0].1;
     drop(first);
     w.incarnate(2).await;
     // What ran after the back-up may have been acknowledged, and forgotten by its node.
-    let (welcome, mut queue) = w.hello_of(1, vec![(gap.id, attempt)]).await;
+    let (welcome, mut queue) = w.hello_of(1, vec![(gap.id, attempt), (ended.id, attempt)]).await;
     assert_eq!(orders(&mut queue), []);
     assert_eq!(w.state(unknown.id).await, TaskState::Failed);
     assert_eq!(w.state(gap.id).await, TaskState::Assigned, "this one its node can speak of");
@@ -332,6 +332,10 @@ async fn a_restored_hub_sends_no_order_of_before_again() {
     assert_eq!(w.delivery.append(&w.caller(&welcome), gap.id, attempt, vec![frame]).await.unwrap(), Some(3));
     assert_eq!(w.state(gap.id).await, TaskState::Failed, "its first output is nowhere any more");
     assert!(matches!(queue.try_recv(), Ok(LinkCommand::Cancel { .. })));
+    let r = Reported { task: ended.id, attempt, outcome: Outcome::Exited(0), last_seq: 3, result: None, sandbox_applied: None };
+    w.delivery.result(&w.caller(&welcome), r).await.unwrap();
+    assert_eq!(w.state(ended.id).await, TaskState::Failed, "nor is this one's");
+    assert!(matches!(queue.try_recv(), Ok(LinkCommand::ResultAck { .. })));
     assert_eq!(w.links.running(w.node.id), 0);
 }
 
