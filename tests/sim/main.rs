@@ -122,6 +122,39 @@ fn a_seed_gives_the_same_trace_again() {
     }
 }
 
+/// What no mechanism can be broken for from outside: a store that does not do what `step` decided.
+#[test]
+fn a_store_that_decides_for_itself_is_noticed() {
+    use hub_engine::ports::{Applied, Besides, Journal};
+    use hub_testkit::contract::sample;
+    use mesh_core::task::{Event, ReasonCode, TaskState};
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().expect("a runtime");
+    let noticed = |forge: fn(&mut hub_engine::records::Task), again: bool| {
+        runtime.block_on(async {
+            let (world, disk) = (world::World::new(0, None), hub_testkit::MemoryStore::new());
+            let task = sample::task(1);
+            disk.accept(&task).await.expect("memory");
+            world.saw_accept(&task);
+            let cancel = Event::CancelRequested { reason: ReasonCode::CancelledByUser };
+            let before = disk.task(task.id).await.expect("memory");
+            let applied = disk.apply(task.id, &cancel, Besides::default(), 5).await.expect("memory");
+            // The oracle holds what it saw against what is there.
+            let stored = hub_testkit::MemoryStore::new();
+            let mut forged = disk.task(task.id).await.expect("memory").expect("it is there");
+            forge(&mut forged);
+            stored.accept(&forged).await.expect("memory");
+            world.saw_apply(&stored, before.clone(), &cancel, 5, &applied).await;
+            if again {
+                world.saw_apply(&stored, before, &cancel, 6, &Applied::Done(Box::new(forged), vec![])).await;
+            }
+            world.violation().map(|v| v.invariant)
+        })
+    };
+    assert_eq!(noticed(|_| {}, false), None);
+    assert_eq!(noticed(|t| t.progress.state = TaskState::Failed, false), Some("history_replays"));
+    assert_eq!(noticed(|_| {}, true), Some("one_final_state"));
+}
+
 #[test]
 fn a_broken_mechanism_is_noticed() {
     let mut unnoticed = vec![];
