@@ -192,7 +192,8 @@ impl Break {
 }
 
 /// Every transition of `mesh_core::task::step` that this hub can bring about. Nothing grants an attempt
-/// after its assignment yet, so those that need it are not here; they come with it.
+/// after its assignment yet, so those that need it are not here; they come with it. What an
+/// older attempt says is stopped before the journal, so only two kinds of refusal are common.
 pub const TRANSITIONS: &[&str] = &[
     "pending assigned assigned",
     "pending cancel_requested cancelled",
@@ -219,7 +220,5 @@ pub const TRANSITIONS: &[&str] = &[
     "running cancel_requested running",
     "running deadline_passed running",
     "refused final",
-    "refused superseded",
     "refused repeated",
-    "refused illegal",
 ];

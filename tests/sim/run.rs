@@ -269,16 +269,19 @@ impl Sim {
         match roll {
             0..=44 => {
                 for _ in 0..self.world.rng(|r| r.between(1, 4)) {
-                    self.dispatch(false);
+                    self.dispatch(false, false);
                 }
             }
-            45..=48 => self.dispatch(true),
+            45..=48 => self.dispatch(true, false),
             49..=55 => self.cancel(),
             56..=72 => {
                 let point = self.world.rng(|r| r.pick(&Point::ALL));
                 self.world.arm(point);
                 if matches!(point, Point::HubBefore(Write::Revoke) | Point::HubAfter(Write::Revoke)) {
                     self.revoke();
+                }
+                if point == Point::WardenBeforeRefused {
+                    self.dispatch(false, true);
                 }
                 if matches!(point, Point::HubBefore(Write::CancelRequested) | Point::HubAfter(Write::CancelRequested)) {
                     self.cancel();
@@ -428,14 +431,14 @@ impl Sim {
 
     // ---- callers ----
 
-    fn task(&self) -> Task {
+    fn task(&self, large: bool) -> Task {
         let clock = self.world.clock();
         let now = clock.now_ms();
         let nodes: Vec<NodeId> = self.machines.iter().map(|m| m.id).collect();
         self.world.rng(|r| {
             let id = TaskId::from_parts(now, r.bytes());
             let mut argv = vec!["work".to_owned(), r.word().to_string()];
-            if r.chance(10) {
+            if r.chance(10) || large {
                 argv.push("x".repeat(5000));
             }
             let program = Program::Argv(argv);
@@ -471,8 +474,9 @@ impl Sim {
     }
 
     /// A caller who wants something run. With a key it asks until it has an answer, and `twice` at once.
-    fn dispatch(&self, twice: bool) {
-        let task = self.task();
+    /// Who is `hasty` cancels at once what still has to be fetched.
+    fn dispatch(&self, twice: bool, hasty: bool) {
+        let task = self.task(hasty);
         let key = (twice || self.world.rng(|r| r.chance(30))).then(|| task.id.to_string());
         if twice {
             self.world.fault(Fault::DuplicateDispatch, task.id);
@@ -491,6 +495,17 @@ impl Sim {
                     if let Some(id) = ask(&world, &hub, task.clone(), key.as_deref()).await {
                         world.told_accepted(id, key.as_deref());
                         lock(&told).push(id);
+                        let now = hub.borrow().clone().filter(|h| hasty && h.serves());
+                        if let Some(now) = now {
+                            let who = caller(1);
+                            world.fault(Fault::Cancel, id);
+                            let token = now.life.tasks.token();
+                            tokio::select! {
+                                biased;
+                                () = token.cancelled() => {}
+                                _ = now.tasks.cancel(&who, id) => {}
+                            }
+                        }
                         return;
                     }
                     if key.is_none() {
@@ -521,6 +536,9 @@ impl Sim {
         let left: Vec<_> = self.machines.iter().filter(|m| !m.revoked.load(Ordering::SeqCst)).cloned().collect();
         let Some(m) = left.last() else { return };
         self.world.fault(Fault::Revoke, m.n);
+        for _ in 0..2 {
+            self.dispatch(false, true);
+        }
         let id = m.id;
         self.on_hub("revoke", move |hub| async move { hub.manage.revoke(&caller(1), id).await.is_ok() });
     }
@@ -553,6 +571,7 @@ impl Sim {
         let (world, hub) = (self.world.clone(), self.hub.subscribe());
         self.world.tasks.spawn_until_cancelled(what, async move {
             for _ in 0..200 {
+                world.pause(0, 100).await;
                 let now = hub.borrow().clone().filter(|h| h.serves());
                 if let Some(now) = now {
                     let token = now.life.tasks.token();
