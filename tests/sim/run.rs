@@ -538,6 +538,7 @@ impl Sim {
         self.world.fault(Fault::Revoke, m.n);
         for _ in 0..2 {
             self.dispatch(false, true);
+            self.cancel();
         }
         let id = m.id;
         self.on_hub("revoke", move |hub| async move { hub.manage.revoke(&caller(1), id).await.is_ok() });
