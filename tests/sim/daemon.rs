@@ -484,7 +484,7 @@ impl Daemon {
             Event::Welcome { spool, attempts, .. } => {
                 self.attached = true;
                 let gone = self.attempts.restore(&attempts, self.m.now_ms());
-                gone.iter().for_each(|k| drop(self.tails.remove(k)));
+                self.tails.retain(|k, _| !gone.contains(k));
                 for k in &attempts {
                     let key = Key { task: k.task, attempt: k.attempt };
                     self.answered(&key);

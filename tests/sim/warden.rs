@@ -292,8 +292,7 @@ impl Warden {
         let now = Instant::now();
         let keys: Vec<Key> = self.attempts.keys().copied().collect();
         for key in keys {
-            loop {
-                let Some(State::Running(run)) = self.attempts.get_mut(&key) else { break };
+            while let Some(State::Running(run)) = self.attempts.get_mut(&key) {
                 let Some((_, next)) = run.script.pop_front_if(|n| n.0 <= now) else { break };
                 match next {
                     Next::Output => {
