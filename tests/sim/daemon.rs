@@ -410,6 +410,9 @@ impl Daemon {
     }
 
     fn begin(&mut self, o: &Checked, payload: &[u8]) {
+        if let Ok(Spec::Echo { .. }) = o.spec(payload) {
+            return self.over(o, Outcome::Done);
+        }
         let granted = o.spec(payload).and_then(|spec: Spec| {
             let (task, attempt) = (o.key.task, o.key.attempt);
             let asked = Asked { task, attempt, spec: &spec, digest: o.digest, timeout_secs: o.timeout_secs };

@@ -443,6 +443,8 @@ impl Sim {
             }
             let program = Program::Argv(argv);
             let spec = Spec::Shell(Shell { program, cwd: String::new(), env: BTreeMap::new(), stdin: vec![], stdin_open: false });
+            let spec = if r.chance(6) && !large { Spec::Echo { payload: b"again".to_vec() } } else { spec };
+            let skill = spec.skill().to_owned();
             let retries = if r.chance(30) { r.between(1, 2) as u32 } else { 0 };
             let not_before = r.chance(8).then(|| now + r.between(100, 20_000) as i64);
             let deadline = r.chance(15).then(|| not_before.unwrap_or(now) + r.between(500, 30_000) as i64);
@@ -454,7 +456,7 @@ impl Sim {
                 session: None,
                 named_node: r.chance(25).then(|| r.pick(&nodes)),
                 actor: Actor { user: sample::user_id(1 + r.below(2) as u16), key: None, door: "rest".into() },
-                skill: "shell".into(),
+                skill,
                 digest: mesh_core::sha256(&spec),
                 spec,
                 seal: [0; 32],
