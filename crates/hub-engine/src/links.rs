@@ -113,12 +113,14 @@ pub struct Hold {
     pub user: UserId,
     /// Besides its place as a task: slots by kind.
     pub slots: BTreeMap<String, u32>,
+    /// How long its node may be away before it counts as lost; None is for ever.
+    pub lost_after: Option<Duration>,
 }
 
 impl Hold {
     pub fn of(task: &Task, attempt: AttemptNo) -> Self {
         let slots = task.terms.select.as_ref().map(|s| s.slots.clone()).unwrap_or_default();
-        Self { attempt, user: task.actor.user, slots }
+        Self { attempt, user: task.actor.user, slots, lost_after: task.terms.lost_after_secs().map(Duration::from_secs) }
     }
 }
 
@@ -135,6 +137,8 @@ struct State {
     links: BTreeMap<NodeId, Link>,
     /// Granted attempts by node, whether it is here or not.
     held: BTreeMap<NodeId, Held>,
+    /// Nodes that are away with granted work, and since when by the steady clock.
+    away: BTreeMap<NodeId, Duration>,
     shares: BTreeMap<UserId, Share>,
     /// Counts what was ever given out.
     turn: u64,
@@ -213,6 +217,7 @@ impl Links {
             if let (Some(events), false) = (&self.1, s.links.contains_key(&link.node)) {
                 events.online(&link);
             }
+            s.away.remove(&link.node);
             s.links.insert(link.node, link)
         };
         if let Some(old) = old {
@@ -344,6 +349,20 @@ impl Links {
     }
     pub fn running(&self, node: NodeId) -> u32 {
         self.state().running(node)
+    }
+    /// Granted attempts whose node has been away longer than their callers allow. Who went away since
+    /// the last call counts as away from now on, and so does everybody at the first one.
+    pub fn lost(&self, now: Duration) -> Vec<(TaskId, AttemptNo)> {
+        let State { links, held, away, retired, .. } = &mut *self.state();
+        let is_away = |node: &NodeId| held.contains_key(node) && !links.contains_key(node) && !retired.contains(node);
+        away.retain(|node, _| is_away(node));
+        let mut lost = vec![];
+        for (node, held) in held.iter().filter(|(node, _)| is_away(node)) {
+            let gone = now.saturating_sub(*away.entry(*node).or_insert(now));
+            let over = held.tasks.iter().filter(|(_, h)| h.lost_after.is_some_and(|after| gone >= after));
+            lost.extend(over.map(|(task, h)| (*task, h.attempt)));
+        }
+        lost
     }
     /// Can any node that is here take one more task; with `of`, any of those?
     pub fn room(&self, of: Option<&BTreeSet<NodeId>>) -> bool {

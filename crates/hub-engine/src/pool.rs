@@ -325,7 +325,7 @@ impl Pool {
                 }
                 Action::Release { node } => self.give_back(*node, task.id),
                 Action::Requeue => {
-                    // A retry has its own pause; all else came back without having run.
+                    // What has run or may have has its own pause; all else came back without that.
                     let pause = if task.progress.retry_at.is_some() { Duration::ZERO } else { PLACE_AGAIN };
                     self.enqueue(task, Waiting::NoSlot, pause);
                 }
@@ -380,7 +380,8 @@ impl Pool {
                 full = Some(steady);
                 self.queue.changed_everywhere();
             }
-            if let Err(error) = self.round_of_changes().await {
+            let lost = if full == Some(steady) { self.end_lost().await } else { Ok(()) };
+            if let Err(error) = lost.and(self.round_of_changes().await) {
                 tracing::warn!(%error, "placing waiting tasks failed; it is tried again");
                 tokio::time::sleep(LOOK_AGAIN).await;
             }
@@ -392,7 +393,24 @@ impl Pool {
     /// One look at everything that waits. Idempotent.
     pub async fn round(&self) -> Result<()> {
         self.queue.changed_everywhere();
-        self.round_of_changes().await
+        self.end_lost().await.and(self.round_of_changes().await)
+    }
+
+    /// Ends, or lets run again, what was granted to a node that has been away too long. A failed commit
+    /// leaves it to the next look.
+    async fn end_lost(&self) -> Result<()> {
+        for some in self.links.lost(self.clock.steady()).chunks(PLACE_AT_ONCE) {
+            let ends = some.iter().map(|(id, attempt)| async move {
+                // What was just granted and is not committed yet is refused, and looked at again.
+                if let Applied::Done(task, actions) = self.apply(*id, &Event::NodeSilent { attempt: *attempt }, Besides::default()).await? {
+                    tracing::warn!(task = %id, attempt = attempt.ordinal(), "its node is away too long; it counts as lost");
+                    self.perform(&task, &actions);
+                }
+                Ok(())
+            });
+            futures::future::join_all(ends).await.into_iter().collect::<Result<()>>()?;
+        }
+        Ok(())
     }
 
     /// One look at those for whom something changed, and at what is due.
@@ -453,12 +471,12 @@ impl Pool {
     /// Reserves a node for a head. False when there is none, and so none for its group.
     async fn place(&self, group: &Arc<Group>, head: Head, eligible: &Eligible, placed: &mut Placed) -> Result<bool> {
         if head.next.ordinal() > MAX_ATTEMPTS {
-            self.expire(head.id, format!("{MAX_ATTEMPTS} attempts came too late")).await?;
+            self.expire(head.id, format!("{MAX_ATTEMPTS} attempts came too late or were lost")).await?;
             return Ok(true);
         }
         self.queue.count_weighing();
         let slots = group.select.as_ref().map(|s| s.slots.clone()).unwrap_or_default();
-        let hold = Hold { attempt: head.next, user: group.user, slots };
+        let hold = Hold { attempt: head.next, user: group.user, slots, lost_after: head.lost_after };
         match self.reserve(head.id, hold, group, eligible) {
             Err(why) => {
                 self.queue.blocked(group, why, eligible.clone());

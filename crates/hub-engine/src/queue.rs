@@ -81,6 +81,7 @@ struct Entry {
     priority: i32,
     next: AttemptNo,
     queue_secs: u64,
+    lost_after: Option<Duration>,
     place: Place,
     /// By the steady clock: since when it waits, and when it has waited too long for a node.
     since: Duration,
@@ -121,6 +122,8 @@ pub(crate) struct Head {
     pub order: Reverse<i32>,
     pub id: TaskId,
     pub next: AttemptNo,
+    /// How long its node may then be away.
+    pub lost_after: Option<Duration>,
 }
 
 #[derive(Debug, Default)]
@@ -217,7 +220,9 @@ impl Queue {
             members.why = why;
         }
         let place = rest.map_or(Place::Ready, |until| Place::Resting(until, why));
-        let entry = Entry { group, priority: task.terms.priority, next, queue_secs: task.queue_secs, place, since: now, expires: None };
+        let lost_after = task.terms.lost_after_secs().map(Duration::from_secs);
+        let (priority, queue_secs) = (task.terms.priority, task.queue_secs);
+        let entry = Entry { group, priority, next, queue_secs, lost_after, place, since: now, expires: None };
         line.tasks.insert(task.id, entry);
         match rest {
             None => line.ready(task.id, now),
@@ -354,7 +359,8 @@ impl Queue {
     pub(crate) fn head(&self, group: &Arc<Group>) -> Option<Head> {
         let line = self.line();
         let (order, id) = *line.groups.get(group)?.ready.first()?;
-        Some(Head { order, id, next: line.tasks.get(&id)?.next })
+        let entry = line.tasks.get(&id)?;
+        Some(Head { order, id, next: entry.next, lost_after: entry.lost_after })
     }
     /// A node is reserved for it. False when it waits no longer.
     pub(crate) fn begin(&self, id: TaskId) -> bool {

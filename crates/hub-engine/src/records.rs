@@ -4,7 +4,7 @@ use mesh_core::capability::Capabilities;
 use mesh_core::permission::{Role, Scope};
 use mesh_core::seal::Intent;
 use mesh_core::select::Offers;
-use mesh_core::task::{AttemptNo, Event, NeverStarted, Outcome, Progress, Reason, ReasonCode, TaskState, Terms, verdict};
+use mesh_core::task::{AttemptNo, Event, NeverStarted, OnLost, Outcome, Progress, Reason, ReasonCode, TaskState, Terms, verdict};
 use mesh_core::{ApiKeyId, Digest, EntryId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
 use std::collections::BTreeMap;
 
@@ -587,8 +587,12 @@ impl TaskEvent {
             Event::Ended { outcome: Outcome::NeverStarted(NeverStarted::Late), .. } if p.reason.is_none() => {
                 "the node had it too late to start it".into()
             }
-            Event::Ended { outcome, .. } => with_retry(task, at, sentence(p.reason.clone().or_else(|| verdict(outcome, None).1))),
-            Event::NodeRevoked { .. } => with_retry(task, at, String::new()),
+            Event::Ended { outcome, .. } => {
+                let lost = matches!(outcome, Outcome::Lost { .. });
+                with_retry(task, at, lost, sentence(p.reason.clone().or_else(|| verdict(outcome, None).1)))
+            }
+            Event::NodeRevoked { .. } => with_retry(task, at, true, String::new()),
+            Event::NodeSilent { .. } => with_retry(task, at, true, "its node was away too long".into()),
             Event::CancelRequested { reason } => reason.as_str().into(),
             Event::DeadlinePassed => String::new(),
             Event::Expired { detail } => detail.clone(),
@@ -606,10 +610,14 @@ fn sentence(reason: Option<Reason>) -> String {
 }
 
 /// How an attempt ended, and what follows.
-fn with_retry(task: &Task, at: UnixMs, end: String) -> String {
+fn with_retry(task: &Task, at: UnixMs, lost: bool, end: String) -> String {
     let Some(retry_at) = task.progress.retry_at else { return end };
     let between = if end.is_empty() { "" } else { "; " };
-    format!("{end}{between}retry {} of {} in {} ms", task.progress.retried, task.terms.retries, retry_at.saturating_sub(at))
+    let pause = retry_at.saturating_sub(at);
+    if lost && task.terms.on_lost == OnLost::Requeue {
+        return format!("{end}{between}run again in {pause} ms, as on_lost asks");
+    }
+    format!("{end}{between}retry {} of {} in {pause} ms", task.progress.retried, task.terms.retries)
 }
 
 /// Which tasks a list shows. Every field narrows.

@@ -16,7 +16,7 @@ use mesh_core::capability::{Capabilities, Gpu};
 use mesh_core::permission::{Caller, Role};
 use mesh_core::placement::Waiting;
 use mesh_core::select::Selector;
-use mesh_core::task::{Event, Outcome, Progress, ReasonCode, TaskState, Terms};
+use mesh_core::task::{Event, OnLost, Outcome, Progress, ReasonCode, TaskState, Terms};
 use mesh_core::{NodeId, TaskId, UnixMs, UserId, sha256};
 use mesh_process::Clock;
 use std::sync::Arc;
@@ -570,4 +570,109 @@ async fn one_key_makes_one_task_whatever_comes_between() {
     assert!(matches!(accept(5, keyed(2)).await, Ok(Accepted::New(_))));
     hub.clock.advance(Duration::from_secs(86_400));
     assert_eq!(hub.idempotency.forget_old().await.unwrap(), 1);
+}
+
+fn losing(on_lost: OnLost, lost_after: Option<u64>) -> Terms {
+    Terms { on_lost, lost_after, ..Terms::default() }
+}
+
+#[tokio::test]
+async fn a_node_that_stays_away_loses_what_its_callers_gave_up() {
+    let hub = Hub::new();
+    hub.admins(1..=1).await;
+    let m = hub.machine(1, 8, 0).await;
+    let fails = hub.ask(1, 1, losing(OnLost::Fail, Some(5))).await;
+    let again = hub.ask(2, 1, losing(OnLost::Requeue, Some(5))).await;
+    let waits = hub.ask(3, 1, Terms::default()).await;
+    let ever = hub.ask(4, 1, losing(OnLost::Wait, Some(0))).await;
+    let unwanted = hub.ask(5, 1, losing(OnLost::Requeue, Some(5))).await;
+    let first = hub.progress(again).await.attempt.unwrap().no;
+    hub.clock.advance(Duration::from_secs(9));
+    hub.pool.round().await.unwrap();
+    assert_eq!(hub.progress(fails).await.state, TaskState::Assigned, "its node is here");
+
+    let event = Event::CancelRequested { reason: ReasonCode::CancelledByUser };
+    hub.pool.apply(unwanted, &event, Besides::default()).await.unwrap();
+    let Machine { node, welcome, .. } = m;
+    drop(welcome);
+    let look = async |ms| {
+        hub.clock.advance(Duration::from_millis(ms));
+        hub.pool.round().await.unwrap();
+    };
+    look(0).await;
+    look(4999).await;
+    for id in [fails, again, waits, ever, unwanted] {
+        assert_eq!((hub.progress(id).await.state, hub.why(id).await), (TaskState::Assigned, Some(Waiting::InDoubt)));
+    }
+    look(1).await;
+    assert_eq!(hub.reason(fails).await, (TaskState::Failed, Some(ReasonCode::Lost)));
+    assert_eq!(hub.reason(unwanted).await, (TaskState::Cancelled, Some(ReasonCode::CancelledByUser)));
+    assert_eq!((hub.reason(again).await, hub.why(again).await), ((TaskState::Pending, None), Some(Waiting::Backoff)));
+    assert_eq!(hub.links.held(node.id).len(), 2, "what is lost holds no place");
+
+    let mut other = hub.machine(2, 1, 0).await;
+    look(499).await;
+    assert_eq!(other.orders(), []);
+    look(1).await;
+    assert_eq!(other.orders(), [again]);
+    assert_eq!(hub.progress(again).await.attempt.unwrap().no.ordinal(), 2);
+
+    // The old node comes back and has it all: it ends what is no longer its own, and its word about it is
+    // late.
+    let known = [waits, ever].map(|t| (t, first)).into_iter().chain([(again, first), (fails, first)]).collect();
+    let mut m = hub.link(node, 8, known).await;
+    let mut cancels = m.cancels();
+    cancels.sort_unstable();
+    assert_eq!(cancels, [fails, again]);
+    let caller = Caller::Node { node: m.node.id, generation: m.welcome.generation };
+    for task in [again, fails] {
+        let outcome = Outcome::Exited(0);
+        let r = Reported { task, attempt: first, outcome, last_seq: 3, result: None, sandbox_applied: None };
+        hub.delivery.result(&caller, r).await.unwrap();
+        assert!(m.commands().contains(&LinkCommand::ResultAck { task, attempt: first }));
+    }
+    assert_eq!(hub.progress(again).await.state, TaskState::Assigned);
+    assert_eq!(hub.reason(fails).await, (TaskState::Failed, Some(ReasonCode::Lost)));
+
+    // Away again: its clock begins anew, and anew with the process of the hub.
+    let Machine { node, welcome, .. } = m;
+    drop(welcome);
+    look(0).await;
+    look(3_599_999).await;
+    assert_eq!(hub.progress(waits).await.state, TaskState::Assigned);
+    let hub = hub.restarted().await;
+    hub.pool.round().await.unwrap();
+    hub.clock.advance(Duration::from_secs(3599));
+    hub.pool.round().await.unwrap();
+    assert_eq!(hub.progress(waits).await.state, TaskState::Assigned);
+    hub.clock.advance(Duration::from_secs(1));
+    hub.pool.round().await.unwrap();
+    assert_eq!(hub.reason(waits).await, (TaskState::Failed, Some(ReasonCode::Lost)));
+    assert_eq!(hub.progress(ever).await.state, TaskState::Assigned, "it asked to be waited for");
+    assert_eq!(hub.links.held(node.id), [(ever, first)]);
+}
+
+/// The node itself says that it cannot tell, and the database is away when the clock runs out.
+#[tokio::test]
+async fn a_lost_attempt_is_followed_by_another_once() {
+    let hub = Hub::new();
+    hub.admins(1..=1).await;
+    let mut m = hub.machine(1, 2, 0).await;
+    let id = hub.ask(1, 1, losing(OnLost::Requeue, None)).await;
+    assert_eq!(m.orders(), [id]);
+    hub.end(&m, id, Outcome::Lost { detail: "warden_ended".into() }).await;
+    hub.later(500).await;
+    assert_eq!(m.orders(), [id]);
+    drop(m.welcome);
+    hub.pool.round().await.unwrap();
+    hub.clock.advance(Duration::from_secs(60));
+    hub.journal.fails.store(true, Ordering::SeqCst);
+    assert!(hub.pool.round().await.is_err());
+    hub.journal.fails.store(false, Ordering::SeqCst);
+    hub.pool.round().await.unwrap();
+    let p = hub.progress(id).await;
+    assert_eq!((p.state, p.attempt.map(|a| a.no.ordinal())), (TaskState::Pending, Some(2)));
+    assert_eq!(hub.links.held(m.node.id), []);
+    let kinds: Vec<String> = hub.store.history(id).await.unwrap().into_iter().map(|l| l.kind).collect();
+    assert_eq!(kinds, ["accepted", "assigned", "ended", "assigned", "node_silent"]);
 }

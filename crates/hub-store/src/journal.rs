@@ -208,9 +208,11 @@ async fn load(conn: &mut Conn, jobs: &[&Apply]) -> Result<BTreeMap<TaskId, Held>
 
 /// What never changes in a task.
 const FIXED_COLUMNS: &str = "id, session, named_node, \"user\", key, door, skill, digest, seal, timeout_secs, queue_secs, \
-    selector, priority, not_before, deadline, retries, backoff_ms, created_at, spec";
+    selector, priority, not_before, deadline, retries, backoff_ms, on_lost, lost_after, created_at, spec";
 
-fn fixed(task: &Task) -> [Value<'_>; 19] {
+const FIXED: usize = 21;
+
+fn fixed(task: &Task) -> [Value<'_>; FIXED] {
     values![
         task.id.blob(),
         blob(task.session),
@@ -229,6 +231,8 @@ fn fixed(task: &Task) -> [Value<'_>; 19] {
         task.terms.deadline,
         task.terms.retries,
         task.terms.backoff_ms,
+        task.terms.on_lost.as_str(),
+        task.terms.lost_after,
         task.created_at,
         if is_apart(task) { &[] } else { &task.spec[..] },
     ]
@@ -292,7 +296,7 @@ fn is_apart(task: &Task) -> bool {
 
 async fn insert_tasks(conn: &mut Conn, tasks: &[(&Task, u64)]) -> Result<(), Failed> {
     let values = tasks.iter().flat_map(|(task, events)| fixed(task).into_iter().chain(changing(task, *events)));
-    let rows = Rows { width: 19 + CHANGING_COLUMNS.len(), values: values.collect() };
+    let rows = Rows { width: FIXED + CHANGING_COLUMNS.len(), values: values.collect() };
     conn.insert("tasks", &format!("{FIXED_COLUMNS}, {}", CHANGING_COLUMNS.join(", ")), &rows, "").await
 }
 

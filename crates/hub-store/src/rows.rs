@@ -7,7 +7,7 @@ use hub_engine::records::*;
 use mesh_core::capability::Capabilities;
 use mesh_core::permission::{Role, Scope};
 use mesh_core::select::Selector;
-use mesh_core::task::{Attempt, AttemptNo, Cancel, Progress, Reason, ReasonCode, TaskState, Terms};
+use mesh_core::task::{Attempt, AttemptNo, Cancel, OnLost, Progress, Reason, ReasonCode, TaskState, Terms};
 use mesh_core::*;
 use std::collections::BTreeMap;
 
@@ -122,7 +122,7 @@ pub(crate) fn list_text<T: ToString>(list: &[T]) -> String {
 
 /// What [`task`] reads.
 pub(crate) const TASK_COLUMNS: &str = "t.events, t.id, t.session, t.named_node, t.\"user\", t.key, t.door, t.skill, t.digest, t.seal, \
-    t.timeout_secs, t.queue_secs, t.selector, t.priority, t.not_before, t.deadline, t.retries, t.backoff_ms, t.created_at, t.state, t.attempt, t.attempt_node, t.granted, t.cancel_at, t.cancel_reason, \
+    t.timeout_secs, t.queue_secs, t.selector, t.priority, t.not_before, t.deadline, t.retries, t.backoff_ms, t.on_lost, t.lost_after, t.created_at, t.state, t.attempt, t.attempt_node, t.granted, t.cancel_at, t.cancel_reason, \
     t.reason_code, t.reason_detail, t.exit_code, t.signal, t.assigned_at, t.started_at, t.finished_at, t.retried, t.retry_at, t.sandbox_applied, \
     t.signed_key, t.signed_digest, t.spec, t.result, o.durable_seq, o.stdout_bytes, o.stderr_bytes, o.kept_seq, o.truncated";
 /// Behind `tasks t`.
@@ -181,6 +181,8 @@ fn terms(c: &mut Columns) -> Result<Terms, Failed> {
         deadline: c.get()?,
         retries: c.small()?,
         backoff_ms: c.unsigned()?,
+        on_lost: c.word(OnLost::parse)?,
+        lost_after: c.get::<Option<i64>>()?.map(|secs| secs as u64),
     })
 }
 

@@ -4,14 +4,15 @@
 //! pending ──────────────► assigned ──► running ──► succeeded | failed | cancelled
 //!   │  ▲                    │  │          │
 //!   │  └── withdrawn, late ─┘  └──────────┴──► (the node's word ends it, or the hub's on a revoked node)
-//!   │  └── failed, and a retry is left ───┘
+//!   │  └── failed, and a retry is left ───┤
+//!   │  └── lost, and on_lost is requeue ──┘
 //!   └──► cancelled | failed (no node, deadline)
 //! ```
 //! [`step`] is the only way from one state to the next. It decides and returns [`Action`]s; whoever
 //! owns an effect performs it. A write that names a superseded attempt, or comes after the end,
 //! is refused and changes nothing.
 
-pub use crate::terms::{BadTerms, DEFAULT_BACKOFF_MS, MAX_BACKOFF_MS, MAX_PRIORITY, MAX_RETRIES, Terms};
+pub use crate::terms::{BadTerms, DEFAULT_BACKOFF_MS, MAX_BACKOFF_MS, MAX_PRIORITY, MAX_RETRIES, OnLost, Terms};
 use crate::{NodeId, SpoolId, UnixMs};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -260,6 +261,10 @@ pub enum Event {
     NodeRevoked {
         attempt: AttemptNo,
     },
+    /// The node has been away longer than the task's caller allows: the hub's own word.
+    NodeSilent {
+        attempt: AttemptNo,
+    },
     CancelRequested {
         reason: ReasonCode,
     },
@@ -281,6 +286,7 @@ impl Event {
             Self::Started { .. } => "started",
             Self::Ended { .. } => "ended",
             Self::NodeRevoked { .. } => "node_revoked",
+            Self::NodeSilent { .. } => "node_silent",
             Self::CancelRequested { .. } => "cancel_requested",
             Self::DeadlinePassed => "deadline_passed",
             Self::Expired { .. } => "expired",
@@ -293,6 +299,7 @@ impl Event {
             | Self::Withdrawn { attempt }
             | Self::Started { attempt }
             | Self::NodeRevoked { attempt }
+            | Self::NodeSilent { attempt }
             | Self::Ended { attempt, .. } => Some(*attempt),
             Self::CancelRequested { .. } | Self::DeadlinePassed | Self::Expired { .. } => None,
         }
@@ -351,6 +358,14 @@ fn ended_by(cancel: Option<&Cancel>) -> (TaskState, Option<Reason>) {
         // Nobody asked the hub: the machine's own owner did.
         None => (TaskState::Cancelled, Some(Reason::new(ReasonCode::CancelledByUser, "ended on the machine by its owner"))),
     }
+}
+
+/// The detail of what is lost without a word of its node.
+pub const MAYBE_RAN: &str = "maybe_ran";
+
+/// Is this what `on_lost` speaks of?
+pub fn is_loss(code: ReasonCode) -> bool {
+    matches!(code, ReasonCode::Lost | ReasonCode::NodeRevoked)
 }
 
 /// May what ended so be run again, if its caller asked for that?
@@ -433,7 +448,7 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
                 return Ok((p, vec![Action::Release { node }, Action::Requeue]));
             }
             let (state, reason) = verdict(outcome, p.cancel.as_ref());
-            if let Some(again) = retry(terms, &p, reason.as_ref(), now) {
+            if let Some(again) = again(terms, &p, reason.as_ref(), now) {
                 return Ok((again, vec![Action::Release { node }, Action::Requeue]));
             }
             p.exit_code = if let Outcome::Exited(c) = outcome { Some(*c) } else { None };
@@ -441,13 +456,20 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
             end(&mut p, state, reason, now);
             Ok((p, vec![Action::Release { node }, Action::Finished]))
         }
-        Event::NodeRevoked { .. } => {
-            let node = p.attempt.as_ref().expect("checked above").node;
+        Event::NodeRevoked { .. } | Event::NodeSilent { .. } => {
+            let a = p.attempt.as_ref().expect("checked above");
+            let node = a.node;
+            let silent = matches!(event, Event::NodeSilent { .. });
+            if silent && a.granted.is_none() {
+                // Nothing can have begun: it is withdrawn, not lost.
+                return Err(Refused::Illegal);
+            }
             let (state, reason) = match &p.cancel {
                 Some(_) => ended_by(p.cancel.as_ref()),
+                None if silent => (Failed, Some(Reason::new(ReasonCode::Lost, MAYBE_RAN))),
                 None => (Failed, Some(Reason::new(ReasonCode::NodeRevoked, ""))),
             };
-            if let Some(again) = retry(terms, &p, reason.as_ref(), now) {
+            if let Some(again) = again(terms, &p, reason.as_ref(), now) {
                 return Ok((again, vec![Action::Release { node }, Action::Requeue]));
             }
             end(&mut p, state, reason, now);
@@ -489,16 +511,23 @@ fn stop(mut p: Progress, reason: ReasonCode, now: UnixMs) -> Result<(Progress, V
 }
 
 /// The task as it waits for its next attempt, when one is left and nobody wants its end.
-fn retry(terms: &Terms, p: &Progress, reason: Option<&Reason>, now: UnixMs) -> Option<Progress> {
-    if p.cancel.is_some() || p.retried >= terms.retries || !reason.is_some_and(|r| retriable(r.code)) {
+fn again(terms: &Terms, p: &Progress, reason: Option<&Reason>, now: UnixMs) -> Option<Progress> {
+    let code = reason?.code;
+    let (pause, retried) = if p.cancel.is_some() {
         return None;
-    }
+    } else if terms.on_lost == OnLost::Requeue && is_loss(code) {
+        (terms.pause_after_loss_ms(p.attempt.as_ref()?.no.ordinal()), p.retried)
+    } else if p.retried < terms.retries && retriable(code) {
+        (terms.pause_ms(p.retried), p.retried + 1)
+    } else {
+        return None;
+    };
     Some(Progress {
         state: TaskState::Pending,
         assigned_at: None,
         started_at: None,
-        retry_at: Some(now.saturating_add(terms.pause_ms(p.retried) as i64)),
-        retried: p.retried + 1,
+        retry_at: Some(now.saturating_add(pause as i64)),
+        retried,
         ..p.clone()
     })
 }

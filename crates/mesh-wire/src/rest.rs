@@ -416,8 +416,13 @@ pub struct DispatchRequest {
     pub queue_secs: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wait_secs: Option<u64>,
+    /// What becomes of the task when its node cannot tell how it went, or is away too long: `wait` (the
+    /// default) and `fail` let it fail as `lost`, `requeue` runs it again, though it may have run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_lost: Option<String>,
+    /// Seconds that its node may be away: 3600 with `wait`, 60 with the others; 0 is for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lost_after_secs: Option<u64>,
     /// `permissive` is what there is; `strict` is refused until the cage is built.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sandbox: Option<String>,
@@ -448,8 +453,6 @@ pub struct DispatchRequest {
     pub tool: Option<serde_json::Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent: Option<serde_json::Value>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub lost_after_secs: Option<serde_json::Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limits: Option<serde_json::Value>,
 }
@@ -619,6 +622,12 @@ pub struct TaskView {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub retries: Option<RetriesView>,
+    /// Where it is not `wait`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_lost: Option<String>,
+    /// Where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lost_after_secs: Option<u64>,
 }
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]

@@ -325,6 +325,13 @@ pub struct RunArgs {
     /// The pause before the first retry; it doubles each time
     #[arg(long, value_name = "MS", requires = "retries")]
     pub backoff: Option<u64>,
+    /// What becomes of it when its machine cannot tell how it went: `requeue` runs it again, though it
+    /// may have run
+    #[arg(long, value_name = "WORD", value_parser = ["wait", "fail", "requeue"])]
+    pub on_lost: Option<String>,
+    /// It counts as lost when its machine is away for so long; 0 waits for ever
+    #[arg(long, value_name = "SECS")]
+    pub lost_after: Option<u64>,
     /// Do not start before this time, in RFC 3339
     #[arg(long, value_name = "TIME")]
     pub not_before: Option<String>,
@@ -438,8 +445,9 @@ mod tests {
         assert_eq!((r.queue, r.timeout, r.node.as_deref()), (60, Some(5), Some("a")));
         let Ok(Command::Run(r)) = parse("cortex run --script true --queue 0") else { panic!() };
         assert_eq!((r.script.as_deref(), r.queue), (Some("true"), 0));
-        let Ok(Command::Run(r)) = parse("cortex run --select os=linux,gpu --priority -5 --retries 2 --backoff 9 -- x") else { panic!() };
+        let Ok(Command::Run(r)) = parse("cortex run --select os=linux,gpu --priority -5 --retries 2 --backoff 9 --on-lost requeue --lost-after 3 -- x") else { panic!() };
         assert_eq!((r.select.as_deref(), r.priority, r.retries, r.backoff), (Some("os=linux,gpu"), Some(-5), Some(2), Some(9)));
+        assert_eq!((r.on_lost.as_deref(), r.lost_after), (Some("requeue"), Some(3)));
         for wrong in [
             "cortex run",
             "cortex run --script x -- y",
@@ -449,6 +457,7 @@ mod tests {
             "cortex run --timeout soon -- y",
             "cortex run --node a --select os -- y",
             "cortex run --backoff 5 -- y",
+            "cortex run --on-lost never -- y",
             "cortex login --password-stdin",
             "cortex key new k",
             "cortex nonsense",

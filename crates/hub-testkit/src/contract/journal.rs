@@ -18,6 +18,7 @@ pub async fn journal(make: impl AsyncFn() -> Arc<dyn Journal>) {
     lists(&*make().await).await;
     narrow(&*make().await).await;
     retries(&*make().await).await;
+    losses(&*make().await).await;
 }
 
 async fn apply(store: &dyn Journal, n: u16, event: Event, now: i64) -> Applied {
@@ -185,7 +186,8 @@ async fn every_field(store: &dyn Journal) {
 /// The terms of the stored row decide, the pause is kept, and each attempt's end stands in the history.
 async fn retries(store: &dyn Journal) {
     let mut t = task(1);
-    t.terms = Terms { retries: 1, backoff_ms: 500, deadline: Some(T0 + 9_000), ..Terms::default() };
+    t.terms =
+        Terms { retries: 1, backoff_ms: 500, deadline: Some(T0 + 9_000), on_lost: OnLost::Requeue, lost_after: Some(0), ..Terms::default() };
     store.accept(&t).await.unwrap();
     done(store, 1, assigned(1, true), T0 + 10).await;
     let besides = Besides { result: Some(vec![1]), sandbox_applied: Some("x".into()), signed: None };
@@ -203,6 +205,26 @@ async fn retries(store: &dyn Journal) {
     let kinds: Vec<&str> = lines.iter().map(|l| l.kind.as_str()).collect();
     assert_eq!(kinds, ["accepted", "assigned", "ended", "assigned", "deadline_passed", "ended"]);
     assert_eq!((lines[2].state, lines[2].detail.as_str()), (TaskState::Pending, "exit: exit code 7; retry 1 of 1 in 500 ms"));
+}
+
+/// The terms of the stored row decide what is lost and what is run again, and after a restart too.
+async fn losses(store: &dyn Journal) {
+    let silent = |n| Event::NodeSilent { attempt: attempt(n) };
+    let mut t = task(1);
+    t.terms = Terms { on_lost: OnLost::Requeue, lost_after: Some(u64::MAX), ..Terms::default() };
+    store.accept(&t).await.unwrap();
+    assert_eq!(store.task(t.id).await.unwrap().unwrap().terms, t.terms);
+    done(store, 1, assigned(1, true), T0 + 10).await;
+    let (t, actions) = done(store, 1, silent(1), T0 + 20).await;
+    assert_eq!(actions, [Action::Release { node: node_id(1) }, Action::Requeue]);
+    assert_eq!((t.progress.state, t.progress.retried, t.progress.retry_at), (TaskState::Pending, 0, Some(T0 + 520)));
+    assert_eq!(store.open_tasks(None, None, 10).await.unwrap(), [t]);
+    let lines = store.history(task_id(1)).await.unwrap();
+    assert_eq!((lines[2].kind.as_str(), lines[2].state), ("node_silent", TaskState::Pending));
+    assert_eq!(lines[2].detail, "its node was away too long; run again in 500 ms, as on_lost asks");
+    store.accept(&assigned_task(2)).await.unwrap();
+    let (t, _) = done(store, 2, silent(1), T0 + 30).await;
+    assert_eq!((t.progress.state, t.progress.reason), (TaskState::Failed, Some(Reason::new(ReasonCode::Lost, "maybe_ran"))));
 }
 
 async fn races(store: &dyn Journal) {

@@ -184,6 +184,47 @@ fn a_deadline_in_every_state() {
     assert_eq!(p.state, TaskState::Failed);
 }
 
+#[test]
+fn what_is_lost_ends_as_its_caller_asked() {
+    let lost = |detail: &str| ended(1, Outcome::Lost { detail: detail.into() });
+    let silent = Event::NodeSilent { attempt: a(1) };
+    let revoked = Event::NodeRevoked { attempt: a(1) };
+    let terms = |on_lost| Terms { on_lost, backoff_ms: 100, ..Terms::default() };
+    for on_lost in [OnLost::Wait, OnLost::Fail] {
+        for (event, detail) in [(lost("warden_ended"), "warden_ended"), (silent.clone(), "maybe_ran")] {
+            let p = run_by(&terms(on_lost), &[assigned(1), started(1), event]).unwrap();
+            assert_eq!((p.state, p.reason), (TaskState::Failed, Some(Reason::new(ReasonCode::Lost, detail))));
+        }
+    }
+    for event in [lost("maybe_ran"), silent.clone(), revoked.clone()] {
+        let begun = [assigned(1), started(1), event.clone()];
+        let p = run_by(&terms(OnLost::Requeue), &begun).unwrap();
+        assert_eq!((p.state, p.retried, p.retry_at, p.started_at), (TaskState::Pending, 0, Some(2 + 100), None));
+        // The old attempt has no word left, whatever it comes to say.
+        for late in [started(1), ended(1, Outcome::Exited(0)), silent.clone()] {
+            let all = [&begun[..], &[late.clone()]].concat();
+            assert_eq!(run_by(&terms(OnLost::Requeue), &all), Err(Refused::Superseded), "{late:?}");
+            let all = [&begun[..], &[assigned(2), late]].concat();
+            assert_eq!(run_by(&terms(OnLost::Requeue), &all), Err(Refused::Superseded));
+        }
+        let again = [&begun[..], &[assigned(2), Event::NodeSilent { attempt: a(2) }]].concat();
+        assert_eq!(run_by(&terms(OnLost::Requeue), &again).unwrap().retry_at, Some(4 + 200), "the pause doubles");
+        // Nobody wants it any more.
+        let p = run_by(&terms(OnLost::Requeue), &[assigned(1), cancel(), event]).unwrap();
+        assert_eq!(p.state, TaskState::Cancelled);
+    }
+    // A failure is no loss, and a loss takes no retry.
+    let both = Terms { retries: 1, ..terms(OnLost::Requeue) };
+    let p = run_by(&both, &[assigned(1), silent.clone(), assigned(2), ended(2, Outcome::Exited(3))]).unwrap();
+    assert_eq!((p.state, p.retried), (TaskState::Pending, 1));
+    let p = run_by(&terms(OnLost::Requeue), &[assigned(1), ended(1, Outcome::Exited(3))]).unwrap();
+    assert_eq!(p.state, TaskState::Failed);
+    // Only what was granted can be in doubt.
+    let ungranted = Event::Assigned { attempt: a(1), node: NODE, granted: None };
+    assert_eq!(run(&[ungranted, silent.clone()]), Err(Refused::Illegal));
+    assert_eq!(run(&[silent]), Err(Refused::Illegal));
+}
+
 fn any_event() -> impl Strategy<Value = Event> {
     let n = 1u64..8;
     let outcome = prop_oneof![
@@ -203,6 +244,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         n.clone().prop_map(|n| Event::Withdrawn { attempt: a(n) }),
         n.clone().prop_map(started),
         n.clone().prop_map(|n| Event::NodeRevoked { attempt: a(n) }),
+        n.clone().prop_map(|n| Event::NodeSilent { attempt: a(n) }),
         (n, outcome).prop_map(|(n, o)| ended(n, o)),
         Just(cancel()),
         Just(Event::DeadlinePassed),
@@ -214,8 +256,9 @@ proptest! {
     #[test]
     fn invariants_hold_over_any_history(
         events in proptest::collection::vec(any_event(), 0..60), retries in 0u32..4, backoff_ms in 0u64..5_000_000,
+        on_lost in proptest::sample::select(OnLost::ALL.to_vec()),
     ) {
-        let terms = Terms { retries, backoff_ms, ..Terms::default() };
+        let terms = Terms { retries, backoff_ms, on_lost, ..Terms::default() };
         let mut p = Progress::new();
         let (mut ends, mut failed) = (0, 0);
         let mut highest = None;

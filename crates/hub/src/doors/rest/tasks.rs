@@ -15,7 +15,7 @@ use hub_engine::records::TaskFilter;
 use hub_engine::tasks::{Dispatch, MAX_WAIT_SECS};
 use mesh_core::select::Selector;
 use mesh_core::spec::{Program, Shell, Spec};
-use mesh_core::task::{DEFAULT_BACKOFF_MS, TaskState, Terms};
+use mesh_core::task::{DEFAULT_BACKOFF_MS, OnLost, TaskState, Terms};
 use mesh_core::{SessionId, TaskId};
 use mesh_wire::convert::parse_rfc3339;
 use mesh_wire::rest::*;
@@ -90,7 +90,6 @@ fn read(r: DispatchRequest, session: Option<SessionId>, door: &'static str) -> A
         ("container", r.container.is_some()),
         ("tool", r.tool.is_some()),
         ("agent", r.agent.is_some()),
-        ("lost_after_secs", r.lost_after_secs.is_some()),
         ("limits", r.limits.is_some()),
         ("shell.pty", r.shell.as_ref().is_some_and(|s| s.pty.is_some())),
     ];
@@ -98,7 +97,6 @@ fn read(r: DispatchRequest, session: Option<SessionId>, door: &'static str) -> A
         return Err(Refusal::not_yet(name));
     }
     for (field, value, built, later) in [
-        ("on_lost", r.on_lost.as_deref(), "wait", &["fail", "requeue"][..]),
         ("sandbox", r.sandbox.as_deref(), "permissive", &["strict"][..]),
         ("network", r.network.as_deref(), "full", &["none", "proxy"][..]),
     ] {
@@ -151,7 +149,16 @@ fn read_terms(r: &DispatchRequest) -> Answer<Terms> {
             Some(Selector { labels: s.labels.clone(), skills, slots: s.slots.clone() })
         }
     };
+    let on_lost = match r.on_lost.as_deref() {
+        None => OnLost::default(),
+        Some(word) => OnLost::parse(word).ok_or_else(|| {
+            let words = OnLost::ALL.map(OnLost::as_str).join(", ");
+            Refusal::unprocessable("bad_value", format!("on_lost is one of {words}, not {word:?}"))
+        })?,
+    };
     Ok(Terms {
+        on_lost,
+        lost_after: r.lost_after_secs,
         select,
         priority,
         not_before: time("not_before", &r.not_before)?,
