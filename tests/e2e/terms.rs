@@ -341,7 +341,10 @@ async fn what_is_lost_ends_as_its_caller_asked() {
     // The daemon is gone; its warden and the tasks go on, and nobody can know.
     old.daemon().kill9();
     let t = hub.finished(&fails).await;
-    assert_eq!((t["state"].as_str(), t["reason"]["code"].as_str(), t["reason"]["detail"].as_str()), (Some("failed"), Some("lost"), Some("maybe_ran")));
+    assert_eq!(
+        (t["state"].as_str(), t["reason"]["code"].as_str(), t["reason"]["detail"].as_str()),
+        (Some("failed"), Some("lost"), Some("maybe_ran"))
+    );
     let _other = machine(&hub, "other", 1, json!({})).await;
     hub.task_when(&again, "to run elsewhere", |t| t["state"] == "running" && t["attempt"] == 2).await;
     until("the second run", async || (runs() == 4).then_some(())).await;
@@ -356,7 +359,11 @@ async fn what_is_lost_ends_as_its_caller_asked() {
     std::fs::write(&gate, "").unwrap();
     for (id, attempt) in [(&again, 2), (&waits, 1)] {
         let t = hub.finished(id).await;
-        assert_eq!((t["state"].as_str(), t["stdout"].as_str(), t["attempt"].as_u64()), (Some("succeeded"), Some("done\n"), Some(attempt)), "{t}");
+        assert_eq!(
+            (t["state"].as_str(), t["stdout"].as_str(), t["attempt"].as_u64()),
+            (Some("succeeded"), Some("done\n"), Some(attempt)),
+            "{t}"
+        );
     }
     assert_eq!(hub.task(&fails).await["state"], "failed", "a late word changes nothing");
     assert_eq!(runs(), 4, "only what was asked to be run again ran twice");

@@ -14,6 +14,7 @@ use crate::output::Raise;
 use crate::store::Failed;
 use futures::future::BoxFuture;
 use hub_engine::ports::{StoreError, Stored};
+use mesh_core::Digest;
 use mesh_process::Tasks;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -70,6 +71,8 @@ pub(crate) struct Asked<B: Bulk> {
 
 /// A job of any other kind.
 pub(crate) trait Work: Send {
+    /// Jobs that wait for one another across hubs go in this order, so that no two hubs wait in a circle.
+    fn place(&self) -> Option<Digest>;
     /// Keeps the outcome; gives the error when nothing of the job may stay.
     fn run<'c>(&'c mut self, conn: &'c mut Conn) -> BoxFuture<'c, Result<(), Failed>>;
     /// Says that the job failed, and nobody else did.
@@ -78,12 +81,16 @@ pub(crate) trait Work: Send {
 }
 
 struct Job<A, T> {
+    place: Option<Digest>,
     with: A,
     work: for<'c> fn(&'c mut Conn, &'c A) -> BoxFuture<'c, Result<T, Failed>>,
     reply: Reply<T>,
 }
 
 impl<A: Send + Sync, T: Send> Work for Job<A, T> {
+    fn place(&self) -> Option<Digest> {
+        self.place
+    }
     fn run<'c>(&'c mut self, conn: &'c mut Conn) -> BoxFuture<'c, Result<(), Failed>> {
         Box::pin(async move {
             let outcome = (self.work)(conn, &self.with).await?;
@@ -183,6 +190,7 @@ impl Writer {
     pub(crate) async fn run<A, T>(
         &self,
         operation: &'static str,
+        place: Option<Digest>,
         with: A,
         work: for<'c> fn(&'c mut Conn, &'c A) -> BoxFuture<'c, Result<T, Failed>>,
     ) -> Stored<T>
@@ -191,7 +199,7 @@ impl Writer {
         T: Send + 'static,
     {
         let (reply, answer) = Reply::new(operation);
-        self.ask(operation, Request::Other(Box::new(Job { with, work, reply })), answer).await
+        self.ask(operation, Request::Other(Box::new(Job { place, with, work, reply })), answer).await
     }
 
     async fn ask<T>(&self, operation: &'static str, request: Request, answer: oneshot::Receiver<Stored<T>>) -> Stored<T> {
@@ -362,6 +370,7 @@ async fn transaction(conn: &mut Conn, connector: &Connector, group: &mut [Reques
     t.bulk(&mut accepts).await?;
     t.bulk(&mut raises).await?;
     t.bulk(&mut applies).await?;
+    others.sort_by_key(|work| work.place());
     for work in others {
         t.begin().await?;
         if let Err(error) = work.run(t.conn).await {

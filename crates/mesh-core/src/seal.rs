@@ -85,7 +85,16 @@ impl Intent {
     pub fn encode(&self) -> Vec<u8> {
         let plain = self.terms == Terms::default();
         let losing = self.terms.on_lost != OnLost::Wait || self.terms.lost_after.is_some();
-        let mut w = Writer::new(Tag::Intent, if plain { 1 } else if losing { 3 } else { 2 });
+        let mut w = Writer::new(
+            Tag::Intent,
+            if plain {
+                1
+            } else if losing {
+                3
+            } else {
+                2
+            },
+        );
         w.raw(self.task.as_bytes()).raw(&self.spec).raw(self.actor.as_bytes());
         w.option(self.node, |w, n| {
             w.raw(n.as_bytes());

@@ -445,7 +445,11 @@ mod tests {
         assert_eq!((r.queue, r.timeout, r.node.as_deref()), (60, Some(5), Some("a")));
         let Ok(Command::Run(r)) = parse("cortex run --script true --queue 0") else { panic!() };
         assert_eq!((r.script.as_deref(), r.queue), (Some("true"), 0));
-        let Ok(Command::Run(r)) = parse("cortex run --select os=linux,gpu --priority -5 --retries 2 --backoff 9 --on-lost requeue --lost-after 3 -- x") else { panic!() };
+        let Ok(Command::Run(r)) =
+            parse("cortex run --select os=linux,gpu --priority -5 --retries 2 --backoff 9 --on-lost requeue --lost-after 3 -- x")
+        else {
+            panic!()
+        };
         assert_eq!((r.select.as_deref(), r.priority, r.retries, r.backoff), (Some("os=linux,gpu"), Some(-5), Some(2), Some(9)));
         assert_eq!((r.on_lost.as_deref(), r.lost_after), (Some("requeue"), Some(3)));
         for wrong in [

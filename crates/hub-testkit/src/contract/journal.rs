@@ -186,8 +186,14 @@ async fn every_field(store: &dyn Journal) {
 /// The terms of the stored row decide, the pause is kept, and each attempt's end stands in the history.
 async fn retries(store: &dyn Journal) {
     let mut t = task(1);
-    t.terms =
-        Terms { retries: 1, backoff_ms: 500, deadline: Some(T0 + 9_000), on_lost: OnLost::Requeue, lost_after: Some(0), ..Terms::default() };
+    t.terms = Terms {
+        retries: 1,
+        backoff_ms: 500,
+        deadline: Some(T0 + 9_000),
+        on_lost: OnLost::Requeue,
+        lost_after: Some(0),
+        ..Terms::default()
+    };
     store.accept(&t).await.unwrap();
     done(store, 1, assigned(1, true), T0 + 10).await;
     let besides = Besides { result: Some(vec![1]), sandbox_applied: Some("x".into()), signed: None };

@@ -202,7 +202,7 @@ fn what_is_lost_ends_as_its_caller_asked() {
         assert_eq!((p.state, p.retried, p.retry_at, p.started_at), (TaskState::Pending, 0, Some(2 + 100), None));
         // The old attempt has no word left, whatever it comes to say.
         for late in [started(1), ended(1, Outcome::Exited(0)), silent.clone()] {
-            let all = [&begun[..], &[late.clone()]].concat();
+            let all = [&begun[..], std::slice::from_ref(&late)].concat();
             assert_eq!(run_by(&terms(OnLost::Requeue), &all), Err(Refused::Superseded), "{late:?}");
             let all = [&begun[..], &[assigned(2), late]].concat();
             assert_eq!(run_by(&terms(OnLost::Requeue), &all), Err(Refused::Superseded));
