@@ -53,7 +53,7 @@ async fn bodies_paths_and_queries() {
         (json_kind, r#"{"shell": {"argv": ["ls"]}, "limits": {"pids": 1}}"#.to_owned(), (422, "not_yet")),
         (json_kind, r#"{"shell": {"argv": ["ls"]}, "all": true}"#.to_owned(), (422, "not_yet")),
         (json_kind, r#"{"shell": {"argv": ["ls"]}, "on_lost": "never"}"#.to_owned(), (422, "bad_value")),
-        (json_kind, r#"{"shell": {"argv": ["ls"]}, "lost_after_secs": -1}"#.to_owned(), (400, "bad_json")),
+        (json_kind, r#"{"shell": {"argv": ["ls"]}, "lost_after_secs": -1}"#.to_owned(), (400, "bad_field")),
         (json_kind, r#"{"browser": {}}"#.to_owned(), (422, "not_yet")),
     ] {
         let answer = raw(kind, body.clone()).await;
