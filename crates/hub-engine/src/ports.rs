@@ -5,6 +5,7 @@
 
 use crate::records::*;
 use async_trait::async_trait;
+use mesh_core::output::Digests;
 use mesh_core::task::{Action, AttemptNo, Event, Refused, TaskState};
 use mesh_core::{ApiKeyId, Digest, EntryId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
 use std::collections::BTreeMap;
@@ -65,6 +66,8 @@ pub struct Besides {
     pub result: Option<Vec<u8>>,
     pub sandbox_applied: Option<String>,
     pub signed: Option<(String, Digest)>,
+    /// Of the output of the event's attempt.
+    pub digests: Option<Digests>,
 }
 
 /// A *narrow* task is one whose `spec` is empty if it is longer than `mesh_core::spec::INLINE_SPEC_BYTES`.
@@ -148,6 +151,8 @@ pub trait Output: Send + Sync {
     async fn append(&self, task: TaskId, attempt: AttemptNo, frames: Vec<OutputFrame>, keep_bytes: u64) -> Stored<Option<OutputTotals>>;
     /// Zero totals for an attempt that has none.
     async fn totals(&self, task: TaskId, attempt: AttemptNo) -> Stored<OutputTotals>;
+    /// Of all that the attempt has written so far; `None` when not all of it is kept.
+    async fn digests(&self, task: TaskId, attempt: AttemptNo) -> Stored<Option<Digests>>;
     /// Kept frames after `after_seq`, in order, until about `max_bytes` of data (at least one frame).
     async fn read(&self, task: TaskId, attempt: AttemptNo, after_seq: u64, max_bytes: usize) -> Stored<Vec<OutputFrame>>;
     /// The last `max_bytes` of one stream.

@@ -125,6 +125,7 @@ impl TaskService {
             created_at: now,
             progress: Progress::new(),
             output: OutputTotals::default(),
+            digests: None,
             result: None,
             sandbox_applied: None,
             signed: None,

@@ -2,7 +2,8 @@
 //! In memory, with a clock and a journal that the test holds.
 
 use async_trait::async_trait;
-use hub_engine::delivery::{Delivery, Hello, Reported, Welcome};
+use hub_engine::Error;
+use hub_engine::delivery::{DIGEST_MISMATCH, Delivery, Hello, Reported, Welcome};
 use hub_engine::events::Events;
 use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
 use hub_engine::pool::{Pool, Queue};
@@ -11,6 +12,7 @@ use hub_engine::records::*;
 use hub_engine::watch::Watchers;
 use hub_testkit::contract::sample;
 use hub_testkit::memory::MemoryStore;
+use mesh_core::output::Digests;
 use mesh_core::permission::{Caller, Role};
 use mesh_core::seal::Intent;
 use mesh_core::task::{AttemptNo, Event, NeverStarted, Outcome, TaskState};
@@ -174,7 +176,7 @@ impl World {
     }
 
     async fn report(&self, welcome: &Welcome, task: TaskId, attempt: AttemptNo, outcome: Outcome) {
-        let r = Reported { task, attempt, outcome, last_seq: 0, result: None, sandbox_applied: None };
+        let r = Reported { task, attempt, outcome, last_seq: 0, result: None, sandbox_applied: None, digests: None };
         self.delivery.result(&self.caller(welcome), r).await.unwrap();
     }
 
@@ -243,6 +245,52 @@ async fn the_journal_and_not_memory_calls_a_word_late() {
 }
 
 #[tokio::test]
+async fn a_result_that_does_not_fit_its_output_changes_nothing() {
+    let w = World::new().await;
+    let (welcome, mut queue) = w.hello(1).await;
+    let caller = w.caller(&welcome);
+    let of = |stdout: &str, stderr: &str| Some(Digests { stdout: sha256(stdout.as_bytes()), stderr: sha256(stderr.as_bytes()) });
+    let mut n = 0;
+    let mut granted = async |frames: &[(Stream, &str)]| {
+        n += 1;
+        w.pool.accept(w.task(n), Role::Admin, None).await.unwrap();
+        let (id, attempt) = orders(&mut queue)[0];
+        let frames: Vec<OutputFrame> = (1..)
+            .zip(frames)
+            .map(|(seq, (stream, data))| OutputFrame { seq, t_ms: 1, stream: *stream, data: data.to_string().into() })
+            .collect();
+        w.delivery.append(&caller, id, attempt, frames).await.unwrap();
+        (id, attempt)
+    };
+    let report = async |(id, attempt), last_seq, digests| {
+        let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq, result: None, sandbox_applied: None, digests };
+        w.delivery.result(&caller, r).await
+    };
+    let one = granted(&[(Stream::Stdout, "out"), (Stream::Stderr, "err")]).await;
+    for wrong in [of("out", ""), of("err", "out"), of("out!", "err"), Some(Digests::of_nothing())] {
+        let refused = report(one, 2, wrong).await.unwrap_err();
+        assert!(matches!(refused, Error::Invalid { code: DIGEST_MISMATCH, .. }), "{refused}");
+        assert_eq!(w.state(one.0).await, TaskState::Assigned);
+    }
+    report(one, 2, of("out", "err")).await.unwrap();
+    let ended = w.store.task(one.0).await.unwrap().unwrap();
+    assert_eq!((ended.progress.state, ended.digests), (TaskState::Succeeded, of("out", "err")));
+
+    let silent = granted(&[]).await;
+    assert!(report(silent, 0, of("x", "")).await.is_err(), "there is none");
+    report(silent, 0, Some(Digests::of_nothing())).await.unwrap();
+    // Of what was cut nobody here can say; an older node says nothing.
+    let long = "x".repeat(1 << 20);
+    let cut = granted(&[(Stream::Stdout, &long), (Stream::Stdout, "y")]).await;
+    report(cut, 2, of("whatever", "it was")).await.unwrap();
+    assert_eq!(w.store.task(cut.0).await.unwrap().unwrap().digests, of("whatever", "it was"));
+    let old = granted(&[(Stream::Stdout, "out")]).await;
+    report(old, 1, None).await.unwrap();
+    let ended = w.store.task(old.0).await.unwrap().unwrap();
+    assert_eq!((ended.progress.state, ended.digests), (TaskState::Succeeded, None));
+}
+
+#[tokio::test]
 async fn words_of_an_older_link_are_refused() {
     let w = World::new().await;
     let (first, mut queue) = w.hello(1).await;
@@ -251,7 +299,7 @@ async fn words_of_an_older_link_are_refused() {
     let (id, attempt) = orders(&mut queue)[0];
     let (second, mut newer) = w.hello(1).await;
     assert_eq!(orders(&mut newer), [(id, attempt)], "what the node does not know is sent again, as the same attempt");
-    let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None };
+    let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None, digests: None };
     assert!(w.delivery.result(&w.caller(&first), r).await.is_err());
     assert_eq!(w.state(id).await, TaskState::Assigned);
     drop(first);

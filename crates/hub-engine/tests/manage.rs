@@ -272,7 +272,15 @@ async fn a_draining_node_finishes_and_takes_nothing_new() {
     assert!(!welcome.cut.is_cancelled(), "what runs goes on");
     let caller = Caller::Node { node: w.node.id, generation: welcome.generation };
     let a = running.progress.attempt.unwrap();
-    let r = Reported { task: running.id, attempt: a.no, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None };
+    let r = Reported {
+        task: running.id,
+        attempt: a.no,
+        outcome: Outcome::Exited(0),
+        last_seq: 0,
+        result: None,
+        sandbox_applied: None,
+        digests: None,
+    };
     w.delivery.result(&caller, r).await.unwrap();
     assert_eq!(w.read(running.id).await.0, TaskState::Succeeded);
 
@@ -437,7 +445,15 @@ async fn a_revoked_node_has_no_link_no_tasks_and_no_way_back() {
         // Late words, a new link, another certificate: nothing of it counts.
         let caller = Caller::Node { node: w.node.id, generation: welcome.generation };
         let attempt = granted.progress.attempt.unwrap().no;
-        let r = Reported { task: granted.id, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None };
+        let r = Reported {
+            task: granted.id,
+            attempt,
+            outcome: Outcome::Exited(0),
+            last_seq: 0,
+            result: None,
+            sandbox_applied: None,
+            digests: None,
+        };
         assert!(w.delivery.result(&caller, r).await.is_err());
         assert!(w.delivery.started(&caller, granted.id, attempt).await.is_err());
         let frame = OutputFrame { seq: 1, t_ms: 1, stream: Stream::Stdout, data: "x".into() };

@@ -174,7 +174,7 @@ impl Hub {
     async fn end(&self, m: &Machine, task: TaskId, outcome: Outcome) {
         let attempt = self.progress(task).await.attempt.unwrap().no;
         let caller = Caller::Node { node: m.node.id, generation: m.welcome.generation };
-        let r = Reported { task, attempt, outcome, last_seq: 0, result: None, sandbox_applied: None };
+        let r = Reported { task, attempt, outcome, last_seq: 0, result: None, sandbox_applied: None, digests: None };
         self.delivery.result(&caller, r).await.unwrap();
         self.pool.round_of_changes().await.unwrap();
     }
@@ -524,7 +524,15 @@ async fn what_was_written_without_an_answer_goes_its_way_all_the_same() {
     assert_eq!(m.orders(), [retried]);
     let caller = Caller::Node { node: m.node.id, generation: m.welcome.generation };
     let attempt = hub.progress(retried).await.attempt.unwrap().no;
-    let failed = || Reported { task: retried, attempt, outcome: Outcome::Exited(1), last_seq: 0, result: None, sandbox_applied: None };
+    let failed = || Reported {
+        task: retried,
+        attempt,
+        outcome: Outcome::Exited(1),
+        last_seq: 0,
+        result: None,
+        sandbox_applied: None,
+        digests: None,
+    };
     unanswered(true);
     assert!(hub.delivery.result(&caller, failed()).await.is_err());
     unanswered(false);
@@ -536,7 +544,8 @@ async fn what_was_written_without_an_answer_goes_its_way_all_the_same() {
     // And one that ends.
     unanswered(true);
     let attempt = hub.progress(waits).await.attempt.unwrap().no;
-    let done = Reported { task: waits, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None };
+    let done =
+        Reported { task: waits, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None, digests: None };
     assert!(hub.delivery.result(&caller, done).await.is_err());
     unanswered(false);
     assert_eq!(hub.links.running(m.node.id), 3);

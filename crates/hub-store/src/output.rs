@@ -20,6 +20,7 @@ use futures::future::BoxFuture;
 use hub_engine::ports::{Output, StoreError, Stored};
 use hub_engine::records::{OutputFrame, OutputTotals, Stream};
 use mesh_core::TaskId;
+use mesh_core::output::{Digests, Hashing};
 use mesh_core::task::AttemptNo;
 use mesh_process::Tasks;
 use std::collections::BTreeMap;
@@ -27,7 +28,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 /// Frames of up to this many bytes together stay in the row.
 const HELD: usize = 8 * 1024;
@@ -35,6 +36,8 @@ const HELD: usize = 8 * 1024;
 const ENTRIES: usize = 1024;
 /// Files that stay open for the next append.
 const FILES: usize = 256;
+/// Files that are hashed at the same time: it takes a core, and all of the file.
+const HASHED_AT_ONCE: usize = 2;
 
 #[async_trait]
 impl Output for Store {
@@ -45,6 +48,10 @@ impl Output for Store {
     async fn totals(&self, task: TaskId, no: AttemptNo) -> Stored<OutputTotals> {
         let entry = self.outputs.entry(task, no);
         Ok(self.outputs.kept(&entry).await.map_err(failed("output.totals"))?.totals)
+    }
+
+    async fn digests(&self, task: TaskId, no: AttemptNo) -> Stored<Option<Digests>> {
+        self.outputs.digests(task, no).await.map_err(failed("output.digests"))
     }
 
     async fn read(&self, task: TaskId, no: AttemptNo, after_seq: u64, max_bytes: usize) -> Stored<Vec<OutputFrame>> {
@@ -64,6 +71,7 @@ pub(crate) struct Outputs {
     tasks: Tasks,
     entries: Mutex<Entries>,
     files: Arc<AtomicUsize>,
+    hashing: Semaphore,
     /// What is kept in files, in bytes; rows count as part of the database.
     in_files: AtomicU64,
 }
@@ -77,7 +85,8 @@ struct Entries {
 
 impl Outputs {
     pub(crate) fn new(folder: PathBuf, read: Readers, writer: Writer, tasks: Tasks, in_files: u64) -> Arc<Self> {
-        Arc::new(Self { folder, read, writer, tasks, entries: Mutex::default(), files: Arc::default(), in_files: AtomicU64::new(in_files) })
+        let (entries, files, hashing) = (Mutex::default(), Arc::default(), Semaphore::new(HASHED_AT_ONCE));
+        Arc::new(Self { folder, read, writer, tasks, entries, files, hashing, in_files: AtomicU64::new(in_files) })
     }
 
     pub(crate) fn bytes_in_files(&self) -> u64 {
@@ -200,6 +209,26 @@ impl Outputs {
         committed.map(|()| Some(totals))
     }
 
+    async fn digests(&self, task: TaskId, no: AttemptNo) -> Result<Option<Digests>, Failed> {
+        let entry = self.entry(task, no);
+        let kept = self.kept(&entry).await?;
+        if kept.totals.truncated {
+            return Ok(None);
+        }
+        let source = entry.source(&kept);
+        if source.in_file == 0 {
+            return Ok(Some(hash(&source)?));
+        }
+        let _turn = self.hashing.acquire().await?;
+        // Whoever asks again for the same, as a node may, costs nothing more.
+        if let Some(digests) = entry.digests(kept.totals.kept_seq) {
+            return Ok(Some(digests));
+        }
+        let digests = off_thread(source, hash).await?;
+        entry.set_digests(kept.totals.kept_seq, digests);
+        Ok(Some(digests))
+    }
+
     async fn read(&self, task: TaskId, no: AttemptNo, after_seq: u64, max_bytes: usize) -> Result<Vec<OutputFrame>, Failed> {
         let entry = self.entry(task, no);
         let kept = self.kept(&entry).await?;
@@ -257,6 +286,18 @@ impl Outputs {
         }
         Ok(tail)
     }
+}
+
+fn hash(source: &Source) -> std::io::Result<Digests> {
+    let mut hashing = Hashing::default();
+    source.scan(0, source.end(), |_, frame| {
+        match frame.stream {
+            Stream::Stdout => hashing.stdout(&frame.data),
+            Stream::Stderr => hashing.stderr(&frame.data),
+        }
+        ControlFlow::Continue(())
+    })?;
+    Ok(hashing.digests())
 }
 
 type Marks = Vec<(u64, u64)>;

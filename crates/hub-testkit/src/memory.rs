@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use hub_engine::ports::*;
 use hub_engine::records::*;
 use mesh_core::capability::Capabilities;
+use mesh_core::output::{Digests, Hashing};
 use mesh_core::spec::INLINE_SPEC_BYTES;
 use mesh_core::task::{Action, AttemptNo, Event, step};
 use mesh_core::*;
@@ -22,6 +23,7 @@ struct State {
     hub: Option<HubMeta>,
     tasks: BTreeMap<TaskId, (Task, Vec<TaskEvent>)>,
     outputs: BTreeMap<(TaskId, AttemptNo), (OutputTotals, Vec<OutputFrame>)>,
+    digests: BTreeMap<(TaskId, AttemptNo), Digests>,
     invites: BTreeMap<InviteId, Invite>,
     nodes: BTreeMap<NodeId, Node>,
     /// With the epoch of the removal.
@@ -82,7 +84,8 @@ impl State {
     fn shown(&self, task: &Task) -> Task {
         let no = task.progress.attempt.as_ref().map(|a| a.no);
         let output = no.and_then(|no| self.outputs.get(&(task.id, no))).map(|o| o.0).unwrap_or_default();
-        Task { output, ..task.clone() }
+        let digests = no.and_then(|no| self.digests.get(&(task.id, no))).copied();
+        Task { output, digests, ..task.clone() }
     }
     fn raise_epoch(&mut self) -> u64 {
         self.registry_epoch += 1;
@@ -117,6 +120,9 @@ impl Journal for MemoryStore {
         task.signed = besides.signed.or(task.signed.take());
         history.push(TaskEvent::of(history.len() as u64 + 1, now, event, task));
         let task = task.clone();
+        if let (Some(digests), Some(no)) = (besides.digests, event.attempt()) {
+            state.digests.insert((id, no), digests);
+        }
         let ordered = actions.iter().any(|a| matches!(a, Action::Order { .. }));
         let shown = state.shown(&task);
         Ok(Applied::Done(Box::new(if ordered { shown } else { narrow(shown) }), actions))
@@ -232,6 +238,19 @@ impl Output for MemoryStore {
 
     async fn totals(&self, task: TaskId, no: AttemptNo) -> Stored<OutputTotals> {
         Ok(self.state().outputs.get(&(task, no)).map(|o| o.0).unwrap_or_default())
+    }
+
+    async fn digests(&self, task: TaskId, no: AttemptNo) -> Stored<Option<Digests>> {
+        let state = self.state();
+        let Some((totals, kept)) = state.outputs.get(&(task, no)) else { return Ok(Some(Digests::of_nothing())) };
+        let mut hashing = Hashing::default();
+        for frame in kept {
+            match frame.stream {
+                Stream::Stdout => hashing.stdout(&frame.data),
+                Stream::Stderr => hashing.stderr(&frame.data),
+            }
+        }
+        Ok((!totals.truncated).then(|| hashing.digests()))
     }
 
     async fn read(&self, task: TaskId, no: AttemptNo, after_seq: u64, max_bytes: usize) -> Stored<Vec<OutputFrame>> {

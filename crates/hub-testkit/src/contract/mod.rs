@@ -83,6 +83,7 @@ pub mod sample {
             created_at: T0 + i64::from(n),
             progress: Progress::new(),
             output: OutputTotals::default(),
+            digests: None,
             result: None,
             sandbox_applied: None,
             signed: None,
