@@ -82,6 +82,8 @@ pub trait Journal: Send + Sync {
     /// The task that it answers with is narrow, except when an order must follow.
     async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied>;
     async fn task(&self, id: TaskId) -> Stored<Option<Task>>;
+    /// The task, narrow: for who looks at it again and again.
+    async fn narrow(&self, id: TaskId) -> Stored<Option<Task>>;
     /// Narrow tasks. A time is compared with the one in a task's id.
     async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>>;
     /// The specs of `ids`, in their order, until about `max_bytes` (at least one); none for an unknown id.

@@ -84,6 +84,9 @@ impl Journal for Frail {
     async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
         self.inner.task(id).await
     }
+    async fn narrow(&self, id: TaskId) -> Stored<Option<Task>> {
+        self.inner.narrow(id).await
+    }
     async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
         self.inner.tasks(filter, window).await
     }

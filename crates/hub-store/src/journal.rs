@@ -29,14 +29,17 @@ impl Journal for Store {
     }
 
     async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
-        let q = sql(TASK_BY_ID.as_str()).bind(id.blob());
-        let Some(mut task) = self.one("journal.task", q, only_task).await? else { return Ok(None) };
+        let Some(mut task) = self.narrow(id).await? else { return Ok(None) };
         if task.spec.is_empty()
             && let Some((_, spec)) = self.specs(&[id], usize::MAX).await?.pop()
         {
             task.spec = spec;
         }
         Ok(Some(task))
+    }
+
+    async fn narrow(&self, id: TaskId) -> Stored<Option<Task>> {
+        self.one("journal.task", sql(TASK_BY_ID.as_str()).bind(id.blob()), only_task).await
     }
 
     async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {

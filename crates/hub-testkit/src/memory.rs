@@ -133,6 +133,10 @@ impl Journal for MemoryStore {
         Ok(state.tasks.get(&id).map(|(task, _)| state.shown(task)))
     }
 
+    async fn narrow(&self, id: TaskId) -> Stored<Option<Task>> {
+        Ok(self.task(id).await?.map(narrow))
+    }
+
     async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
         let state = self.state();
         let f = filter;

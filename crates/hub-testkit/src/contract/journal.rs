@@ -369,6 +369,12 @@ async fn narrow(store: &dyn Journal) {
     for t in store.open_tasks(None, None, 9).await.unwrap() {
         assert!(t.spec == short(&t), "{}: {} bytes", t.id, t.spec.len());
     }
+    for n in 1..=4 {
+        let t = store.narrow(task_id(n)).await.unwrap().unwrap();
+        assert!(t.spec == short(&t), "{}: {} bytes", t.id, t.spec.len());
+        assert_eq!(Task { spec: vec![], ..t.clone() }, Task { spec: vec![], ..store.task(t.id).await.unwrap().unwrap() });
+    }
+    assert_eq!(store.narrow(task_id(9)).await.unwrap(), None);
     let wanted: Vec<TaskId> = [3, 1, 9, 4, 2].map(task_id).into();
     let read = async |max| store.specs(&wanted, max).await.unwrap();
     let in_order = [2, 0, 3, 1].map(|i: usize| specs[i].clone());
