@@ -173,40 +173,47 @@ impl Outputs {
         let wrong = failed::<Failed>;
         let entry = self.entry(task, no);
         let mut file = entry.file.lock().await;
-        let before = self.kept(&entry).await.map_err(wrong("output.append"))?;
-        let Some((kept, totals)) = plan(before.totals, frames, keep) else { return Ok(None) };
-        if totals == before.totals {
-            return Ok(Some(totals));
-        }
-        let mut bytes = before.held.to_vec();
-        let mut marks = vec![];
-        for frame in &kept {
-            marks.push((frame.seq, before.in_file + bytes.len() as u64));
-            frames::encode(frame, &mut bytes);
-        }
-        let after = if bytes.len() <= HELD {
-            Kept { totals, in_file: before.in_file, held: bytes.into() }
-        } else {
-            let in_file = before.in_file + bytes.len() as u64;
-            let open = file.take();
-            let (path, at, files) = (entry.path.clone(), before.in_file, self.files.clone());
-            let written = tokio::task::spawn_blocking(move || attempt::write(open, &path, at, &bytes, files)).await;
-            *file = Some(written.map_err(|e| wrong("output.append")(e.into()))?.map_err(|e| wrong("output.append")(e.into()))?);
-            Kept { totals, in_file, held: Bytes::new() }
-        };
-        let committed = self.writer.bulk(Raise { task, no, kept: after.clone() }).await;
-        match committed {
-            Ok(()) => {
+        let mut before = self.kept(&entry).await.map_err(wrong("output.append"))?;
+        loop {
+            let Some((kept, totals)) = plan(before.totals, &frames, keep) else { return Ok(None) };
+            if totals == before.totals {
+                return Ok(Some(totals));
+            }
+            let mut bytes = before.held.to_vec();
+            let mut marks = vec![];
+            for frame in &kept {
+                marks.push((frame.seq, before.in_file + bytes.len() as u64));
+                frames::encode(frame, &mut bytes);
+            }
+            let after = if bytes.len() <= HELD {
+                Kept { totals, in_file: before.in_file, held: bytes.into() }
+            } else {
+                let in_file = before.in_file + bytes.len() as u64;
+                let open = file.take();
+                let (path, at, files) = (entry.path.clone(), before.in_file, self.files.clone());
+                let written = tokio::task::spawn_blocking(move || attempt::write(open, &path, at, &bytes, files)).await;
+                *file = Some(written.map_err(|e| wrong("output.append")(e.into()))?.map_err(|e| wrong("output.append")(e.into()))?);
+                Kept { totals, in_file, held: Bytes::new() }
+            };
+            let raised = self.writer.bulk(Raise { task, no, kept: after.clone() }).await;
+            if let Ok(true) = raised {
                 self.in_files.fetch_add(after.in_file - before.in_file, Ordering::Relaxed);
                 entry.publish(after, marks);
+                return Ok(Some(totals));
             }
-            Err(_) => {
-                // What the database holds now is not known: ask it again, and cut the file to that.
-                entry.forget();
-                *file = None;
+            // What the database holds now is not known: ask it again, and cut the file to that.
+            entry.forget();
+            *file = None;
+            raised?;
+            // It was erased while this was under way: nothing more is kept, and what was written goes.
+            before = self.kept(&entry).await.map_err(wrong("output.append"))?;
+            if before.in_file == 0 && after.in_file > 0 {
+                self.remove_files(vec![(task, no)]).await.map_err(wrong("output.append"))?;
+            }
+            if !before.totals.truncated {
+                return Err(StoreError::new("output.append", "the row is not what it was, and was not erased"));
             }
         }
-        committed.map(|()| Some(totals))
     }
 
     async fn digests(&self, task: TaskId, no: AttemptNo) -> Result<Option<Digests>, Failed> {
@@ -334,7 +341,7 @@ where
 }
 
 /// Which of `frames` are kept, and the totals after them; `None` for a gap.
-fn plan(before: OutputTotals, frames: Vec<OutputFrame>, keep: u64) -> Option<(Vec<OutputFrame>, OutputTotals)> {
+fn plan(before: OutputTotals, frames: &[OutputFrame], keep: u64) -> Option<(Vec<&OutputFrame>, OutputTotals)> {
     let mut t = before;
     let mut kept = vec![];
     for frame in frames {
@@ -360,7 +367,8 @@ fn plan(before: OutputTotals, frames: Vec<OutputFrame>, keep: u64) -> Option<(Ve
     Some((kept, t))
 }
 
-/// Sets the row of one attempt.
+/// Sets the row of one attempt. False, and nothing is set, when more is to be kept of what was cut short or
+/// erased meanwhile.
 pub(crate) struct Raise {
     task: TaskId,
     no: AttemptNo,
@@ -368,10 +376,10 @@ pub(crate) struct Raise {
 }
 
 impl Bulk for Raise {
-    type Outcome = ();
+    type Outcome = bool;
     const OPERATION: &'static str = "output.append";
 
-    fn write<'c>(conn: &'c mut Conn, jobs: &'c [&'c Self]) -> BoxFuture<'c, Result<Vec<()>, Failed>> {
+    fn write<'c>(conn: &'c mut Conn, jobs: &'c [&'c Self]) -> BoxFuture<'c, Result<Vec<bool>, Failed>> {
         Box::pin(async move {
             // In one order, so that two hubs do not wait for each other.
             let mut rows: Vec<&Self> = jobs.to_vec();
@@ -392,9 +400,18 @@ impl Bulk for Raise {
             let columns = "task, attempt, durable_seq, kept_seq, kept_len, stdout_bytes, stderr_bytes, truncated, held";
             let after = " ON CONFLICT (task, attempt) DO UPDATE SET durable_seq = excluded.durable_seq, kept_seq = excluded.kept_seq, \
                  kept_len = excluded.kept_len, stdout_bytes = excluded.stdout_bytes, stderr_bytes = excluded.stderr_bytes, \
-                 truncated = excluded.truncated, held = excluded.held";
-            conn.insert("outputs", columns, &rows, after).await?;
-            Ok(vec![(); jobs.len()])
+                 truncated = excluded.truncated, held = excluded.held \
+                 WHERE NOT outputs.truncated OR outputs.kept_seq = excluded.kept_seq";
+            if conn.insert_counted("outputs", columns, &rows, after).await? == jobs.len() as u64 {
+                return Ok(vec![true; jobs.len()]);
+            }
+            let mut set = vec![];
+            for Raise { task, no, kept } in jobs {
+                let q = sql("SELECT 1 FROM outputs WHERE task = $1 AND attempt = $2 AND kept_seq = $3 AND durable_seq = $4");
+                let q = q.bind(task.blob()).bind(no.0).bind(kept.totals.kept_seq).bind(kept.totals.durable_seq);
+                set.push(conn.row(&q, |_| Ok(())).await?.is_some());
+            }
+            Ok(set)
         })
     }
 }

@@ -150,7 +150,8 @@ pub(crate) fn task(row: &Row) -> Result<(Task, u64), Failed> {
                 stdout_bytes: c.unsigned()?,
                 stderr_bytes: c.unsigned()?,
                 kept_seq: c.unsigned()?,
-                truncated: c.get()?,
+                // Closed by an erasure before anything came: nothing is missing.
+                truncated: c.get::<bool>()? && seq > 0,
             },
             digests(c)?,
         ),

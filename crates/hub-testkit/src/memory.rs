@@ -24,6 +24,8 @@ struct State {
     tasks: BTreeMap<TaskId, (Task, Vec<TaskEvent>)>,
     outputs: BTreeMap<(TaskId, AttemptNo), (OutputTotals, Vec<OutputFrame>)>,
     digests: BTreeMap<(TaskId, AttemptNo), Digests>,
+    /// Tasks whose output was erased.
+    erased: BTreeSet<TaskId>,
     invites: BTreeMap<InviteId, Invite>,
     nodes: BTreeMap<NodeId, Node>,
     /// With the epoch of the removal.
@@ -225,6 +227,7 @@ impl Output for MemoryStore {
                 return Ok(None);
             }
             let size = frame.data.len() as u64;
+            totals.truncated |= state.erased.contains(&task);
             totals.truncated |= totals.stdout_bytes + totals.stderr_bytes + size > keep_bytes;
             totals.durable_seq = frame.seq;
             match frame.stream {

@@ -187,6 +187,7 @@ impl Purges for MemoryStore {
         };
         for task in &tasks {
             state.tasks.entry(*task).and_modify(|(t, _)| t.result = None);
+            state.erased.insert(*task);
             for (_, (totals, kept)) in state.outputs.iter_mut().filter(|((t, _), o)| t == task && o.0.kept_seq > 0) {
                 (totals.kept_seq, totals.truncated) = (0, true);
                 kept.clear();
