@@ -229,6 +229,11 @@ pub trait Accounts: Send + Sync {
     async fn key_used(&self, id: ApiKeyId, now: UnixMs) -> Stored<()>;
 }
 
+/// The newest lines of a session's own activity that are kept.
+pub const ACTIVITY_KEPT: u32 = 10_000;
+/// How many older ones may still be there: they go some at a time.
+pub const ACTIVITY_OVER: u32 = 256;
+
 #[async_trait]
 pub trait Sessions: Send + Sync {
     async fn add_session(&self, session: &Session) -> Stored<()>;
@@ -252,7 +257,8 @@ pub trait Sessions: Send + Sync {
     /// The earliest end of an active session.
     async fn next_end(&self) -> Stored<Option<UnixMs>>;
     /// What happened in it, newest first: at most `limit` lines before `before`. Lines of tasks come
-    /// from the tasks themselves; all others were written in the commit of what they tell.
+    /// from the tasks themselves; all others were written in the commit of what they tell, and of them the
+    /// newest [`ACTIVITY_KEPT`] are there, and at most [`ACTIVITY_OVER`] more.
     async fn activity(&self, id: SessionId, before: Option<Place>, limit: u32) -> Stored<Vec<Activity>>;
 }
 

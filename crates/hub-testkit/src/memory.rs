@@ -10,7 +10,7 @@ use mesh_core::output::{Digests, Hashing};
 use mesh_core::spec::INLINE_SPEC_BYTES;
 use mesh_core::task::{Action, AttemptNo, Event, step};
 use mesh_core::*;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const MAX_NOTICES: usize = 20;
@@ -37,7 +37,8 @@ struct State {
     sessions: BTreeMap<SessionId, Session>,
     /// Sessions whose erasure is under way.
     purging: BTreeSet<SessionId>,
-    activity: Vec<(SessionId, Activity)>,
+    /// Oldest first.
+    activity: BTreeMap<SessionId, VecDeque<Activity>>,
     memory: BTreeMap<(SessionId, String), MemoryEntry>,
     messages: BTreeMap<MessageId, Message>,
     state: BTreeMap<(String, String), StateEntry>,

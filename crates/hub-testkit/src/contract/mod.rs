@@ -26,7 +26,7 @@ pub use meta::meta;
 pub use nodes::{nodes, nodes_and_sessions};
 pub use output::output;
 pub use purges::purges;
-pub use sessions::{sessions, sessions_and_tasks};
+pub use sessions::{activity_has_a_bound, sessions, sessions_and_tasks};
 pub use state::state;
 
 use hub_engine::ports::Window;
