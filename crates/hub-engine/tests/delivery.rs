@@ -1,7 +1,6 @@
 //! The moments between two steps: what a hello, a late word or a failing store meets half-way.
 //! In memory, with a clock and a journal that the test holds.
 
-use async_trait::async_trait;
 use hub_engine::Error;
 use hub_engine::delivery::{DIGEST_MISMATCH, Delivery, Hello, Reported, Welcome};
 use hub_engine::events::Events;
@@ -10,7 +9,9 @@ use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::*;
 use hub_engine::records::*;
 use hub_engine::watch::Watchers;
+use hub_testkit::TestJournal;
 use hub_testkit::contract::sample;
+use hub_testkit::journal::Write;
 use hub_testkit::memory::MemoryStore;
 use mesh_core::output::Digests;
 use mesh_core::permission::{Caller, Role};
@@ -18,10 +19,10 @@ use mesh_core::seal::Intent;
 use mesh_core::task::{AttemptNo, Event, NeverStarted, Outcome, TaskState};
 use mesh_core::*;
 use mesh_process::Clock;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 const KEY: [u8; 32] = [7; 32];
 
@@ -66,69 +67,21 @@ impl Keyring for FakeKeys {
     }
 }
 
-/// The memory's journal, whose commits the test can hold back or let fail.
-struct Held {
-    inner: Arc<MemoryStore>,
-    commits: Semaphore,
-    fail_expiry: AtomicBool,
-    entered: Mutex<mpsc::Sender<()>>,
-}
-
-#[async_trait]
-impl Journal for Held {
-    async fn accept(&self, task: &Task) -> Stored<()> {
-        self.inner.accept(task).await
-    }
-    async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
-        let _ = self.entered.lock().unwrap().try_send(());
-        let _permit = self.commits.acquire().await.unwrap();
-        if matches!(event, Event::Expired { .. }) && self.fail_expiry.load(Ordering::SeqCst) {
-            return Err(StoreError::new("journal.apply", "the test says so"));
-        }
-        self.inner.apply(id, event, besides, now).await
-    }
-    async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
-        self.inner.task(id).await
-    }
-    async fn narrow(&self, id: TaskId) -> Stored<Option<Task>> {
-        self.inner.narrow(id).await
-    }
-    async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
-        self.inner.tasks(filter, window).await
-    }
-    async fn specs(&self, ids: &[TaskId], max_bytes: usize) -> Stored<Vec<(TaskId, Vec<u8>)>> {
-        self.inner.specs(ids, max_bytes).await
-    }
-    async fn open_tasks(&self, session: Option<SessionId>, after: Option<TaskId>, limit: u32) -> Stored<Vec<Task>> {
-        self.inner.open_tasks(session, after, limit).await
-    }
-    async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>> {
-        self.inner.history(id).await
-    }
-}
-
 struct World {
     store: Arc<MemoryStore>,
-    journal: Arc<Held>,
+    journal: Arc<TestJournal>,
     clock: Arc<Hands>,
     links: Arc<Links>,
     pool: Arc<Pool>,
     delivery: Arc<Delivery>,
     node: Node,
-    entered: mpsc::Receiver<()>,
 }
 
 impl World {
     async fn new() -> Self {
         let store = Arc::new(MemoryStore::new());
         let clock = Arc::new(Hands(AtomicI64::new(1000)));
-        let (enter, entered) = mpsc::channel(64);
-        let journal = Arc::new(Held {
-            inner: store.clone(),
-            commits: Semaphore::new(1000),
-            fail_expiry: AtomicBool::new(false),
-            entered: Mutex::new(enter),
-        });
+        let journal = TestJournal::over(store.clone());
         let node = sample::node(1, 1);
         let invite = sample::invite(1);
         store.add_invite(&invite).await.unwrap();
@@ -156,7 +109,7 @@ impl World {
             clock: clock.clone(),
             output_bytes: 1 << 20,
         });
-        Self { store, journal, clock, links, pool, delivery, node, entered }
+        Self { store, journal, clock, links, pool, delivery, node }
     }
 
     fn task(&self, n: u16) -> Task {
@@ -200,20 +153,19 @@ fn orders(queue: &mut mpsc::Receiver<LinkCommand>) -> Vec<(TaskId, AttemptNo)> {
 
 #[tokio::test]
 async fn a_hello_in_the_middle_of_a_commit_takes_no_slot_away() {
-    let mut w = World::new().await;
+    let w = World::new().await;
     let task = w.task(1);
     w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
     let (first, _first_queue) = w.hello(1).await;
     // The pool has reserved a slot and is committing the attempt …
-    w.journal.commits.forget_permits(1000);
-    while w.entered.try_recv().is_ok() {}
+    w.journal.hold();
     let pool = w.pool.clone();
     let placing = async move { pool.round().await };
     let meanwhile = async {
-        w.entered.recv().await.unwrap();
+        w.journal.begun().await;
         // … when the node links anew.
         let second = w.hello(1).await;
-        w.journal.commits.add_permits(1000);
+        w.journal.release();
         second
     };
     let (placed, (second, mut queue)) = futures::future::join(placing, meanwhile).await;
@@ -356,11 +308,11 @@ async fn a_store_that_fails_in_the_middle_of_a_round_leaks_no_slot() {
     }
     let (_welcome, mut queue) = w.hello(1).await;
     w.clock.0.fetch_add(5000, Ordering::SeqCst);
-    w.journal.fail_expiry.store(true, Ordering::SeqCst);
+    w.journal.fail(|write| matches!(write, Write::Apply(Event::Expired { .. })));
     assert!(w.pool.round().await.is_err());
     assert_eq!(orders(&mut queue).len(), 1, "what was placed before the failure is committed and sent");
     assert_eq!(w.links.running(w.node.id), 1);
-    w.journal.fail_expiry.store(false, Ordering::SeqCst);
+    w.journal.work();
     w.pool.round().await.unwrap();
     assert_eq!(w.state(expiring.id).await, TaskState::Failed);
 }
