@@ -9,6 +9,7 @@ use crate::nodes;
 use crate::pool::Pool;
 use crate::ports::{Applied, Besides, Journal, NodeDirectory, Output};
 use crate::records::{Node, OutputFrame};
+use mesh_core::output::Digests;
 use mesh_core::permission::Caller;
 use mesh_core::task::{Action, AttemptNo, Event, Outcome, TaskState};
 use mesh_core::{NodeId, SpoolId, TaskId};
@@ -61,7 +62,12 @@ pub struct Reported {
     pub last_seq: u64,
     pub result: Option<Vec<u8>>,
     pub sandbox_applied: Option<String>,
+    /// None from an older node, and where nobody knows the whole output.
+    pub digests: Option<Digests>,
 }
+
+/// The code of a result whose digests are not those of the output that came.
+pub const DIGEST_MISMATCH: &str = "digest_mismatch";
 
 /// Attempts that one hello may name; more than a node can hold.
 const MAX_KNOWN: usize = 10_000;
@@ -208,11 +214,25 @@ impl Delivery {
             if r.last_seq > durable {
                 return Err(Error::invalid("output_missing", format!("the result names output {} and {durable} is here", r.last_seq)));
             }
-            let besides = Besides { result: r.result, sandbox_applied: r.sandbox_applied, signed: None };
+            if let Some(told) = &r.digests {
+                self.compare(node, &r, told).await?;
+            }
+            let besides = Besides { result: r.result, sandbox_applied: r.sandbox_applied, digests: r.digests, signed: None };
             self.end(r.task, Event::Ended { attempt: r.attempt, outcome: r.outcome }, besides).await?;
         }
         self.links.send(node, LinkCommand::ResultAck { task: r.task, attempt: r.attempt });
         Ok(())
+    }
+
+    /// Is the output that came the one that was written? Of what is not kept nobody can say.
+    async fn compare(&self, node: NodeId, r: &Reported, told: &Digests) -> Result<()> {
+        let came = if r.last_seq == 0 { Some(Digests::of_nothing()) } else { self.output.digests(r.task, r.attempt).await? };
+        if came.is_none_or(|came| came == *told) {
+            return Ok(());
+        }
+        metrics::counter!("cortex_refused_reports_total", "what" => "digest").increment(1);
+        tracing::error!(%node, task = %r.task, attempt = r.attempt.0, "a result was refused: its digests are not those of the output that came");
+        Err(Error::invalid(DIGEST_MISMATCH, format!("the output of {} that came is not the one that its result speaks of", r.task)))
     }
 
     async fn end(&self, id: TaskId, event: Event, besides: Besides) -> Result<()> {

@@ -5,6 +5,7 @@
 
 use crate::records::*;
 use async_trait::async_trait;
+use mesh_core::output::Digests;
 use mesh_core::task::{Action, AttemptNo, Event, Refused, TaskState};
 use mesh_core::{ApiKeyId, Digest, EntryId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
 use std::collections::BTreeMap;
@@ -65,6 +66,8 @@ pub struct Besides {
     pub result: Option<Vec<u8>>,
     pub sandbox_applied: Option<String>,
     pub signed: Option<(String, Digest)>,
+    /// Of the output of the event's attempt.
+    pub digests: Option<Digests>,
 }
 
 /// A *narrow* task is one whose `spec` is empty if it is longer than `mesh_core::spec::INLINE_SPEC_BYTES`.
@@ -79,6 +82,8 @@ pub trait Journal: Send + Sync {
     /// The task that it answers with is narrow, except when an order must follow.
     async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied>;
     async fn task(&self, id: TaskId) -> Stored<Option<Task>>;
+    /// The task, narrow: for who looks at it again and again.
+    async fn narrow(&self, id: TaskId) -> Stored<Option<Task>>;
     /// Narrow tasks. A time is compared with the one in a task's id.
     async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>>;
     /// The specs of `ids`, in their order, until about `max_bytes` (at least one); none for an unknown id.
@@ -148,6 +153,8 @@ pub trait Output: Send + Sync {
     async fn append(&self, task: TaskId, attempt: AttemptNo, frames: Vec<OutputFrame>, keep_bytes: u64) -> Stored<Option<OutputTotals>>;
     /// Zero totals for an attempt that has none.
     async fn totals(&self, task: TaskId, attempt: AttemptNo) -> Stored<OutputTotals>;
+    /// Of all that the attempt has written so far; `None` when not all of it is kept.
+    async fn digests(&self, task: TaskId, attempt: AttemptNo) -> Stored<Option<Digests>>;
     /// Kept frames after `after_seq`, in order, until about `max_bytes` of data (at least one frame).
     async fn read(&self, task: TaskId, attempt: AttemptNo, after_seq: u64, max_bytes: usize) -> Stored<Vec<OutputFrame>>;
     /// The last `max_bytes` of one stream.
@@ -222,6 +229,11 @@ pub trait Accounts: Send + Sync {
     async fn key_used(&self, id: ApiKeyId, now: UnixMs) -> Stored<()>;
 }
 
+/// The newest lines of a session's own activity that are kept.
+pub const ACTIVITY_KEPT: u32 = 10_000;
+/// How many older ones may still be there: they go some at a time.
+pub const ACTIVITY_OVER: u32 = 256;
+
 #[async_trait]
 pub trait Sessions: Send + Sync {
     async fn add_session(&self, session: &Session) -> Stored<()>;
@@ -245,7 +257,8 @@ pub trait Sessions: Send + Sync {
     /// The earliest end of an active session.
     async fn next_end(&self) -> Stored<Option<UnixMs>>;
     /// What happened in it, newest first: at most `limit` lines before `before`. Lines of tasks come
-    /// from the tasks themselves; all others were written in the commit of what they tell.
+    /// from the tasks themselves; all others were written in the commit of what they tell, and of them the
+    /// newest [`ACTIVITY_KEPT`] are there, and at most [`ACTIVITY_OVER`] more.
     async fn activity(&self, id: SessionId, before: Option<Place>, limit: u32) -> Stored<Vec<Activity>>;
 }
 

@@ -1,6 +1,7 @@
 //! What the hub keeps, in the words of the engine. Stores map these to rows, doors to JSON.
 
 use mesh_core::capability::Capabilities;
+use mesh_core::output::Digests;
 use mesh_core::permission::{Role, Scope};
 use mesh_core::seal::Intent;
 use mesh_core::select::Offers;
@@ -488,6 +489,8 @@ pub struct Task {
     pub created_at: UnixMs,
     pub progress: Progress,
     pub output: OutputTotals,
+    /// Of all that its newest attempt wrote, as the node told at its end.
+    pub digests: Option<Digests>,
     /// Of skills without a process.
     pub result: Option<Vec<u8>>,
     pub sandbox_applied: Option<String>,

@@ -1,25 +1,28 @@
 //! The moments between two steps: what a hello, a late word or a failing store meets half-way.
 //! In memory, with a clock and a journal that the test holds.
 
-use async_trait::async_trait;
-use hub_engine::delivery::{Delivery, Hello, Reported, Welcome};
+use hub_engine::Error;
+use hub_engine::delivery::{DIGEST_MISMATCH, Delivery, Hello, Reported, Welcome};
 use hub_engine::events::Events;
 use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
 use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::*;
 use hub_engine::records::*;
 use hub_engine::watch::Watchers;
+use hub_testkit::TestJournal;
 use hub_testkit::contract::sample;
+use hub_testkit::journal::Write;
 use hub_testkit::memory::MemoryStore;
+use mesh_core::output::Digests;
 use mesh_core::permission::{Caller, Role};
 use mesh_core::seal::Intent;
 use mesh_core::task::{AttemptNo, Event, NeverStarted, Outcome, TaskState};
 use mesh_core::*;
 use mesh_process::Clock;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 const KEY: [u8; 32] = [7; 32];
 
@@ -64,66 +67,21 @@ impl Keyring for FakeKeys {
     }
 }
 
-/// The memory's journal, whose commits the test can hold back or let fail.
-struct Held {
-    inner: Arc<MemoryStore>,
-    commits: Semaphore,
-    fail_expiry: AtomicBool,
-    entered: Mutex<mpsc::Sender<()>>,
-}
-
-#[async_trait]
-impl Journal for Held {
-    async fn accept(&self, task: &Task) -> Stored<()> {
-        self.inner.accept(task).await
-    }
-    async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
-        let _ = self.entered.lock().unwrap().try_send(());
-        let _permit = self.commits.acquire().await.unwrap();
-        if matches!(event, Event::Expired { .. }) && self.fail_expiry.load(Ordering::SeqCst) {
-            return Err(StoreError::new("journal.apply", "the test says so"));
-        }
-        self.inner.apply(id, event, besides, now).await
-    }
-    async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
-        self.inner.task(id).await
-    }
-    async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
-        self.inner.tasks(filter, window).await
-    }
-    async fn specs(&self, ids: &[TaskId], max_bytes: usize) -> Stored<Vec<(TaskId, Vec<u8>)>> {
-        self.inner.specs(ids, max_bytes).await
-    }
-    async fn open_tasks(&self, session: Option<SessionId>, after: Option<TaskId>, limit: u32) -> Stored<Vec<Task>> {
-        self.inner.open_tasks(session, after, limit).await
-    }
-    async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>> {
-        self.inner.history(id).await
-    }
-}
-
 struct World {
     store: Arc<MemoryStore>,
-    journal: Arc<Held>,
+    journal: Arc<TestJournal>,
     clock: Arc<Hands>,
     links: Arc<Links>,
     pool: Arc<Pool>,
     delivery: Arc<Delivery>,
     node: Node,
-    entered: mpsc::Receiver<()>,
 }
 
 impl World {
     async fn new() -> Self {
         let store = Arc::new(MemoryStore::new());
         let clock = Arc::new(Hands(AtomicI64::new(1000)));
-        let (enter, entered) = mpsc::channel(64);
-        let journal = Arc::new(Held {
-            inner: store.clone(),
-            commits: Semaphore::new(1000),
-            fail_expiry: AtomicBool::new(false),
-            entered: Mutex::new(enter),
-        });
+        let journal = TestJournal::over(store.clone());
         let node = sample::node(1, 1);
         let invite = sample::invite(1);
         store.add_invite(&invite).await.unwrap();
@@ -151,7 +109,7 @@ impl World {
             clock: clock.clone(),
             output_bytes: 1 << 20,
         });
-        Self { store, journal, clock, links, pool, delivery, node, entered }
+        Self { store, journal, clock, links, pool, delivery, node }
     }
 
     fn task(&self, n: u16) -> Task {
@@ -174,7 +132,7 @@ impl World {
     }
 
     async fn report(&self, welcome: &Welcome, task: TaskId, attempt: AttemptNo, outcome: Outcome) {
-        let r = Reported { task, attempt, outcome, last_seq: 0, result: None, sandbox_applied: None };
+        let r = Reported { task, attempt, outcome, last_seq: 0, result: None, sandbox_applied: None, digests: None };
         self.delivery.result(&self.caller(welcome), r).await.unwrap();
     }
 
@@ -195,20 +153,19 @@ fn orders(queue: &mut mpsc::Receiver<LinkCommand>) -> Vec<(TaskId, AttemptNo)> {
 
 #[tokio::test]
 async fn a_hello_in_the_middle_of_a_commit_takes_no_slot_away() {
-    let mut w = World::new().await;
+    let w = World::new().await;
     let task = w.task(1);
     w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
     let (first, _first_queue) = w.hello(1).await;
     // The pool has reserved a slot and is committing the attempt …
-    w.journal.commits.forget_permits(1000);
-    while w.entered.try_recv().is_ok() {}
+    w.journal.hold();
     let pool = w.pool.clone();
     let placing = async move { pool.round().await };
     let meanwhile = async {
-        w.entered.recv().await.unwrap();
+        w.journal.begun().await;
         // … when the node links anew.
         let second = w.hello(1).await;
-        w.journal.commits.add_permits(1000);
+        w.journal.release();
         second
     };
     let (placed, (second, mut queue)) = futures::future::join(placing, meanwhile).await;
@@ -243,6 +200,52 @@ async fn the_journal_and_not_memory_calls_a_word_late() {
 }
 
 #[tokio::test]
+async fn a_result_that_does_not_fit_its_output_changes_nothing() {
+    let w = World::new().await;
+    let (welcome, mut queue) = w.hello(1).await;
+    let caller = w.caller(&welcome);
+    let of = |stdout: &str, stderr: &str| Some(Digests { stdout: sha256(stdout.as_bytes()), stderr: sha256(stderr.as_bytes()) });
+    let mut n = 0;
+    let mut granted = async |frames: &[(Stream, &str)]| {
+        n += 1;
+        w.pool.accept(w.task(n), Role::Admin, None).await.unwrap();
+        let (id, attempt) = orders(&mut queue)[0];
+        let frames: Vec<OutputFrame> = (1..)
+            .zip(frames)
+            .map(|(seq, (stream, data))| OutputFrame { seq, t_ms: 1, stream: *stream, data: data.to_string().into() })
+            .collect();
+        w.delivery.append(&caller, id, attempt, frames).await.unwrap();
+        (id, attempt)
+    };
+    let report = async |(id, attempt), last_seq, digests| {
+        let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq, result: None, sandbox_applied: None, digests };
+        w.delivery.result(&caller, r).await
+    };
+    let one = granted(&[(Stream::Stdout, "out"), (Stream::Stderr, "err")]).await;
+    for wrong in [of("out", ""), of("err", "out"), of("out!", "err"), Some(Digests::of_nothing())] {
+        let refused = report(one, 2, wrong).await.unwrap_err();
+        assert!(matches!(refused, Error::Invalid { code: DIGEST_MISMATCH, .. }), "{refused}");
+        assert_eq!(w.state(one.0).await, TaskState::Assigned);
+    }
+    report(one, 2, of("out", "err")).await.unwrap();
+    let ended = w.store.task(one.0).await.unwrap().unwrap();
+    assert_eq!((ended.progress.state, ended.digests), (TaskState::Succeeded, of("out", "err")));
+
+    let silent = granted(&[]).await;
+    assert!(report(silent, 0, of("x", "")).await.is_err(), "there is none");
+    report(silent, 0, Some(Digests::of_nothing())).await.unwrap();
+    // Of what was cut nobody here can say; an older node says nothing.
+    let long = "x".repeat(1 << 20);
+    let cut = granted(&[(Stream::Stdout, &long), (Stream::Stdout, "y")]).await;
+    report(cut, 2, of("whatever", "it was")).await.unwrap();
+    assert_eq!(w.store.task(cut.0).await.unwrap().unwrap().digests, of("whatever", "it was"));
+    let old = granted(&[(Stream::Stdout, "out")]).await;
+    report(old, 1, None).await.unwrap();
+    let ended = w.store.task(old.0).await.unwrap().unwrap();
+    assert_eq!((ended.progress.state, ended.digests), (TaskState::Succeeded, None));
+}
+
+#[tokio::test]
 async fn words_of_an_older_link_are_refused() {
     let w = World::new().await;
     let (first, mut queue) = w.hello(1).await;
@@ -251,7 +254,7 @@ async fn words_of_an_older_link_are_refused() {
     let (id, attempt) = orders(&mut queue)[0];
     let (second, mut newer) = w.hello(1).await;
     assert_eq!(orders(&mut newer), [(id, attempt)], "what the node does not know is sent again, as the same attempt");
-    let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None };
+    let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None, digests: None };
     assert!(w.delivery.result(&w.caller(&first), r).await.is_err());
     assert_eq!(w.state(id).await, TaskState::Assigned);
     drop(first);
@@ -305,11 +308,11 @@ async fn a_store_that_fails_in_the_middle_of_a_round_leaks_no_slot() {
     }
     let (_welcome, mut queue) = w.hello(1).await;
     w.clock.0.fetch_add(5000, Ordering::SeqCst);
-    w.journal.fail_expiry.store(true, Ordering::SeqCst);
+    w.journal.fail(|write| matches!(write, Write::Apply(Event::Expired { .. })));
     assert!(w.pool.round().await.is_err());
     assert_eq!(orders(&mut queue).len(), 1, "what was placed before the failure is committed and sent");
     assert_eq!(w.links.running(w.node.id), 1);
-    w.journal.fail_expiry.store(false, Ordering::SeqCst);
+    w.journal.work();
     w.pool.round().await.unwrap();
     assert_eq!(w.state(expiring.id).await, TaskState::Failed);
 }

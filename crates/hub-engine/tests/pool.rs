@@ -1,76 +1,32 @@
 //! Who goes first, who waits and why, and what a restart, a failing commit or a deadline makes of it.
 //! In memory, with a clock and a journal that the test holds.
 
-use async_trait::async_trait;
 use hub_engine::delivery::{Delivery, Hello, Reported, Welcome};
 use hub_engine::events::Events;
 use hub_engine::idempotency::{Idempotency, Keyed};
 use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
 use hub_engine::pool::{Accepted, Pool, Queue};
-use hub_engine::ports::{Applied, Besides, Journal, Keyring, NodeDirectory, StoreError, Stored, Window};
-use hub_engine::records::{Node, Task, TaskEvent, TaskFilter};
+use hub_engine::ports::{Journal, Keyring, NodeDirectory, Window};
+use hub_engine::records::{Node, Task, TaskFilter};
 use hub_engine::watch::Watchers;
 use hub_testkit::contract::{HandClock, sample};
-use hub_testkit::{MemoryStore, TestKeys};
+use hub_testkit::journal::Write;
+use hub_testkit::{MemoryStore, TestJournal, TestKeys};
 use mesh_core::capability::{Capabilities, Gpu};
 use mesh_core::permission::{Caller, Role};
 use mesh_core::placement::Waiting;
 use mesh_core::select::Selector;
 use mesh_core::task::{Event, OnLost, Outcome, Progress, ReasonCode, TaskState, Terms};
-use mesh_core::{NodeId, TaskId, UnixMs, UserId, sha256};
+use mesh_core::{NodeId, TaskId, UserId, sha256};
 use mesh_process::Clock;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// The memory's journal, whose transitions the test can let fail.
-struct Failing {
-    inner: Arc<MemoryStore>,
-    fails: AtomicBool,
-    /// What is asked is done, and the answer is lost: as when a connection breaks at the commit.
-    unanswered: AtomicBool,
-}
-
-impl Failing {
-    fn answer<T>(&self, done: T) -> Stored<T> {
-        if self.unanswered.load(Ordering::SeqCst) { Err(StoreError::new("journal", "no answer came")) } else { Ok(done) }
-    }
-}
-
-#[async_trait]
-impl Journal for Failing {
-    async fn accept(&self, task: &Task) -> Stored<()> {
-        self.inner.accept(task).await?;
-        self.answer(())
-    }
-    async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
-        if self.fails.load(Ordering::SeqCst) {
-            return Err(StoreError::new("journal.apply", "the test says so"));
-        }
-        let applied = self.inner.apply(id, event, besides, now).await?;
-        self.answer(applied)
-    }
-    async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
-        self.inner.task(id).await
-    }
-    async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
-        self.inner.tasks(filter, window).await
-    }
-    async fn specs(&self, ids: &[TaskId], max_bytes: usize) -> Stored<Vec<(TaskId, Vec<u8>)>> {
-        self.inner.specs(ids, max_bytes).await
-    }
-    async fn open_tasks(&self, session: Option<mesh_core::SessionId>, after: Option<TaskId>, limit: u32) -> Stored<Vec<Task>> {
-        self.inner.open_tasks(session, after, limit).await
-    }
-    async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>> {
-        self.inner.history(id).await
-    }
-}
-
 struct Hub {
     store: Arc<MemoryStore>,
-    journal: Arc<Failing>,
+    journal: Arc<TestJournal>,
     clock: Arc<HandClock>,
     links: Arc<Links>,
     pool: Arc<Pool>,
@@ -91,7 +47,7 @@ impl Hub {
     }
     /// A process on what another one may have left.
     fn on(store: Arc<MemoryStore>, clock: Arc<HandClock>) -> Self {
-        let journal = Arc::new(Failing { inner: store.clone(), fails: AtomicBool::new(false), unanswered: AtomicBool::new(false) });
+        let journal = TestJournal::over(store.clone());
         let links = Arc::new(Links::default());
         let pool = Arc::new(Pool {
             journal: journal.clone(),
@@ -174,7 +130,7 @@ impl Hub {
     async fn end(&self, m: &Machine, task: TaskId, outcome: Outcome) {
         let attempt = self.progress(task).await.attempt.unwrap().no;
         let caller = Caller::Node { node: m.node.id, generation: m.welcome.generation };
-        let r = Reported { task, attempt, outcome, last_seq: 0, result: None, sandbox_applied: None };
+        let r = Reported { task, attempt, outcome, last_seq: 0, result: None, sandbox_applied: None, digests: None };
         self.delivery.result(&caller, r).await.unwrap();
         self.pool.round_of_changes().await.unwrap();
     }
@@ -416,10 +372,10 @@ async fn a_deadline_ends_what_waits_at_once() {
     hub.later(998).await;
     assert_eq!(hub.progress(plain).await.state, TaskState::Pending);
     // The store fails at the very moment: it is tried again.
-    hub.journal.fails.store(true, Ordering::SeqCst);
+    hub.journal.fail(|write| matches!(write, Write::Apply(_)));
     hub.clock.advance(Duration::from_millis(2));
     assert!(hub.pool.round_of_changes().await.is_err());
-    hub.journal.fails.store(false, Ordering::SeqCst);
+    hub.journal.work();
     hub.later(0).await;
     for id in [plain, resting] {
         assert_eq!(hub.reason(id).await, (TaskState::Failed, Some(ReasonCode::Deadline)));
@@ -480,10 +436,10 @@ async fn a_commit_that_fails_after_a_reservation_gives_all_of_it_back() {
     hub.admins(1..=1).await;
     let id = hub.ask(1, 1, select("", 1)).await;
     let mut m = hub.machine(1, 1, 1).await;
-    hub.journal.fails.store(true, Ordering::SeqCst);
+    hub.journal.fail(|write| matches!(write, Write::Apply(_)));
     assert!(hub.pool.round().await.is_err());
     assert_eq!((hub.links.running(m.node.id), hub.links.share(sample::user_id(1)).attempts), (0, 0));
-    hub.journal.fails.store(false, Ordering::SeqCst);
+    hub.journal.work();
     hub.pool.round_of_changes().await.unwrap();
     assert_eq!(m.orders(), [id], "nobody had to wake it");
     assert_eq!(hub.links.share(sample::user_id(1)).attempts, 1);
@@ -524,7 +480,15 @@ async fn what_was_written_without_an_answer_goes_its_way_all_the_same() {
     assert_eq!(m.orders(), [retried]);
     let caller = Caller::Node { node: m.node.id, generation: m.welcome.generation };
     let attempt = hub.progress(retried).await.attempt.unwrap().no;
-    let failed = || Reported { task: retried, attempt, outcome: Outcome::Exited(1), last_seq: 0, result: None, sandbox_applied: None };
+    let failed = || Reported {
+        task: retried,
+        attempt,
+        outcome: Outcome::Exited(1),
+        last_seq: 0,
+        result: None,
+        sandbox_applied: None,
+        digests: None,
+    };
     unanswered(true);
     assert!(hub.delivery.result(&caller, failed()).await.is_err());
     unanswered(false);
@@ -536,7 +500,8 @@ async fn what_was_written_without_an_answer_goes_its_way_all_the_same() {
     // And one that ends.
     unanswered(true);
     let attempt = hub.progress(waits).await.attempt.unwrap().no;
-    let done = Reported { task: waits, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None };
+    let done =
+        Reported { task: waits, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None, digests: None };
     assert!(hub.delivery.result(&caller, done).await.is_err());
     unanswered(false);
     assert_eq!(hub.links.running(m.node.id), 3);

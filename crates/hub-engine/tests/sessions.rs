@@ -18,6 +18,7 @@ use hub_engine::state::State;
 use hub_engine::stats::{Remembered, SAMPLE_EVERY, SAMPLES, Statistics};
 use hub_engine::tasks::TaskService;
 use hub_engine::watch::Watchers;
+use hub_testkit::TestJournal;
 use hub_testkit::contract::{HandClock, sample};
 use hub_testkit::memory::MemoryStore;
 use mesh_core::permission::{Caller, Role};
@@ -27,7 +28,7 @@ use mesh_core::*;
 use mesh_process::{Clock, Tasks};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 struct FakeKeys;
@@ -58,51 +59,16 @@ impl Keyring for FakeKeys {
     }
 }
 
-/// The memory's journal, which can fail to say what is open, and its counts, which take their time.
-struct Frail {
+/// The memory's counts, which take their time.
+struct SlowGauges {
     inner: Arc<MemoryStore>,
-    failures: AtomicU32,
-    /// Sessions end just before a task is in the journal.
-    end_at_accept: AtomicBool,
     counts: AtomicU32,
     count_ms: AtomicU64,
     clock: Arc<HandClock>,
 }
 
 #[async_trait]
-impl Journal for Frail {
-    async fn accept(&self, task: &Task) -> Stored<()> {
-        if self.end_at_accept.load(Ordering::SeqCst) {
-            self.clock.advance(Duration::from_secs(3600));
-            ports::Sessions::expire_sessions(&*self.inner, self.clock.now_ms(), 10).await?;
-        }
-        self.inner.accept(task).await
-    }
-    async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
-        self.inner.apply(id, event, besides, now).await
-    }
-    async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
-        self.inner.task(id).await
-    }
-    async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
-        self.inner.tasks(filter, window).await
-    }
-    async fn specs(&self, ids: &[TaskId], max_bytes: usize) -> Stored<Vec<(TaskId, Vec<u8>)>> {
-        self.inner.specs(ids, max_bytes).await
-    }
-    async fn open_tasks(&self, session: Option<SessionId>, after: Option<TaskId>, limit: u32) -> Stored<Vec<Task>> {
-        if self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
-            return Err(StoreError::new("journal.open_tasks", "the test says so"));
-        }
-        self.inner.open_tasks(session, after, limit).await
-    }
-    async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>> {
-        self.inner.history(id).await
-    }
-}
-
-#[async_trait]
-impl Gauges for Frail {
+impl Gauges for SlowGauges {
     async fn tasks_by_state(&self) -> Stored<BTreeMap<TaskState, u64>> {
         self.counts.fetch_add(1, Ordering::SeqCst);
         self.clock.advance(Duration::from_millis(self.count_ms.load(Ordering::SeqCst)));
@@ -115,7 +81,8 @@ impl Gauges for Frail {
 
 struct World {
     store: Arc<MemoryStore>,
-    frail: Arc<Frail>,
+    journal: Arc<TestJournal>,
+    gauges: Arc<SlowGauges>,
     clock: Arc<HandClock>,
     sessions: Arc<Sessions>,
     tasks: Arc<TaskService>,
@@ -135,14 +102,9 @@ impl World {
 
     /// A process on a store that may have had one before.
     fn on(store: Arc<MemoryStore>, clock: Arc<HandClock>) -> Self {
-        let frail = Arc::new(Frail {
-            inner: store.clone(),
-            failures: AtomicU32::new(0),
-            end_at_accept: AtomicBool::new(false),
-            counts: AtomicU32::new(0),
-            count_ms: AtomicU64::new(0),
-            clock: clock.clone(),
-        });
+        let journal = TestJournal::over(store.clone());
+        let (counts, count_ms) = (AtomicU32::new(0), AtomicU64::new(0));
+        let gauges = Arc::new(SlowGauges { inner: store.clone(), counts, count_ms, clock: clock.clone() });
         let keyring = Arc::new(FakeKeys);
         let bus: Arc<dyn hub_engine::bus::Bus> = Arc::new(hub_engine::bus::LocalBus::new(1000, Duration::from_secs(9999), clock.clone()));
         let events = Events::new(bus.clone(), clock.clone());
@@ -165,7 +127,7 @@ impl World {
             session_hours: 24,
         });
         let pool = Arc::new(Pool {
-            journal: frail.clone(),
+            journal: journal.clone(),
             sessions: store.clone(),
             accounts: store.clone(),
             keyring: keyring.clone(),
@@ -178,7 +140,7 @@ impl World {
             queue: Queue::default(),
         });
         let tasks = Arc::new(TaskService {
-            journal: frail.clone(),
+            journal: journal.clone(),
             output: store.clone(),
             keyring,
             nodes: nodes.clone(),
@@ -201,8 +163,8 @@ impl World {
         let messages = Messages { store: store.clone(), sessions: sessions.clone(), clock: clock.clone() };
         let state = State { store: store.clone(), clock: clock.clone() };
         let statistics =
-            Statistics { gauges: frail.clone(), nodes, pool: pool.clone(), clock: clock.clone(), remembered: Remembered::default() };
-        Self { store, frail, clock, sessions, tasks, pool, expiry, memory, messages, state, statistics, bus }
+            Statistics { gauges: gauges.clone(), nodes, pool: pool.clone(), clock: clock.clone(), remembered: Remembered::default() };
+        Self { store, journal, gauges, clock, sessions, tasks, pool, expiry, memory, messages, state, statistics, bus }
     }
 
     /// The next process on the same store.
@@ -321,7 +283,7 @@ async fn an_end_is_told_once_and_finished_after_a_failure_or_a_crash() {
     let (a, b) = (w.session(10).await, w.session(20).await);
     let (of_a, of_b) = (w.task(1, a.id, false).await, w.task(2, b.id, false).await);
     w.advance(10);
-    w.frail.failures.store(1, Ordering::SeqCst);
+    w.journal.failing_looks.store(1, Ordering::SeqCst);
     assert!(w.expiry.round().await.is_err());
     assert_eq!((w.status(a.id).await, w.task_state(of_a).await.0), ("expired", TaskState::Pending), "between the two");
     w.expiry.round().await.unwrap();
@@ -329,7 +291,7 @@ async fn an_end_is_told_once_and_finished_after_a_failure_or_a_crash() {
 
     // The process ends between the two; the next one takes up what it finds.
     w.advance(10);
-    w.frail.failures.store(1, Ordering::SeqCst);
+    w.journal.failing_looks.store(1, Ordering::SeqCst);
     assert!(w.expiry.round().await.is_err());
     assert_eq!(w.task_state(of_b).await.0, TaskState::Pending);
     let w2 = w.again();
@@ -350,7 +312,15 @@ async fn an_end_is_told_once_and_finished_after_a_failure_or_a_crash() {
 async fn a_dispatch_that_comes_with_the_end_ends_too() {
     let w = World::new();
     let s = w.session(10).await;
-    w.frail.end_at_accept.store(true, Ordering::SeqCst);
+    // Sessions end just before the task is in the journal.
+    let (store, clock) = (w.store.clone(), w.clock.clone());
+    w.journal.before_accept(move || {
+        let (store, clock) = (store.clone(), clock.clone());
+        Box::pin(async move {
+            clock.advance(Duration::from_secs(3600));
+            ports::Sessions::expire_sessions(&*store, clock.now_ms(), 10).await.unwrap();
+        })
+    });
     let dispatch = || hub_engine::tasks::Dispatch {
         session: Some(s.id),
         node: None,
@@ -495,8 +465,8 @@ async fn statistics_of_an_hour_and_counts_that_cost_little() {
     assert_eq!(now.now.per_second, 0.0, "a rate is of now");
 
     // A count that takes 0.1 s is told for two seconds.
-    let counts = |w: &World| w.frail.counts.swap(0, Ordering::SeqCst);
-    w.frail.count_ms.store(100, Ordering::SeqCst);
+    let counts = |w: &World| w.gauges.counts.swap(0, Ordering::SeqCst);
+    w.gauges.count_ms.store(100, Ordering::SeqCst);
     w.advance(60);
     counts(&w);
     for _ in 0..10 {
@@ -507,7 +477,7 @@ async fn statistics_of_an_hour_and_counts_that_cost_little() {
     w.advance(1);
     w.statistics.get(&admin).await.unwrap();
     assert_eq!(counts(&w), 1);
-    w.frail.count_ms.store(5000, Ordering::SeqCst);
+    w.gauges.count_ms.store(5000, Ordering::SeqCst);
     w.advance(60);
     w.statistics.get(&admin).await.unwrap();
     w.advance(14);

@@ -102,6 +102,16 @@ async fn erase(conn: &mut Conn, id: SessionId, after: Option<TaskId>, limit: u32
     let ids = || Value::List(tasks.iter().map(Id::blob).collect());
     let listed = conn.dialect().listed("$1");
     conn.lock("tasks", tasks.iter().map(Id::blob).collect()).await?;
+    // First the end of all keeping, for what is on its way too: no row gets more from here on, also none
+    // of an attempt that has not sent anything yet. Then what each has is what it had.
+    let none = sql(format!(
+        "INSERT INTO outputs (task, attempt, durable_seq, kept_seq, kept_len, stdout_bytes, stderr_bytes, truncated, held) \
+         SELECT DISTINCT task, attempt, 0, 0, 0, 0, 0, TRUE, $2 FROM task_events \
+         WHERE task IN ({listed}) AND attempt IS NOT NULL ON CONFLICT DO NOTHING"
+    ));
+    conn.execute(&none.bind(ids()).bind(Vec::<u8>::new())).await?;
+    let closed = sql(format!("UPDATE outputs SET truncated = TRUE WHERE task IN ({listed}) AND NOT truncated"));
+    conn.execute(&closed.bind(ids())).await?;
     let q = sql(format!("SELECT task, attempt, kept_len FROM outputs WHERE task IN ({listed}) AND kept_seq > 0"));
     let file = |row: &Row| {
         let c = &mut Columns::of(row);
@@ -114,9 +124,7 @@ async fn erase(conn: &mut Conn, id: SessionId, after: Option<TaskId>, limit: u32
          WHERE task IN ({listed}) AND kept_len > 0 ON CONFLICT DO NOTHING"
     ));
     conn.execute(&files.bind(ids())).await?;
-    let rows = sql(format!(
-        "UPDATE outputs SET kept_seq = 0, kept_len = 0, held = $2, truncated = TRUE WHERE task IN ({listed}) AND kept_seq > 0"
-    ));
+    let rows = sql(format!("UPDATE outputs SET kept_seq = 0, kept_len = 0, held = $2 WHERE task IN ({listed}) AND kept_seq > 0"));
     conn.execute(&rows.bind(ids()).bind(Vec::<u8>::new())).await?;
     let results = sql(format!("UPDATE tasks SET result = NULL WHERE id IN ({listed}) AND result IS NOT NULL"));
     conn.execute(&results.bind(ids())).await?;

@@ -61,7 +61,7 @@ macro_rules! suites {
         }
     )*};
 }
-suites!(journal, output, nodes, accounts, sessions, state, meta);
+suites!(journal, output, nodes, accounts, sessions, activity_has_a_bound, state, meta);
 
 macro_rules! joint_suites {
     ($($name:ident),*) => {$(

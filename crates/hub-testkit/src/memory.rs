@@ -6,10 +6,11 @@ use async_trait::async_trait;
 use hub_engine::ports::*;
 use hub_engine::records::*;
 use mesh_core::capability::Capabilities;
+use mesh_core::output::{Digests, Hashing};
 use mesh_core::spec::INLINE_SPEC_BYTES;
 use mesh_core::task::{Action, AttemptNo, Event, step};
 use mesh_core::*;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const MAX_NOTICES: usize = 20;
@@ -22,6 +23,9 @@ struct State {
     hub: Option<HubMeta>,
     tasks: BTreeMap<TaskId, (Task, Vec<TaskEvent>)>,
     outputs: BTreeMap<(TaskId, AttemptNo), (OutputTotals, Vec<OutputFrame>)>,
+    digests: BTreeMap<(TaskId, AttemptNo), Digests>,
+    /// Tasks whose output was erased.
+    erased: BTreeSet<TaskId>,
     invites: BTreeMap<InviteId, Invite>,
     nodes: BTreeMap<NodeId, Node>,
     /// With the epoch of the removal.
@@ -33,7 +37,8 @@ struct State {
     sessions: BTreeMap<SessionId, Session>,
     /// Sessions whose erasure is under way.
     purging: BTreeSet<SessionId>,
-    activity: Vec<(SessionId, Activity)>,
+    /// Oldest first.
+    activity: BTreeMap<SessionId, VecDeque<Activity>>,
     memory: BTreeMap<(SessionId, String), MemoryEntry>,
     messages: BTreeMap<MessageId, Message>,
     state: BTreeMap<(String, String), StateEntry>,
@@ -82,7 +87,8 @@ impl State {
     fn shown(&self, task: &Task) -> Task {
         let no = task.progress.attempt.as_ref().map(|a| a.no);
         let output = no.and_then(|no| self.outputs.get(&(task.id, no))).map(|o| o.0).unwrap_or_default();
-        Task { output, ..task.clone() }
+        let digests = no.and_then(|no| self.digests.get(&(task.id, no))).copied();
+        Task { output, digests, ..task.clone() }
     }
     fn raise_epoch(&mut self) -> u64 {
         self.registry_epoch += 1;
@@ -117,6 +123,9 @@ impl Journal for MemoryStore {
         task.signed = besides.signed.or(task.signed.take());
         history.push(TaskEvent::of(history.len() as u64 + 1, now, event, task));
         let task = task.clone();
+        if let (Some(digests), Some(no)) = (besides.digests, event.attempt()) {
+            state.digests.insert((id, no), digests);
+        }
         let ordered = actions.iter().any(|a| matches!(a, Action::Order { .. }));
         let shown = state.shown(&task);
         Ok(Applied::Done(Box::new(if ordered { shown } else { narrow(shown) }), actions))
@@ -125,6 +134,10 @@ impl Journal for MemoryStore {
     async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
         let state = self.state();
         Ok(state.tasks.get(&id).map(|(task, _)| state.shown(task)))
+    }
+
+    async fn narrow(&self, id: TaskId) -> Stored<Option<Task>> {
+        Ok(self.task(id).await?.map(narrow))
     }
 
     async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
@@ -215,6 +228,7 @@ impl Output for MemoryStore {
                 return Ok(None);
             }
             let size = frame.data.len() as u64;
+            totals.truncated |= state.erased.contains(&task);
             totals.truncated |= totals.stdout_bytes + totals.stderr_bytes + size > keep_bytes;
             totals.durable_seq = frame.seq;
             match frame.stream {
@@ -232,6 +246,19 @@ impl Output for MemoryStore {
 
     async fn totals(&self, task: TaskId, no: AttemptNo) -> Stored<OutputTotals> {
         Ok(self.state().outputs.get(&(task, no)).map(|o| o.0).unwrap_or_default())
+    }
+
+    async fn digests(&self, task: TaskId, no: AttemptNo) -> Stored<Option<Digests>> {
+        let state = self.state();
+        let Some((totals, kept)) = state.outputs.get(&(task, no)) else { return Ok(Some(Digests::of_nothing())) };
+        let mut hashing = Hashing::default();
+        for frame in kept {
+            match frame.stream {
+                Stream::Stdout => hashing.stdout(&frame.data),
+                Stream::Stderr => hashing.stderr(&frame.data),
+            }
+        }
+        Ok((!totals.truncated).then(|| hashing.digests()))
     }
 
     async fn read(&self, task: TaskId, no: AttemptNo, after_seq: u64, max_bytes: usize) -> Stored<Vec<OutputFrame>> {

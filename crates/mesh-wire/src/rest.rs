@@ -602,6 +602,10 @@ pub struct TaskView {
     pub stderr_lossy: bool,
     pub stdout_bytes: u64,
     pub stderr_bytes: u64,
+    /// Hex, of all that was written to it, kept or not; null until the end, and where the node cannot tell.
+    pub stdout_sha256: Option<String>,
+    /// The same of standard error.
+    pub stderr_sha256: Option<String>,
     pub truncated: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]

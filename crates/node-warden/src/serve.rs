@@ -24,6 +24,7 @@ use crate::spool::{self, FRAME_HEAD, MAX_FRAME_BYTES, OutputWriter, Spool, Strea
 use crate::workspace::{self, Remover};
 use crate::{Config, Error, Key, sys};
 use mesh_core::input::Sequence;
+use mesh_core::output::Digests;
 use mesh_core::policy::Grant;
 use mesh_core::task::{NeverStarted, Outcome, Reason, ReasonCode};
 use mesh_core::{Digest, UnixMs};
@@ -92,12 +93,14 @@ struct Attempt {
     freed: u64,
     started_at: UnixMs,
     ephemeral: Option<PathBuf>,
+    /// Of its whole output, once it has run to its end.
+    digests: Option<Digests>,
 }
 
 impl Attempt {
     fn new(spec: Option<Digest>) -> Self {
-        let (state, ephemeral) = (State::Deciding, None);
-        Self { spec, state, output_end: 0, last_seq: 0, acked: 0, freed: 0, started_at: 0, ephemeral }
+        let (state, ephemeral, digests) = (State::Deciding, None, None);
+        Self { spec, state, output_end: 0, last_seq: 0, acked: 0, freed: 0, started_at: 0, ephemeral, digests }
     }
     fn unacked(&self) -> u64 {
         self.output_end - self.acked
@@ -319,8 +322,8 @@ impl Warden {
                 Record::Acked { offset, seq, .. } => {
                     acked.insert(key, (offset, seq));
                 }
-                Record::Exit { outcome, output_end, last_seq, at, started_at, .. } => {
-                    (a.output_end, a.last_seq, a.started_at) = (output_end, last_seq, started_at);
+                Record::Exit { outcome, output_end, last_seq, at, started_at, digests, .. } => {
+                    (a.output_end, a.last_seq, a.started_at, a.digests) = (output_end, last_seq, started_at, digests);
                     a.state = State::Ended { outcome, at };
                 }
                 Record::Refused { spec, outcome, at, .. } => {
@@ -356,6 +359,8 @@ impl Warden {
                     last_seq: a.last_seq,
                     at: now,
                     started_at: a.started_at,
+                    // A part of it may have been given back, and with it what a digest needs.
+                    digests: None,
                 });
                 a.state = State::Ended { outcome, at: now };
             }

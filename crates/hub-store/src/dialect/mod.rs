@@ -187,8 +187,12 @@ impl Conn {
 
     /// Adds `rows`, whose values are those of `columns`.
     pub(crate) async fn insert(&mut self, table: &str, columns: &str, rows: &Rows<'_>, after: &str) -> Result<(), Failed> {
+        self.insert_counted(table, columns, rows, after).await.map(drop)
+    }
+    /// The same; gives how many rows were written.
+    pub(crate) async fn insert_counted(&mut self, table: &str, columns: &str, rows: &Rows<'_>, after: &str) -> Result<u64, Failed> {
         if rows.values.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
         match self {
             Self::Sqlite(c) => {
@@ -207,12 +211,12 @@ impl Conn {
         match self {
             Self::Sqlite(c) => {
                 let set = columns.join(" = ?, ");
-                sqlite::for_each(c, &format!("UPDATE {table} SET {set} = ? WHERE id = ?"), rows)
+                sqlite::for_each(c, &format!("UPDATE {table} SET {set} = ? WHERE id = ?"), rows).map(drop)
             }
             Self::Postgres(c) => {
                 let set: Vec<String> = columns.iter().zip(1..).map(|(column, n)| format!("{column} = v.column{n}")).collect();
                 let before = format!("UPDATE {table} SET {} FROM (", set.join(", "));
-                postgres::over(c, &before, rows, &format!(") AS v WHERE {table}.id = v.column{}", rows.width)).await
+                postgres::over(c, &before, rows, &format!(") AS v WHERE {table}.id = v.column{}", rows.width)).await.map(drop)
             }
         }
     }

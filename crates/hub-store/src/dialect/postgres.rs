@@ -231,7 +231,7 @@ fn storable(text: &str) -> String {
 /// One array a column, taken apart by `unnest`: one statement text, however many rows.
 ///
 /// It stands between `before` and `after` as a query with the columns `column1`, `column2`, ….
-pub(super) async fn over(conn: &mut PgConnection, before: &str, rows: &Rows<'_>, after: &str) -> Result<(), Failed> {
+pub(super) async fn over(conn: &mut PgConnection, before: &str, rows: &Rows<'_>, after: &str) -> Result<u64, Failed> {
     let Rows { width, values } = rows;
     let mut columns: Vec<Column> = values.iter().take(*width).map(Column::of).collect();
     for (i, value) in values.iter().enumerate() {
@@ -252,7 +252,7 @@ pub(super) async fn over(conn: &mut PgConnection, before: &str, rows: &Rows<'_>,
         .map_err(unbound)?;
     }
     let text = AssertSqlSafe([before, &list, after].concat());
-    Ok(sqlx::query_with(text, arguments).execute(conn).await.map(drop)?)
+    Ok(sqlx::query_with(text, arguments).execute(conn).await?.rows_affected())
 }
 
 enum Column {

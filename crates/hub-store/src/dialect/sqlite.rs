@@ -238,15 +238,16 @@ pub(super) fn each<T>(
 }
 
 /// One prepared statement, run for each row.
-pub(super) fn for_each(conn: &Connection, text: &str, rows: &Rows<'_>) -> Result<(), Failed> {
+pub(super) fn for_each(conn: &Connection, text: &str, rows: &Rows<'_>) -> Result<u64, Failed> {
     let mut statement = conn.prepare_cached(text)?;
+    let mut changed = 0;
     for row in rows.values.chunks_exact(rows.width) {
         for (value, at) in row.iter().zip(1..) {
             statement.raw_bind_parameter(at, value)?;
         }
-        statement.raw_execute()?;
+        changed += statement.raw_execute()? as u64;
     }
-    Ok(())
+    Ok(changed)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use super::frames::Source;
 use bytes::Bytes;
 use hub_engine::records::OutputTotals;
 use mesh_core::TaskId;
+use mesh_core::output::Digests;
 use mesh_core::task::AttemptNo;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
@@ -43,6 +44,8 @@ struct Known {
     forgotten: u64,
     /// From a frame's seq to its offset. Frames never move, so a mark stays true.
     marks: BTreeMap<u64, u64>,
+    /// Of the frames up to that one, once somebody has asked.
+    digests: Option<(u64, Digests)>,
 }
 
 impl Entry {
@@ -79,6 +82,12 @@ impl Entry {
         let mut known = self.lock();
         known.kept = None;
         known.forgotten += 1;
+    }
+    pub(super) fn digests(&self, kept_seq: u64) -> Option<Digests> {
+        self.lock().digests.filter(|(seq, _)| *seq == kept_seq).map(|(_, digests)| digests)
+    }
+    pub(super) fn set_digests(&self, kept_seq: u64, digests: Digests) {
+        self.lock().digests = Some((kept_seq, digests));
     }
     pub(super) fn close(&self) {
         if let Ok(mut file) = self.file.try_lock() {

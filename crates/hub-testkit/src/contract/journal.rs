@@ -4,6 +4,7 @@ use futures::future::join_all;
 use hub_engine::ports::{Applied, Besides, Journal, Output};
 use hub_engine::records::{OutputTotals, Stream, Task, TaskFilter};
 use mesh_core::TaskId;
+use mesh_core::output::Digests;
 use mesh_core::spec::INLINE_SPEC_BYTES;
 use mesh_core::task::*;
 use std::sync::Arc;
@@ -78,7 +79,7 @@ async fn a_whole_life(store: &dyn Journal) {
     done(store, 1, assigned(2, false), T0 + 12).await;
     let (t, _) = done(store, 1, Event::Granted { attempt: attempt(2), spool: spool_id(7) }, T0 + 13).await;
     assert_eq!(t.progress.attempt, Some(Attempt { no: attempt(2), node: node_id(2), granted: Some(spool_id(7)) }));
-    let besides = Besides { result: None, sandbox_applied: Some("strict".into()), signed: Some(("key".into(), [8; 32])) };
+    let besides = Besides { result: None, sandbox_applied: Some("strict".into()), signed: Some(("key".into(), [8; 32])), digests: None };
     let started = Event::Started { attempt: attempt(2) };
     let Applied::Done(t, _) = store.apply(task_id(1), &started, besides, T0 + 14).await.unwrap() else { panic!() };
     assert_eq!((t.progress.state, t.progress.started_at), (Running, Some(T0 + 14)));
@@ -122,7 +123,12 @@ async fn refusals(store: &dyn Journal) {
     done(store, 1, Event::Withdrawn { attempt: attempt(1) }, T0).await;
     done(store, 1, assigned(2, true), T0).await;
     let (before, lines) = (store.task(task_id(1)).await.unwrap(), history(store, task_id(1)).await);
-    let besides = Besides { result: Some(vec![1]), sandbox_applied: Some("x".into()), signed: Some(("k".into(), [1; 32])) };
+    let besides = Besides {
+        result: Some(vec![1]),
+        sandbox_applied: Some("x".into()),
+        signed: Some(("k".into(), [1; 32])),
+        digests: Some(Digests::of_nothing()),
+    };
     for late in [ended(1, Outcome::Done), Event::Started { attempt: attempt(1) }] {
         let applied = store.apply(task_id(1), &late, besides.clone(), T0).await.unwrap();
         assert_eq!(applied, Applied::Refused(Superseded), "a later attempt has taken over");
@@ -196,13 +202,19 @@ async fn retries(store: &dyn Journal) {
     };
     store.accept(&t).await.unwrap();
     done(store, 1, assigned(1, true), T0 + 10).await;
-    let besides = Besides { result: Some(vec![1]), sandbox_applied: Some("x".into()), signed: None };
+    let digests = Some(Digests { stdout: [1; 32], stderr: [2; 32] });
+    let besides = Besides { result: Some(vec![1]), sandbox_applied: Some("x".into()), digests, signed: None };
     let Applied::Done(t, actions) = store.apply(t.id, &ended(1, Outcome::Exited(7)), besides, T0 + 20).await.unwrap() else { panic!() };
     assert_eq!(actions, [Action::Release { node: node_id(1) }, Action::Requeue]);
     assert_eq!((t.progress.state, t.progress.retried, t.progress.retry_at), (TaskState::Pending, 1, Some(T0 + 520)));
+    assert_eq!(t.digests, digests, "also of an attempt without any output");
     assert_eq!(store.open_tasks(None, None, 10).await.unwrap(), [*t], "and is there after a restart");
     let (t, _) = done(store, 1, assigned(2, true), T0 + 530).await;
-    assert_eq!((t.progress.retry_at, t.result, t.sandbox_applied), (None, None, None), "nothing of the attempt before is shown");
+    assert_eq!(
+        (t.progress.retry_at, t.result, t.sandbox_applied, t.digests),
+        (None, None, None, None),
+        "nothing of the attempt before is shown"
+    );
     let (t, actions) = done(store, 1, Event::DeadlinePassed, T0 + 9_000).await;
     assert_eq!((t.progress.state, actions), (TaskState::Assigned, vec![Action::Cancel { node: node_id(2), attempt: attempt(2) }]));
     let (t, _) = done(store, 1, ended(2, Outcome::Cancelled), T0 + 9_001).await;
@@ -385,6 +397,12 @@ async fn narrow(store: &dyn Journal) {
     for t in store.open_tasks(None, None, 9).await.unwrap() {
         assert!(t.spec == short(&t), "{}: {} bytes", t.id, t.spec.len());
     }
+    for n in 1..=4 {
+        let t = store.narrow(task_id(n)).await.unwrap().unwrap();
+        assert!(t.spec == short(&t), "{}: {} bytes", t.id, t.spec.len());
+        assert_eq!(Task { spec: vec![], ..t.clone() }, Task { spec: vec![], ..store.task(t.id).await.unwrap().unwrap() });
+    }
+    assert_eq!(store.narrow(task_id(9)).await.unwrap(), None);
     let wanted: Vec<TaskId> = [3, 1, 9, 4, 2].map(task_id).into();
     let read = async |max| store.specs(&wanted, max).await.unwrap();
     let in_order = [2, 0, 3, 1].map(|i: usize| specs[i].clone());
@@ -435,5 +453,14 @@ pub async fn journal_and_output<S: Journal + Output + ?Sized>(make: impl AsyncFn
     assert_eq!(store.open_tasks(None, None, 9).await.unwrap()[0].output, second);
     append(1, "late").await;
     assert_eq!(read().await, second, "an older attempt's output is not the task's");
-    assert_eq!(apply(ended(2, Outcome::Exited(0))).await, second);
+    // What its node tells of the output stands beside it, and neither takes anything from the other.
+    let digests = Some(Digests { stdout: [1; 32], stderr: [2; 32] });
+    let end = ended(2, Outcome::Exited(0));
+    let Applied::Done(t, _) = store.apply(id, &end, Besides { digests, ..Default::default() }, T0).await.unwrap() else { panic!() };
+    assert_eq!((t.output, t.digests), (second, digests));
+    assert_eq!(read().await, second);
+    assert_eq!(store.task(id).await.unwrap().unwrap().digests, digests);
+    store.append(id, attempt(2), vec![frame(2, Stream::Stderr, "later")], 99).await.unwrap().unwrap();
+    let t = store.task(id).await.unwrap().unwrap();
+    assert_eq!((t.output.stderr_bytes, t.digests), (5, digests));
 }

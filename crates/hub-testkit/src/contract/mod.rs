@@ -26,7 +26,7 @@ pub use meta::meta;
 pub use nodes::{nodes, nodes_and_sessions};
 pub use output::output;
 pub use purges::purges;
-pub use sessions::{sessions, sessions_and_tasks};
+pub use sessions::{activity_has_a_bound, sessions, sessions_and_tasks};
 pub use state::state;
 
 use hub_engine::ports::Window;
@@ -83,6 +83,7 @@ pub mod sample {
             created_at: T0 + i64::from(n),
             progress: Progress::new(),
             output: OutputTotals::default(),
+            digests: None,
             result: None,
             sandbox_applied: None,
             signed: None,

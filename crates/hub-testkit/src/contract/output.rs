@@ -2,6 +2,8 @@ use super::sample::{attempt, frame, task_id};
 use futures::future::join_all;
 use hub_engine::ports::Output;
 use hub_engine::records::{OutputFrame, OutputTotals, Stream::*};
+use mesh_core::output::Digests;
+use mesh_core::sha256;
 use std::sync::Arc;
 
 const KEEP: u64 = 1 << 30;
@@ -10,6 +12,7 @@ pub async fn output(make: impl AsyncFn() -> Arc<dyn Output>) {
     repeats_and_gaps(&*make().await).await;
     the_limit(&*make().await).await;
     bytes_are_exact(&*make().await).await;
+    digests(&*make().await).await;
     concurrent(&*make().await).await;
 }
 
@@ -108,6 +111,29 @@ async fn bytes_are_exact(store: &dyn Output) {
             assert!(tail == all[all.len().saturating_sub(max)..], "the last {max} bytes of {stream:?}");
         }
     }
+}
+
+/// `frames` hashed by stream.
+fn hashed(frames: &[OutputFrame]) -> Option<Digests> {
+    let of = |stream| sha256(&frames.iter().filter(|f| f.stream == stream).flat_map(|f| f.data.to_vec()).collect::<Vec<_>>());
+    Some(Digests { stdout: of(Stdout), stderr: of(Stderr) })
+}
+
+async fn digests(store: &dyn Output) {
+    let (task, no) = (task_id(1), attempt(1));
+    let digests = async || store.digests(task, no).await.unwrap();
+    assert_eq!(digests().await, Some(Digests::of_nothing()));
+    // From a few bytes to more than a store holds in a row; asked for in between, and twice.
+    let all: Vec<OutputFrame> =
+        (1..=9).map(|seq| frame(seq, if seq % 3 == 0 { Stderr } else { Stdout }, vec![seq as u8; 1 << (2 * seq)])).collect();
+    for n in 1..=all.len() {
+        store.append(task, no, vec![all[n - 1].clone()], KEEP).await.unwrap().unwrap();
+        assert_eq!(digests().await, hashed(&all[..n]), "{n} frames");
+        assert_eq!(digests().await, hashed(&all[..n]), "{n} frames, again");
+    }
+    assert_eq!(store.digests(task, attempt(2)).await.unwrap(), Some(Digests::of_nothing()), "each attempt has its own");
+    store.append(task, no, vec![frame(10, Stdout, "more")], 9).await.unwrap().unwrap();
+    assert_eq!(digests().await, None, "not all of it is here");
 }
 
 async fn concurrent(store: &dyn Output) {

@@ -6,10 +6,14 @@ use mesh_process::entropy;
 
 impl State {
     fn note(&mut self, id: SessionId, act: SessionAct, subject: impl ToString, actor: Option<UserId>, at: UnixMs) {
-        let newest = self.activity.iter().filter(|(s, _)| *s == id).map(|(_, a)| *a.place.0.as_bytes()).max();
+        let lines = self.activity.entry(id).or_default();
+        let newest = lines.back().map(|a| *a.place.0.as_bytes());
         let place = Place(EntryId::from_bytes(above(newest, *EntryId::from_parts(at, entropy::bytes()).as_bytes())), Place::OWN);
         let what = Happened::Session { act, subject: subject.to_string() };
-        self.activity.push((id, Activity { place, at, actor, what }));
+        lines.push_back(Activity { place, at, actor, what });
+        if lines.len() > ACTIVITY_KEPT as usize {
+            lines.pop_front();
+        }
     }
     fn active(&mut self, id: SessionId) -> Option<&mut Session> {
         self.sessions.get_mut(&id).filter(|s| s.is_active())
@@ -134,7 +138,7 @@ impl Sessions for MemoryStore {
     }
     async fn activity(&self, id: SessionId, before: Option<Place>, limit: u32) -> Stored<Vec<Activity>> {
         let state = self.state();
-        let mut lines: Vec<Activity> = state.activity.iter().filter(|(s, _)| *s == id).map(|(_, a)| a.clone()).collect();
+        let mut lines: Vec<Activity> = state.activity.get(&id).into_iter().flatten().cloned().collect();
         for t in state.tasks_of(id) {
             let (task, actor) = (t.id, Some(t.actor.user));
             let what = Happened::TaskAccepted { task, skill: t.skill.clone() };
@@ -167,7 +171,7 @@ impl Purges for MemoryStore {
             return Ok(PurgeStart::TasksOpen);
         }
         state.memory.retain(|(s, _), _| *s != id);
-        state.activity.retain(|(s, _)| *s != id);
+        state.activity.remove(&id);
         state.sessions.entry(id).and_modify(|s| s.purged_at = Some(now));
         state.purging.insert(id);
         state.note(id, SessionAct::Purged, "", by, now);
@@ -187,6 +191,7 @@ impl Purges for MemoryStore {
         };
         for task in &tasks {
             state.tasks.entry(*task).and_modify(|(t, _)| t.result = None);
+            state.erased.insert(*task);
             for (_, (totals, kept)) in state.outputs.iter_mut().filter(|((t, _), o)| t == task && o.0.kept_seq > 0) {
                 (totals.kept_seq, totals.truncated) = (0, true);
                 kept.clear();

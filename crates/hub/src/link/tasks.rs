@@ -7,7 +7,8 @@ use super::envelope::Sealer;
 use super::wire::{HubFrames, bad_message, status};
 use super::{LinkContext, Peer};
 use futures::StreamExt;
-use hub_engine::delivery::{Hello, Presence, Reported};
+use hub_engine::Error;
+use hub_engine::delivery::{DIGEST_MISMATCH, Hello, Presence, Reported};
 use hub_engine::input::Answer;
 use hub_engine::links::{LINK_QUEUE, LinkCommand};
 use hub_engine::records::Node;
@@ -16,7 +17,7 @@ use mesh_core::permission::Caller;
 use mesh_core::task::{AttemptNo, Outcome};
 use mesh_core::{TaskId, UnixMs};
 use mesh_process::{CancellationToken, entropy};
-use mesh_wire::convert::{BadMessage, id};
+use mesh_wire::convert::{BadMessage, digests, id};
 use mesh_wire::limits::{HEARTBEAT_SECS, ORDERS_PER_ENVELOPE, SILENCE_SECS};
 use mesh_wire::node::{self as wire, hub_frame, node_frame};
 use std::sync::Arc;
@@ -275,7 +276,11 @@ async fn carry(context: Arc<LinkContext>, caller: Caller, mut queue: mpsc::Recei
             if let Caller::Node { node, generation } = *caller
                 && context.delivery.links.is_current(node, generation)
             {
-                let close = LinkCommand::Close { code: "not_recorded", detail: "the hub could not record a report; connect again".into() };
+                let (code, detail) = match &error {
+                    Error::Invalid { code: DIGEST_MISMATCH, detail } => (DIGEST_MISMATCH, detail.clone()),
+                    _ => ("not_recorded", "the hub could not record a report; connect again".into()),
+                };
+                let close = LinkCommand::Close { code, detail };
                 context.delivery.links.send(node, close);
             }
         }
@@ -310,6 +315,7 @@ fn read_result(r: wire::TaskResult) -> Result<Reported, BadMessage> {
         attempt: AttemptNo(r.attempt),
         outcome: Outcome::try_from(outcome)?,
         last_seq: r.last_seq,
+        digests: digests(&r)?,
         result: (!r.result.is_empty()).then_some(r.result),
         sandbox_applied: (!r.sandbox_applied.is_empty()).then(|| r.sandbox_applied.chars().take(500).collect()),
     })

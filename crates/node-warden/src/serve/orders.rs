@@ -26,7 +26,8 @@ impl Warden {
             if self.oneoff.len() < MAX_KNOWN {
                 let (task, attempt) = key;
                 let (output_end, last_seq, at_ms, leftover) = (0, 0, unix_ms(), 0);
-                self.oneoff.push_back(Event::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover });
+                let digests = None;
+                self.oneoff.push_back(Event::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover, digests });
             }
             return;
         }
@@ -187,7 +188,10 @@ impl Warden {
         for run in ended {
             let outcome = outcome(&run);
             let at = unix_ms();
-            let Some(a) = self.attempts.get(&run.key) else { continue };
+            let Some(a) = self.attempts.get_mut(&run.key) else { continue };
+            // What has not run wrote nothing that anybody would compare.
+            let ran = !matches!(outcome, Outcome::NeverStarted(_));
+            a.digests = ran.then(|| run.output.as_ref().map_or_else(Digests::of_nothing, OutputWriter::digests));
             self.spool.journal.append(&Record::Exit {
                 key: run.key,
                 outcome: outcome.clone(),
@@ -195,6 +199,7 @@ impl Warden {
                 last_seq: a.last_seq,
                 at,
                 started_at: a.started_at,
+                digests: a.digests,
             });
             self.settled.push(Settled { key: run.key, outcome, at });
         }
@@ -317,8 +322,9 @@ impl Warden {
     /// The end of an attempt whose `starting` is in the journal, but that has no child.
     pub(super) fn never_ran(&mut self, key: Key, why: NeverStarted) {
         let (outcome, at) = (Outcome::NeverStarted(why), unix_ms());
-        let (output_end, last_seq, started_at) = (0, 0, 0);
-        self.spool.journal.append(&Record::Exit { key, outcome: outcome.clone(), output_end, last_seq, at, started_at });
+        let (output_end, last_seq, started_at, digests) = (0, 0, 0, None);
+        let exit = Record::Exit { key, outcome: outcome.clone(), output_end, last_seq, at, started_at, digests };
+        self.spool.journal.append(&exit);
         self.settled.push(Settled { key, outcome, at });
     }
 }

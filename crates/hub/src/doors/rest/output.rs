@@ -62,7 +62,7 @@ pub async fn get(
         Some("stderr") => Some(Stream::Stderr),
         Some(other) => return Err(Refusal::bad_request("bad_query", format!("stream is stdout, stderr or all, not {other:?}"))),
     };
-    let task = app.tasks.get(who.caller(), id).await?;
+    let task = app.tasks.get_narrow(who.caller(), id).await?;
     let watch = app.tasks.watchers.subscribe(id);
     let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let follower = Follower::new(app, task, watch);
@@ -112,6 +112,7 @@ impl Place {
 struct Follower {
     app: App,
     id: TaskId,
+    /// Narrow: it is read again at each wake.
     task: Task,
     /// The attempt whose output is read.
     attempt: Option<AttemptNo>,
@@ -141,7 +142,7 @@ impl Follower {
         loop {
             self.watch.seen();
             // State first: what was final before an empty read has no more output.
-            match self.app.tasks.journal.task(self.id).await {
+            match self.app.tasks.journal.narrow(self.id).await {
                 Ok(Some(task)) => self.task = task,
                 _ => return Next::Broken,
             }
@@ -267,7 +268,10 @@ impl Events {
                     self.ready.push_back(event("gap", Some(self.id(totals.durable_seq)), &gap));
                 }
                 let app = self.follower.app.clone();
-                if let Ok(detail) = app.tasks.detail(self.follower.task.clone()).await {
+                // Final, so it is as it was, and whole.
+                if let Ok(Some(task)) = app.tasks.journal.task(self.follower.id).await
+                    && let Ok(detail) = app.tasks.detail(task).await
+                {
                     self.ready.push_back(event("end", None, &EndEvent { task: views::detail(&app, detail) }));
                 }
             }

@@ -276,6 +276,8 @@ pub fn task(app: &App, t: Task) -> TaskView {
         stderr_lossy: false,
         stdout_bytes: t.output.stdout_bytes,
         stderr_bytes: t.output.stderr_bytes,
+        stdout_sha256: t.digests.map(|d| hex::encode(d.stdout)),
+        stderr_sha256: t.digests.map(|d| hex::encode(d.stderr)),
         truncated: t.output.truncated,
         result: None,
         select: asked.select,

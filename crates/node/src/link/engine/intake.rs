@@ -207,14 +207,14 @@ impl Engine {
                 self.tell(&key);
             }
             Event::Output { task, attempt, end, last_seq } => self.outflow.grown(Key { task, attempt }, end, last_seq),
-            Event::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover } => {
+            Event::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover, digests } => {
                 let key = Key { task, attempt };
                 self.cancelling.remove(&key);
                 if leftover > 0 {
                     tracing::error!(task = %key, leftover, "processes of a task could not be ended");
                 }
                 self.outflow.grown(key, output_end, last_seq);
-                self.attempts.ended(key, outcome, last_seq, at_ms);
+                self.attempts.ended(key, outcome, last_seq, at_ms, digests);
                 self.tracks.mark(&key, "ended");
                 self.answered(&key);
                 self.tell(&key);
