@@ -301,13 +301,15 @@ impl Links {
         }
     }
 
-    /// Chooses by `choose` among the live nodes and takes what `hold` says there, in one step.
+    /// Chooses by `choose` among the live nodes and takes what `hold` says there, in one step; unless
+    /// `yields`, which sees the chosen one and the slots that are taken there, leaves it to somebody else.
     pub fn reserve<E>(
         &self,
         task: TaskId,
         hold: Hold,
         eligible: impl Fn(&Link) -> bool,
         choose: impl FnOnce(&[Candidate]) -> Result<NodeId, E>,
+        yields: impl FnOnce(&Link, &BTreeMap<String, u32>) -> Result<(), E>,
     ) -> Result<Link, E> {
         static NONE: BTreeMap<String, u32> = BTreeMap::new();
         let mut s = self.state();
@@ -325,6 +327,7 @@ impl Links {
             })
             .collect();
         let node = choose(&candidates)?;
+        yields(&s.links[&node], s.held.get(&node).map_or(&NONE, |h| &h.slots))?;
         s.hold(node, task, hold);
         Ok(s.links[&node].clone())
     }

@@ -15,7 +15,7 @@ use crate::records::{Session, Task};
 use crate::tracks::Tracks;
 use crate::watch::Watchers;
 use mesh_core::permission::Role;
-use mesh_core::placement::{Waiting, choose};
+use mesh_core::placement::{Candidate, Waiting, choose};
 use mesh_core::spec::INLINE_SPEC_BYTES;
 use mesh_core::task::{Action, AttemptNo, Event, ReasonCode, TaskState, step};
 use mesh_core::{Digest, NodeId, SessionId, TaskId, UserId};
@@ -190,7 +190,10 @@ impl Pool {
             Some(start) if start > now => Err(Waiting::NotBefore),
             // Those of the same kind that wait go first.
             _ if self.queue.is_waiting(&group) => Err(Waiting::NoSlot),
-            _ => self.reserve(task.id, Hold::of(&task, attempt), &group, &eligible),
+            _ => self.reserve(task.id, Hold::of(&task, attempt), &group, &eligible, |link, taken| {
+                let wanted = self.queue.is_wanted(link, taken, task.terms.priority);
+                if wanted { Err(Waiting::NoSlot) } else { Ok(()) }
+            }),
         };
         let Ok(link) = placed else {
             if let Some(before) = self.write(&task, keyed).await.inspect_err(|_| self.queue.doubt(task.id))? {
@@ -243,8 +246,16 @@ impl Pool {
         written
     }
 
-    fn reserve(&self, id: TaskId, hold: Hold, group: &Group, eligible: &Eligible) -> std::result::Result<Link, Waiting> {
-        self.links.reserve(id, hold, |l| eligible.allows(l), |candidates| choose(id, group.named, group.select.as_ref(), candidates))
+    fn reserve(
+        &self,
+        id: TaskId,
+        hold: Hold,
+        group: &Group,
+        eligible: &Eligible,
+        yields: impl FnOnce(&Link, &BTreeMap<String, u32>) -> std::result::Result<(), Waiting>,
+    ) -> std::result::Result<Link, Waiting> {
+        let choose = |candidates: &[Candidate]| choose(id, group.named, group.select.as_ref(), candidates);
+        self.links.reserve(id, hold, |l| eligible.allows(l), choose, yields)
     }
     /// Gives back what was reserved, to whoever waits for it.
     fn give_back(&self, node: NodeId, id: TaskId) {
@@ -459,7 +470,7 @@ impl Pool {
         self.queue.count_weighing();
         let slots = group.select.as_ref().map(|s| s.slots.clone()).unwrap_or_default();
         let hold = Hold { attempt: head.next, user: group.user, slots };
-        match self.reserve(head.id, hold, group, eligible) {
+        match self.reserve(head.id, hold, group, eligible, |_, _| Ok(())) {
             Err(why) => {
                 self.queue.blocked(group, why, eligible.clone());
                 return Ok(false);

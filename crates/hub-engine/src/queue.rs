@@ -12,7 +12,7 @@ use crate::links::Link;
 use crate::records::Task;
 use crate::tracks::Origins;
 use mesh_core::permission::Role;
-use mesh_core::placement::Waiting;
+use mesh_core::placement::{Waiting, has_slots};
 use mesh_core::select::Selector;
 use mesh_core::task::AttemptNo;
 use mesh_core::{NodeId, SessionId, TaskId, UnixMs, UserId};
@@ -159,6 +159,14 @@ pub struct PoolStanding {
     pub finished: u64,
 }
 
+/// May the group's tasks run on this node, whether or not it has room? `eligible` as far as it is known.
+fn usable(group: &Group, eligible: Option<&Eligible>, link: &Link) -> bool {
+    match group.named {
+        Some(node) => node == link.node,
+        None => eligible.is_none_or(|e| e.allows(link)) && group.select.as_ref().is_none_or(|s| s.fits(&link.offers)),
+    }
+}
+
 impl Line {
     fn ready(&mut self, id: TaskId, now: Duration) {
         let Some(entry) = self.tasks.get_mut(&id) else { return };
@@ -271,6 +279,17 @@ impl Queue {
     pub(crate) fn is_waiting(&self, group: &Group) -> bool {
         self.line().groups.get(group).is_some_and(|m| !m.ready.is_empty())
     }
+    /// Does a task that may go before a newcomer of this priority wait, and could run on this node now?
+    /// Whoever was not looked at yet counts as one who could.
+    pub(crate) fn is_wanted(&self, link: &Link, taken: &BTreeMap<String, u32>, priority: i32) -> bool {
+        let line = self.line();
+        let first = |m: &Members| m.ready.first().is_some_and(|(Reverse(p), _)| *p >= priority);
+        let could = |group: &Group, m: &Members| {
+            let eligible = m.eligible.as_ref().filter(|_| !line.changed.all);
+            usable(group, eligible, link) && group.select.as_ref().is_none_or(|s| has_slots(s, &link.offers, taken))
+        };
+        line.groups.iter().any(|(group, m)| first(m) && could(group, m))
+    }
     pub(crate) fn why(&self, id: TaskId) -> Option<Waiting> {
         let line = self.line();
         let entry = line.tasks.get(&id)?;
@@ -341,10 +360,6 @@ impl Queue {
     /// The groups for which something may have changed. `links` are the nodes of `changed` that are here.
     pub(crate) fn hopeful(&self, changed: &Changed, links: &[Link]) -> Vec<Hopeful> {
         let mut line = self.line();
-        let usable = |group: &Group, eligible: Option<&Eligible>, link: &Link| match group.named {
-            Some(node) => node == link.node,
-            None => eligible.is_none_or(|e| e.allows(link)) && group.select.as_ref().is_none_or(|s| s.fits(&link.offers)),
-        };
         let worth = |group: &Group, m: &Members| {
             !m.ready.is_empty() && (m.fresh || changed.all || links.iter().any(|l| usable(group, m.eligible.as_ref(), l)))
         };

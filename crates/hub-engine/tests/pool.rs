@@ -309,6 +309,45 @@ async fn who_is_new_passes_those_of_other_groups_and_none_of_its_own() {
 }
 
 #[tokio::test]
+async fn who_is_new_takes_no_place_that_somebody_waits_for() {
+    let hub = Hub::new();
+    hub.admins(1..=2).await;
+    let mut m = hub.machine(1, 1, 0).await;
+    let runs = hub.ask(1, 1, Terms::default()).await;
+    // Of other groups than the newcomers, and one that could never use this node.
+    let older = hub.ask(2, 2, select("os=linux", 0)).await;
+    let higher = hub.ask(3, 2, Terms { priority: 3, ..select("arch", 0) }).await;
+    hub.ask(4, 2, Terms { priority: 9, ..select("zone=nowhere", 0) }).await;
+    hub.pool.round().await.unwrap();
+    assert_eq!(m.orders(), [runs]);
+    // A place is free, and nobody has looked yet.
+    hub.links.release(m.node.id, runs);
+    let equal = hub.ask(5, 1, Terms::default()).await;
+    let between = hub.ask(6, 1, Terms { priority: 2, ..select("os", 0) }).await;
+    assert_eq!(m.orders(), [], "both would have passed somebody");
+    assert_eq!(hub.why(equal).await, Some(Waiting::NoSlot));
+    // One that goes before all of them anyway need not wait for the look.
+    let urgent = hub.ask(7, 1, Terms { priority: 4, ..select("os", 0) }).await;
+    assert_eq!(m.orders(), [], "its own kind waits: the look decides");
+    hub.pool.round_of_changes().await.unwrap();
+    let mut order = m.orders();
+    for _ in 0..4 {
+        hub.end(&m, *order.last().unwrap(), Outcome::Exited(0)).await;
+        order.extend(m.orders());
+    }
+    assert_eq!(order, [urgent, higher, between, older, equal], "of the last two, user 2 was given something longer ago");
+    hub.end(&m, equal, Outcome::Exited(0)).await;
+    // Nobody is left who could use it.
+    let plain = hub.ask(8, 1, Terms::default()).await;
+    assert_eq!(m.orders(), [plain]);
+    hub.links.release(m.node.id, plain);
+    let waits = hub.ask(9, 1, select("gpu", 0)).await;
+    hub.pool.round().await.unwrap();
+    let first = hub.ask(10, 2, Terms { priority: 1, ..Terms::default() }).await;
+    assert_eq!((m.orders(), hub.why(waits).await), (vec![first], Some(Waiting::NoCandidate)));
+}
+
+#[tokio::test]
 async fn slots_are_held_while_it_runs_and_known_after_a_restart() {
     let hub = Hub::new();
     hub.admins(1..=1).await;
