@@ -160,6 +160,27 @@ impl State {
     fn has_room(&self, link: &Link) -> bool {
         link.refuses(self.running(link.node)).is_none()
     }
+    /// Slots that are taken on a node, by kind.
+    fn taken(&self, node: NodeId) -> &BTreeMap<String, u32> {
+        static NONE: BTreeMap<String, u32> = BTreeMap::new();
+        self.held.get(&node).map_or(&NONE, |h| &h.slots)
+    }
+    fn weigh<E>(&self, eligible: impl Fn(&Link) -> bool, choose: impl FnOnce(&[Candidate]) -> Result<NodeId, E>) -> Result<NodeId, E> {
+        let candidates: Vec<_> = self
+            .links
+            .values()
+            .filter(|l| eligible(l))
+            .map(|l| Candidate {
+                node: l.node,
+                online: true,
+                schedulable: !l.draining,
+                room: l.max_tasks.saturating_sub(self.running(l.node)),
+                offers: &l.offers,
+                taken: self.taken(l.node),
+            })
+            .collect();
+        choose(&candidates)
+    }
     fn hold(&mut self, node: NodeId, task: TaskId, hold: Hold) {
         self.release(node, task);
         let held = self.held.entry(node).or_default();
@@ -311,25 +332,15 @@ impl Links {
         choose: impl FnOnce(&[Candidate]) -> Result<NodeId, E>,
         yields: impl FnOnce(&Link, &BTreeMap<String, u32>) -> Result<(), E>,
     ) -> Result<Link, E> {
-        static NONE: BTreeMap<String, u32> = BTreeMap::new();
         let mut s = self.state();
-        let candidates: Vec<_> = s
-            .links
-            .values()
-            .filter(|l| eligible(l))
-            .map(|l| Candidate {
-                node: l.node,
-                online: true,
-                schedulable: !l.draining,
-                room: l.max_tasks.saturating_sub(s.running(l.node)),
-                offers: &l.offers,
-                taken: s.held.get(&l.node).map_or(&NONE, |h| &h.slots),
-            })
-            .collect();
-        let node = choose(&candidates)?;
-        yields(&s.links[&node], s.held.get(&node).map_or(&NONE, |h| &h.slots))?;
+        let node = s.weigh(eligible, choose)?;
+        yields(&s.links[&node], s.taken(node))?;
         s.hold(node, task, hold);
         Ok(s.links[&node].clone())
+    }
+    /// What [`Links::reserve`] would choose now.
+    pub fn weigh<E>(&self, eligible: impl Fn(&Link) -> bool, choose: impl FnOnce(&[Candidate]) -> Result<NodeId, E>) -> Result<NodeId, E> {
+        self.state().weigh(eligible, choose)
     }
     /// Notes an attempt that was granted before this process started.
     pub fn hold(&self, node: NodeId, task: &Task, attempt: AttemptNo) {

@@ -10,7 +10,7 @@ use crate::idempotency::Keyed;
 use crate::links::{Hold, Link, LinkCommand, Links, Order, Share};
 use crate::open_tasks::OpenTasks;
 use crate::ports::{Applied, Besides, Creation, Journal, Keyring, Sessions};
-use crate::queue::{Eligible, Group, Head, Hopeful, Until};
+use crate::queue::{Eligible, Group, Head, Holder, Hopeful, Until};
 use crate::records::{Session, Task};
 use crate::tracks::Tracks;
 use crate::watch::Watchers;
@@ -37,6 +37,11 @@ const MAX_ATTEMPTS: u32 = crate::records::MAX_ATTEMPTS;
 const PLACE_AGAIN: Duration = Duration::from_secs(1);
 /// How often everything is looked at, whatever was signalled.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// What was read of a session's nodes or a user's role is good for so long. What this hub changes itself
+/// is known at once; see [`Pool::attachments_changed`].
+const RIGHTS_FOR: Duration = Duration::from_secs(10);
+/// Rights that are read at the same time; what was placed before them is committed first.
+const RIGHTS_AT_ONCE: usize = 32;
 
 /// What became of a new task.
 #[derive(Debug)]
@@ -45,6 +50,13 @@ pub enum Accepted {
     New(Box<Task>),
     /// Its key had made this one before, and nothing was written.
     Before(TaskId),
+}
+
+/// Which nodes a group may use.
+enum Rights {
+    Read(Eligible),
+    /// Read too long ago to place by, and no node has a place.
+    Old(Eligible),
 }
 
 /// What is reserved and not yet committed.
@@ -202,6 +214,7 @@ impl Pool {
             self.events.accepted(&task);
             self.tracks().accepted(&task);
             self.enqueue(&task, placed.err().unwrap_or(Waiting::NoSlot), Duration::ZERO);
+            self.queue.seed_rights(&group, &eligible);
             self.queue.watch_deadline(&task);
             return Ok(Accepted::New(Box::new(self.after_commit(task).await)));
         };
@@ -271,6 +284,31 @@ impl Pool {
         // Somebody who is gone has nothing more than what they own.
         let role = self.accounts.user(user).await?.map_or(Role::Guest, |u| u.role);
         Ok(Eligible::of(role, user))
+    }
+
+    /// The nodes of a session changed, of which tasks may wait.
+    pub fn attachments_changed(&self, session: SessionId) {
+        self.queue.attachments_changed(session);
+    }
+
+    /// What is known of a group's rights. None: they are to be read, since they never were, or not lately
+    /// and there is a place that its head might take.
+    fn rights(&self, group: &Group, head: TaskId, since: Duration) -> Option<Rights> {
+        if let Some(eligible) = self.queue.rights(group, since) {
+            return Some(Rights::Read(eligible));
+        }
+        let old = self.queue.old_rights(group)?;
+        let place = self.links.weigh(|_| true, |candidates| choose(head, group.named, group.select.as_ref(), candidates));
+        place.is_err().then_some(Rights::Old(old))
+    }
+    async fn read_rights(&self, holders: BTreeSet<Holder>) -> Result<()> {
+        let at = self.clock.steady();
+        self.queue.begin_reading(&holders);
+        let reads = holders.into_iter().map(|(user, session)| async move { (user, session, self.eligible(session, user).await) });
+        for (user, session, eligible) in futures::future::join_all(reads).await {
+            self.queue.learn((user, session), eligible?, at);
+        }
+        Ok(())
     }
 
     /// Lets a task wait: until its time has come, then for a node.
@@ -427,13 +465,16 @@ impl Pool {
     /// Places the heads of the groups for which something changed.
     async fn look(&self, placed: &mut Placed) -> Result<()> {
         let changed = self.queue.take_changed();
+        let since = self.clock.steady().saturating_sub(RIGHTS_FOR);
+        if changed.all {
+            self.queue.forget_rights(since);
+        }
         let links: Vec<Link> = changed.nodes.iter().filter_map(|n| self.links.get(*n)).collect();
         let mut groups = self.queue.hopeful(&changed, &links);
         let mut heads: BTreeSet<(Reverse<i32>, Share, TaskId, usize)> = BTreeSet::new();
         for (i, Hopeful { group, .. }) in groups.iter().enumerate() {
             heads.extend(self.queue.head(group).map(|h| (h.order, self.links.share(group.user), h.id, i)));
         }
-        let mut known = BTreeMap::new();
         let mut joined: BTreeSet<usize> = BTreeSet::new();
         while let Some((order, share, id, i)) = heads.pop_first() {
             let group = groups[i].group.clone();
@@ -444,17 +485,26 @@ impl Pool {
                 continue;
             }
             // So that it is known why they wait, some are looked at whether there is room or not.
-            if std::mem::take(&mut groups[i].fresh) {
+            let fresh = std::mem::take(&mut groups[i].fresh);
+            if fresh {
                 joined.insert(i);
             } else if !self.links.room((!joined.contains(&i)).then_some(&changed.nodes)) {
                 continue;
             }
-            let eligible = match known.entry((group.session, group.user)) {
-                std::collections::btree_map::Entry::Occupied(e) => e.into_mut(),
-                std::collections::btree_map::Entry::Vacant(e) => e.insert(self.eligible(group.session, group.user).await?),
+            let Some(rights) = self.rights(&group, id, since) else {
+                // The next ones are read with it. Who has a place by now need not wait for them.
+                let next = heads.iter().take(4 * RIGHTS_AT_ONCE).map(|(_, _, id, i)| (*id, &groups[*i].group));
+                let next = next.filter(|(id, group)| self.rights(group, *id, since).is_none());
+                let holders = std::iter::once(group.holder()).chain(next.map(|(_, group)| group.holder())).take(RIGHTS_AT_ONCE);
+                let holders = holders.collect();
+                self.commit_placed(std::mem::take(placed)).await?;
+                self.read_rights(holders).await?;
+                groups[i].fresh = fresh;
+                heads.insert((order, share, id, i));
+                continue;
             };
             let Some(head) = self.queue.head(&group) else { continue };
-            if self.place(&group, head, eligible, placed).await? {
+            if self.place(&group, head, &rights, placed).await? {
                 heads.extend(self.queue.head(&group).map(|h| (h.order, self.links.share(group.user), h.id, i)));
             }
         }
@@ -462,7 +512,7 @@ impl Pool {
     }
 
     /// Reserves a node for a head. False when there is none, and so none for its group.
-    async fn place(&self, group: &Arc<Group>, head: Head, eligible: &Eligible, placed: &mut Placed) -> Result<bool> {
+    async fn place(&self, group: &Arc<Group>, head: Head, rights: &Rights, placed: &mut Placed) -> Result<bool> {
         if head.next.ordinal() > MAX_ATTEMPTS {
             self.expire(head.id, format!("{MAX_ATTEMPTS} attempts came too late")).await?;
             return Ok(true);
@@ -470,7 +520,21 @@ impl Pool {
         self.queue.count_weighing();
         let slots = group.select.as_ref().map(|s| s.slots.clone()).unwrap_or_default();
         let hold = Hold { attempt: head.next, user: group.user, slots };
-        match self.reserve(head.id, hold, group, eligible, |_, _| Ok(())) {
+        let (eligible, reserved) = match rights {
+            Rights::Read(eligible) => (eligible, self.reserve(head.id, hold, group, eligible, |_, _| Ok(()))),
+            Rights::Old(eligible) => {
+                let choose = |candidates: &[Candidate]| choose(head.id, group.named, group.select.as_ref(), candidates);
+                match self.links.weigh(|l| eligible.allows(l), choose) {
+                    Err(why) => (eligible, Err(why)),
+                    // A place came free in this moment, and is to be given by rights of now.
+                    Ok(node) => {
+                        self.queue.changed_on(node);
+                        return Ok(false);
+                    }
+                }
+            }
+        };
+        match reserved {
             Err(why) => {
                 self.queue.blocked(group, why, eligible.clone());
                 return Ok(false);

@@ -54,7 +54,13 @@ pub(crate) struct Group {
     pub select: Option<Selector>,
 }
 
+/// Whose rights decide for a group.
+pub(crate) type Holder = (UserId, Option<SessionId>);
+
 impl Group {
+    pub(crate) fn holder(&self) -> Holder {
+        (self.user, self.session)
+    }
     pub(crate) fn of(task: &Task) -> Self {
         Self { user: task.actor.user, session: task.session, named: task.named_node, select: task.terms.select.clone() }
     }
@@ -93,7 +99,7 @@ struct Members {
     /// Tasks of the group in any place.
     all: usize,
     why: Waiting,
-    /// As it was at the last look.
+    /// As it was when it was last looked at; good for guesses, and not to place by.
     eligible: Option<Eligible>,
     /// Somebody joined since the last look.
     fresh: bool,
@@ -134,6 +140,10 @@ struct Line {
     deadlines: BTreeSet<(UnixMs, TaskId)>,
     deadline_of: BTreeMap<TaskId, UnixMs>,
     changed: Changed,
+    /// What was read of rights, and when.
+    rights: BTreeMap<Holder, (Eligible, Duration)>,
+    /// Those that are being read and did not change meanwhile.
+    reading: BTreeSet<Holder>,
     /// Tasks of which a commit failed: what the journal holds of them is to be seen.
     doubts: BTreeSet<TaskId>,
 }
@@ -206,6 +216,13 @@ impl Queue {
     fn line(&self) -> MutexGuard<'_, Line> {
         // Each change is complete in itself: a panic elsewhere cannot leave half of one.
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The rights of a new task's group, unless they are known.
+    pub(crate) fn seed_rights(&self, group: &Group, eligible: &Eligible) {
+        if let Some(members) = self.line().groups.get_mut(group) {
+            members.eligible.get_or_insert_with(|| eligible.clone());
+        }
     }
 
     /// Adds a task that waits for its attempt `next`; with `rest`, not before that.
@@ -370,6 +387,39 @@ impl Queue {
         let line = self.line();
         let (order, id) = *line.groups.get(group)?.ready.first()?;
         Some(Head { order, id, next: line.tasks.get(&id)?.next })
+    }
+    /// Begins to read rights.
+    pub(crate) fn begin_reading(&self, holders: &BTreeSet<Holder>) {
+        self.line().reading.extend(holders);
+    }
+    /// Rights as they were read, begun at `at`; no word of what changed meanwhile.
+    pub(crate) fn learn(&self, holder: Holder, eligible: Eligible, at: Duration) {
+        let mut line = self.line();
+        if line.reading.remove(&holder) {
+            line.rights.insert(holder, (eligible, at));
+        }
+    }
+    /// What was read of a group's rights, not before `since`.
+    pub(crate) fn rights(&self, group: &Group, since: Duration) -> Option<Eligible> {
+        self.line().rights.get(&group.holder()).filter(|(_, at)| *at >= since).map(|(eligible, _)| eligible.clone())
+    }
+    /// As they were known at the last look at the group, or when its first task came.
+    pub(crate) fn old_rights(&self, group: &Group) -> Option<Eligible> {
+        self.line().groups.get(group)?.eligible.clone()
+    }
+    pub(crate) fn forget_rights(&self, before: Duration) {
+        self.line().rights.retain(|_, (_, at)| *at >= before);
+    }
+    /// Nodes were attached to the session, or detached.
+    pub(crate) fn attachments_changed(&self, session: SessionId) {
+        let mut line = self.line();
+        line.rights.retain(|(_, of), _| *of != Some(session));
+        line.reading.retain(|(_, of)| *of != Some(session));
+        for (_, members) in line.groups.iter_mut().filter(|(group, _)| group.session == Some(session)) {
+            (members.eligible, members.fresh) = (None, true);
+        }
+        drop(line);
+        self.wake.notify_one();
     }
     /// A node is reserved for it. False when it waits no longer.
     pub(crate) fn begin(&self, id: TaskId) -> bool {

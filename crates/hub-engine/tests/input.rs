@@ -120,7 +120,14 @@ impl World {
             clock: clock.clone(),
             lifetimes: Lifetimes { certificate_ms: 1, invite_secs: 1 },
         });
-        let sessions = Arc::new(Sessions { store: store.clone(), nodes: nodes.clone(), events, clock: clock.clone(), session_hours: 1 });
+        let sessions = Arc::new(Sessions {
+            store: store.clone(),
+            nodes: nodes.clone(),
+            pool: pool.clone(),
+            events,
+            clock: clock.clone(),
+            session_hours: 1,
+        });
         let stop = CancellationToken::new();
         let tasks = Arc::new(TaskService {
             journal: store.clone(),
