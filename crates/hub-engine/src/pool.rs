@@ -726,8 +726,9 @@ impl Pool {
                 if let Applied::Done(task, mut actions) =
                     self.apply(*id, &Event::Withdrawn { attempt: a.attempt }, Besides::default()).await?
                 {
-                    // It waits where it waited.
-                    actions.retain(|action| *action != Action::Requeue);
+                    // It waits where it waited; and what an older link was told, the node forgot with it.
+                    let told = self.links.is_current(a.node, a.generation);
+                    actions.retain(|action| *action != Action::Requeue && (told || !matches!(action, Action::Cancel { .. })));
                     self.queue.taken_back(*id);
                     self.perform(&task, &actions);
                 } else {

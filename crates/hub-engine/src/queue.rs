@@ -479,7 +479,10 @@ impl Queue {
         tasks.filter_map(|id| Some((*id, line.tasks.get(id)?.ahead?))).collect()
     }
     pub(crate) fn ahead_on(&self, node: NodeId) -> u32 {
-        self.line().ahead.get(&node).map_or(0, |tasks| tasks.len() as u32)
+        let line = self.line();
+        // Who is being given a place makes room for the next.
+        let waits = |id: &&TaskId| line.tasks.get(id).is_some_and(|e| e.place == Place::Ready);
+        line.ahead.get(&node).map_or(0, |tasks| tasks.iter().filter(waits).count() as u32)
     }
     /// The node says that it has it. False when it is not told of this attempt any more.
     pub(crate) fn kept(&self, node: NodeId, id: TaskId, attempt: AttemptNo) -> bool {
