@@ -80,8 +80,8 @@ async fn an_idle_node_takes_what_a_busy_one_was_told_and_all_runs_once() {
     let told = hub.task_when(&queued[0], "to be told ahead", is_ahead).await;
     let busy = text(&hub.get(&format!("/api/v1/tasks/{long}")).await, "node_id");
     assert_eq!(told["node_id"], busy, "{told}");
-    let stats = hub.get("/api/v1/system/stats").await;
-    assert_eq!(stats["running"], 1, "what is only told takes no place: {stats}");
+    let status = hub.get(&format!("/api/v1/nodes/{busy}/status")).await;
+    assert_eq!(status["running"], 1, "what is only told takes no place: {status}");
     // An idle node comes: all of it runs there, while the first is busy still.
     let _idle = machine(&hub, "idle").await;
     for id in &queued {
