@@ -124,7 +124,14 @@ impl World {
             clock: clock.clone(),
             lifetimes: Lifetimes { certificate_ms: 1, invite_secs: 1 },
         });
-        let sessions = Arc::new(Sessions { store: store.clone(), nodes: nodes.clone(), events, clock: clock.clone(), session_hours: 1 });
+        let sessions = Arc::new(Sessions {
+            store: store.clone(),
+            nodes: nodes.clone(),
+            pool: pool.clone(),
+            events,
+            clock: clock.clone(),
+            session_hours: 1,
+        });
         let stop = CancellationToken::new();
         let tasks = Arc::new(TaskService {
             journal: journal.clone(),
@@ -144,7 +151,7 @@ impl World {
 
     async fn link(&self) -> (Welcome, mpsc::Receiver<LinkCommand>) {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(1), max_tasks: 4, attempts: vec![] };
+        let hello = Hello { spool: sample::spool_id(1), max_tasks: 4, keeps: 0, attempts: vec![] };
         (self.delivery.open_link(&self.node, hello, commands).await.unwrap(), queue)
     }
 

@@ -1,13 +1,14 @@
 //! Who goes first, who waits and why, and what a restart, a failing commit or a deadline makes of it.
 //! In memory, with a clock and a journal that the test holds.
 
+use async_trait::async_trait;
 use hub_engine::delivery::{Delivery, Hello, Reported, Welcome};
 use hub_engine::events::Events;
 use hub_engine::idempotency::{Idempotency, Keyed};
 use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
 use hub_engine::pool::{Accepted, Pool, Queue};
-use hub_engine::ports::{Journal, Keyring, NodeDirectory, Window};
-use hub_engine::records::{Node, Task, TaskFilter};
+use hub_engine::ports::{Accounts, Journal, Keyring, NodeDirectory, Stored, Window};
+use hub_engine::records::{ApiKey, Node, RefreshToken, Rotation, Task, TaskFilter, User};
 use hub_engine::watch::Watchers;
 use hub_testkit::contract::{HandClock, sample};
 use hub_testkit::journal::Write;
@@ -17,16 +18,82 @@ use mesh_core::permission::{Caller, Role};
 use mesh_core::placement::Waiting;
 use mesh_core::select::Selector;
 use mesh_core::task::{Event, OnLost, Outcome, Progress, ReasonCode, TaskState, Terms};
-use mesh_core::{NodeId, TaskId, UserId, sha256};
+use mesh_core::{ApiKeyId, Digest, LoginId, NodeId, TaskId, UnixMs, UserId, sha256};
 use mesh_process::Clock;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
+
+/// The memory's accounts, which count how often a user is read and can be made to wait with it.
+struct Slow {
+    inner: Arc<MemoryStore>,
+    reads: AtomicUsize,
+    /// Whose reading says so and waits for a permit.
+    slow: std::sync::Mutex<Option<UserId>>,
+    entered: tokio::sync::Semaphore,
+    go_on: tokio::sync::Semaphore,
+}
+
+#[async_trait]
+impl Accounts for Slow {
+    async fn user(&self, id: UserId) -> Stored<Option<User>> {
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        let slow = *self.slow.lock().unwrap();
+        if slow == Some(id) {
+            self.entered.add_permits(1);
+            self.go_on.acquire().await.unwrap().forget();
+        }
+        self.inner.user(id).await
+    }
+    async fn add_user(&self, user: &User) -> Stored<bool> {
+        self.inner.add_user(user).await
+    }
+    async fn user_named(&self, username: &str) -> Stored<Option<User>> {
+        self.inner.user_named(username).await
+    }
+    async fn count_users(&self) -> Stored<u64> {
+        self.inner.count_users().await
+    }
+    async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()> {
+        self.inner.set_password(id, hash, keep).await
+    }
+    async fn add_refresh(&self, token: &RefreshToken) -> Stored<()> {
+        self.inner.add_refresh(token).await
+    }
+    async fn rotate_refresh(&self, old: &Digest, new_mac: &Digest, new_expires_at: UnixMs, now: UnixMs) -> Stored<Rotation> {
+        self.inner.rotate_refresh(old, new_mac, new_expires_at, now).await
+    }
+    async fn end_login(&self, login: LoginId) -> Stored<()> {
+        self.inner.end_login(login).await
+    }
+    async fn login_lives(&self, login: LoginId, now: UnixMs) -> Stored<bool> {
+        self.inner.login_lives(login, now).await
+    }
+    async fn add_key(&self, key: &ApiKey) -> Stored<()> {
+        self.inner.add_key(key).await
+    }
+    async fn key_by_mac(&self, mac: &Digest) -> Stored<Option<ApiKey>> {
+        self.inner.key_by_mac(mac).await
+    }
+    async fn key(&self, id: ApiKeyId) -> Stored<Option<ApiKey>> {
+        self.inner.key(id).await
+    }
+    async fn keys(&self, user: UserId, window: Window<ApiKeyId>) -> Stored<Vec<ApiKey>> {
+        self.inner.keys(user, window).await
+    }
+    async fn remove_key(&self, id: ApiKeyId) -> Stored<bool> {
+        self.inner.remove_key(id).await
+    }
+    async fn key_used(&self, id: ApiKeyId, now: UnixMs) -> Stored<()> {
+        self.inner.key_used(id, now).await
+    }
+}
 
 struct Hub {
     store: Arc<MemoryStore>,
     journal: Arc<TestJournal>,
+    accounts: Arc<Slow>,
     clock: Arc<HandClock>,
     links: Arc<Links>,
     pool: Arc<Pool>,
@@ -48,11 +115,18 @@ impl Hub {
     /// A process on what another one may have left.
     fn on(store: Arc<MemoryStore>, clock: Arc<HandClock>) -> Self {
         let journal = TestJournal::over(store.clone());
+        let accounts = Arc::new(Slow {
+            inner: store.clone(),
+            reads: AtomicUsize::new(0),
+            slow: Default::default(),
+            entered: tokio::sync::Semaphore::new(0),
+            go_on: tokio::sync::Semaphore::new(0),
+        });
         let links = Arc::new(Links::default());
         let pool = Arc::new(Pool {
             journal: journal.clone(),
             sessions: store.clone(),
-            accounts: store.clone(),
+            accounts: accounts.clone(),
             keyring: Arc::new(TestKeys),
             links: links.clone(),
             watchers: Watchers::default(),
@@ -72,7 +146,7 @@ impl Hub {
             output_bytes: 1 << 20,
         };
         let idempotency = Idempotency { store: store.clone(), clock: clock.clone() };
-        Self { store, journal, clock, links, pool, delivery, idempotency }
+        Self { store, journal, accounts, clock, links, pool, delivery, idempotency }
     }
     /// The process dies, and another one takes up what it left.
     async fn restarted(self) -> Self {
@@ -93,7 +167,7 @@ impl Hub {
     }
     async fn link(&self, node: Node, max_tasks: u32, attempts: Vec<(TaskId, mesh_core::task::AttemptNo)>) -> Machine {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(1), max_tasks, attempts };
+        let hello = Hello { spool: sample::spool_id(1), max_tasks, keeps: 0, attempts };
         let welcome = self.delivery.open_link(&node, hello, commands).await.unwrap();
         Machine { node, welcome, queue }
     }
@@ -136,9 +210,8 @@ impl Hub {
     }
     /// Nobody ever asks for another's nodes here: users are admins, as their tasks were accepted.
     async fn admins(&self, users: std::ops::RangeInclusive<u16>) {
-        use hub_engine::ports::Accounts;
         for n in users {
-            let user = hub_engine::records::User { role: Role::Admin, ..sample::user(n, &format!("u{n}")) };
+            let user = User { role: Role::Admin, ..sample::user(n, &format!("u{n}")) };
             self.store.add_user(&user).await.unwrap();
         }
     }
@@ -262,6 +335,112 @@ async fn who_is_new_passes_those_of_other_groups_and_none_of_its_own() {
     hub.pool.round().await.unwrap();
     assert_eq!(m.orders(), [waits]);
     assert_eq!(hub.why(third).await, Some(Waiting::NoSlot));
+}
+
+#[tokio::test]
+async fn who_is_new_takes_no_place_that_somebody_waits_for() {
+    let hub = Hub::new();
+    hub.admins(1..=2).await;
+    let mut m = hub.machine(1, 1, 0).await;
+    let runs = hub.ask(1, 1, Terms::default()).await;
+    // Of other groups than the newcomers, and one that could never use this node.
+    let older = hub.ask(2, 2, select("os=linux", 0)).await;
+    let higher = hub.ask(3, 2, Terms { priority: 3, ..select("arch", 0) }).await;
+    hub.ask(4, 2, Terms { priority: 9, ..select("zone=nowhere", 0) }).await;
+    hub.pool.round().await.unwrap();
+    assert_eq!(m.orders(), [runs]);
+    // A place is free, and nobody has looked yet.
+    hub.links.release(m.node.id, runs);
+    let equal = hub.ask(5, 1, Terms::default()).await;
+    let between = hub.ask(6, 1, Terms { priority: 2, ..select("os", 0) }).await;
+    assert_eq!(m.orders(), [], "both would have passed somebody");
+    assert_eq!(hub.why(equal).await, Some(Waiting::NoSlot));
+    // One that goes before all of them anyway need not wait for the look.
+    let urgent = hub.ask(7, 1, Terms { priority: 4, ..select("os", 0) }).await;
+    assert_eq!(m.orders(), [], "its own kind waits: the look decides");
+    hub.pool.round_of_changes().await.unwrap();
+    let mut order = m.orders();
+    for _ in 0..4 {
+        hub.end(&m, *order.last().unwrap(), Outcome::Exited(0)).await;
+        order.extend(m.orders());
+    }
+    assert_eq!(order, [urgent, higher, between, older, equal], "of the last two, user 2 was given something longer ago");
+    hub.end(&m, equal, Outcome::Exited(0)).await;
+    // Nobody is left who could use it.
+    let plain = hub.ask(8, 1, Terms::default()).await;
+    assert_eq!(m.orders(), [plain]);
+    hub.links.release(m.node.id, plain);
+    let waits = hub.ask(9, 1, select("gpu", 0)).await;
+    hub.pool.round().await.unwrap();
+    let first = hub.ask(10, 2, Terms { priority: 1, ..Terms::default() }).await;
+    assert_eq!((m.orders(), hub.why(waits).await), (vec![first], Some(Waiting::NoCandidate)));
+}
+
+#[tokio::test]
+async fn looks_read_rights_only_where_there_is_a_place_and_not_each_time() {
+    const USERS: u16 = 2000;
+    let hub = Hub::new();
+    hub.admins(1..=USERS + 1).await;
+    let m = hub.machine(1, 1, 0).await;
+    let runs = hub.ask(1, USERS + 1, Terms::default()).await;
+    for n in 1..=USERS {
+        hub.ask(1 + n, n, Terms::default()).await;
+    }
+    let reads = |hub: &Hub| hub.accounts.reads.swap(0, Ordering::SeqCst);
+    for _ in 0..3 {
+        hub.pool.round().await.unwrap();
+        hub.clock.advance(Duration::from_secs(60));
+    }
+    assert_eq!(reads(&hub), 0, "as they were accepted, and no node has a place");
+    let hub = hub.restarted().await;
+    let mut m = hub.link(m.node, 1, vec![(runs, hub.progress(runs).await.attempt.unwrap().no)]).await;
+    hub.pool.round().await.unwrap();
+    assert_eq!(reads(&hub), usize::from(USERS), "each once, so that it is known why they wait");
+    for _ in 0..3 {
+        hub.clock.advance(Duration::from_secs(60));
+        hub.pool.round().await.unwrap();
+    }
+    assert_eq!(reads(&hub), 0);
+    // A place: it is given by rights of now, and the reading ends with it.
+    hub.end(&m, runs, Outcome::Exited(0)).await;
+    assert_eq!(m.orders().len(), 1);
+    let read = reads(&hub);
+    assert!((1..=32).contains(&read), "{read}");
+}
+
+#[tokio::test]
+async fn rights_that_were_read_are_good_for_a_while() {
+    let hub = Hub::new();
+    // An admin when it was accepted, and nobody any more.
+    let id = hub.ask(1, 2, Terms::default()).await;
+    let _m = hub.machine(1, 1, 0).await;
+    let reads = async |ms: u64| {
+        hub.clock.advance(Duration::from_millis(ms));
+        hub.pool.round().await.unwrap();
+        hub.accounts.reads.swap(0, Ordering::SeqCst)
+    };
+    assert_eq!([reads(0).await, reads(1000).await, reads(9000).await, reads(1).await, reads(1000).await], [1, 0, 0, 1, 0]);
+    assert_eq!(hub.why(id).await, Some(Waiting::NoCandidate));
+}
+
+#[tokio::test]
+async fn who_has_a_place_does_not_wait_while_others_rights_are_read() {
+    let hub = Hub::new();
+    hub.admins(1..=2).await;
+    let first = hub.ask(1, 1, priority(1)).await;
+    let hub = hub.restarted().await;
+    hub.pool.round().await.unwrap();
+    let second = hub.ask(2, 2, Terms::default()).await;
+    *hub.accounts.slow.lock().unwrap() = Some(sample::user_id(2));
+    let mut m = hub.machine(1, 2, 0).await;
+    let meanwhile = async {
+        hub.accounts.entered.acquire().await.unwrap().forget();
+        assert_eq!(m.orders(), [first], "committed and sent before the other's rights are known");
+        hub.accounts.go_on.add_permits(1);
+    };
+    let (looked, ()) = futures::future::join(hub.pool.round(), meanwhile).await;
+    looked.unwrap();
+    assert_eq!(m.orders(), [second]);
 }
 
 #[tokio::test]
@@ -557,7 +736,7 @@ async fn a_node_that_stays_away_loses_what_its_callers_gave_up() {
     assert_eq!(hub.progress(fails).await.state, TaskState::Assigned, "its node is here");
 
     let event = Event::CancelRequested { reason: ReasonCode::CancelledByUser };
-    hub.pool.apply(unwanted, &event, Besides::default()).await.unwrap();
+    hub.pool.apply(unwanted, &event, hub_engine::ports::Besides::default()).await.unwrap();
     let Machine { node, welcome, .. } = m;
     drop(welcome);
     let look = async |ms| {
@@ -631,9 +810,9 @@ async fn a_lost_attempt_is_followed_by_another_once() {
     drop(m.welcome);
     hub.pool.round().await.unwrap();
     hub.clock.advance(Duration::from_secs(60));
-    hub.journal.fails.store(true, Ordering::SeqCst);
+    hub.journal.fail(|write| matches!(write, Write::Apply(_)));
     assert!(hub.pool.round().await.is_err());
-    hub.journal.fails.store(false, Ordering::SeqCst);
+    hub.journal.work();
     hub.pool.round().await.unwrap();
     let p = hub.progress(id).await;
     assert_eq!((p.state, p.attempt.map(|a| a.no.ordinal())), (TaskState::Pending, Some(2)));

@@ -6,7 +6,7 @@ use hub_engine::Error;
 use hub_engine::bus::Next;
 use hub_engine::events::{Data, Events, SessionNews};
 use hub_engine::expiry::{Expiry, Unsettled};
-use hub_engine::links::Links;
+use hub_engine::links::{Link, Links};
 use hub_engine::memory::Memory;
 use hub_engine::messages::Messages;
 use hub_engine::nodes::{Lifetimes, Nodes};
@@ -119,13 +119,6 @@ impl World {
             clock: clock.clone(),
             lifetimes: Lifetimes { certificate_ms: 1, invite_secs: 1 },
         });
-        let sessions = Arc::new(Sessions {
-            store: store.clone(),
-            nodes: nodes.clone(),
-            events: events.clone(),
-            clock: clock.clone(),
-            session_hours: 24,
-        });
         let pool = Arc::new(Pool {
             journal: journal.clone(),
             sessions: store.clone(),
@@ -133,11 +126,19 @@ impl World {
             keyring: keyring.clone(),
             links: links.clone(),
             watchers: watchers.clone(),
-            events,
+            events: events.clone(),
             clock: clock.clone(),
             incarnation: 3,
             policy: [0; 32],
             queue: Queue::default(),
+        });
+        let sessions = Arc::new(Sessions {
+            store: store.clone(),
+            nodes: nodes.clone(),
+            pool: pool.clone(),
+            events: events.clone(),
+            clock: clock.clone(),
+            session_hours: 24,
         });
         let tasks = Arc::new(TaskService {
             journal: journal.clone(),
@@ -486,4 +487,46 @@ async fn statistics_of_an_hour_and_counts_that_cost_little() {
     w.advance(2);
     w.statistics.get(&admin).await.unwrap();
     assert_eq!(counts(&w), 1, "at most 15 s old");
+}
+
+#[tokio::test]
+async fn a_change_of_nodes_counts_at_once_for_those_who_wait() {
+    let w = World::new();
+    let session = w.session(1000).await;
+    let node = sample::node(1, 1);
+    let invite = sample::invite(1);
+    w.store.add_invite(&invite).await.unwrap();
+    w.store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap();
+    let (commands, _queue) = tokio::sync::mpsc::channel(16);
+    w.pool.links.open(Link {
+        node: node.id,
+        owner: node.owner,
+        generation: 1,
+        spool: sample::spool_id(1),
+        own_tasks: 1,
+        max_tasks: 1,
+        keeps: 0,
+        offers: Arc::new(node.offers()),
+        draining: false,
+        epoch: 0,
+        cut: Default::default(),
+        commands,
+        health: None,
+        rtt: None,
+    });
+    let owner = someone(1, Role::Admin);
+    let accept = async |n: u16| {
+        let task = Task { session: Some(session.id), ..sample::task(n) };
+        w.pool.accept(task, Role::Developer, Some(&session)).await.unwrap().id
+    };
+    let (first, second) = (accept(1).await, accept(2).await);
+    w.pool.round().await.unwrap();
+    assert_eq!(w.task_state(first).await.0, TaskState::Pending, "no node is attached");
+    w.sessions.attach(&owner, session.id, &node.id.to_string()).await.unwrap();
+    w.pool.round_of_changes().await.unwrap();
+    assert_eq!((w.task_state(first).await.0, w.task_state(second).await.0), (TaskState::Assigned, TaskState::Pending));
+    w.sessions.detach(&owner, session.id, node.id).await.unwrap();
+    w.pool.links.release(node.id, first);
+    w.pool.round().await.unwrap();
+    assert_eq!(w.task_state(second).await.0, TaskState::Pending, "there is a place, and it is not the session's any more");
 }

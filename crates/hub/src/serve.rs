@@ -304,13 +304,6 @@ impl Services {
             clock: clock.clone(),
             lifetimes: nodes::Lifetimes { certificate_ms: config.certificate.as_millis() as i64, invite_secs: config.invite_secs },
         });
-        let sessions = Arc::new(Sessions {
-            store: store.clone(),
-            nodes: nodes.clone(),
-            events: events.clone(),
-            clock: clock.clone(),
-            session_hours: config.session_hours,
-        });
         let pool = Arc::new(Pool {
             journal: store.clone(),
             sessions: store.clone(),
@@ -323,6 +316,14 @@ impl Services {
             incarnation,
             policy: built_in_policy(),
             queue: Queue::default(),
+        });
+        let sessions = Arc::new(Sessions {
+            store: store.clone(),
+            nodes: nodes.clone(),
+            pool: pool.clone(),
+            events: events.clone(),
+            clock: clock.clone(),
+            session_hours: config.session_hours,
         });
         let delivery = Arc::new(Delivery {
             journal: store.clone(),
