@@ -116,6 +116,7 @@ impl TaskService {
     pub async fn input(&self, caller: &Caller, id: TaskId, piece: Piece) -> Result<u64> {
         let task = self.permitted(caller, id, Permission::TasksDispatch).await?;
         check(&piece)?;
+        self.not_restored()?;
         if !Spec::decode(&task.spec).is_ok_and(|s| s.takes_input()) {
             return Err(no_input());
         }

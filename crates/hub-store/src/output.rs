@@ -42,6 +42,15 @@ impl Output for Store {
         self.outputs.append(task, no, frames, keep_bytes).await
     }
 
+    async fn give_up(&self, task: TaskId, no: AttemptNo, to_seq: u64) -> Stored<()> {
+        let (reply, answer) = oneshot::channel();
+        let outputs = self.outputs.clone();
+        self.outputs.tasks.spawn("output given up", async move {
+            let _ = reply.send(outputs.give_up(task, no, to_seq).await);
+        });
+        answer.await.map_err(|_| StoreError::new("output.give_up", "the store has ended"))?
+    }
+
     async fn totals(&self, task: TaskId, no: AttemptNo) -> Stored<OutputTotals> {
         let entry = self.outputs.entry(task, no);
         Ok(self.outputs.kept(&entry).await.map_err(failed("output.totals"))?.totals)
@@ -198,6 +207,22 @@ impl Outputs {
             }
         }
         committed.map(|()| Some(totals))
+    }
+
+    async fn give_up(&self, task: TaskId, no: AttemptNo, to_seq: u64) -> Stored<()> {
+        let entry = self.entry(task, no);
+        let _file = entry.file.lock().await;
+        let mut kept = self.kept(&entry).await.map_err(failed("output.give_up"))?;
+        if to_seq <= kept.totals.durable_seq {
+            return Ok(());
+        }
+        (kept.totals.durable_seq, kept.totals.truncated) = (to_seq, true);
+        let committed = self.writer.bulk(Raise { task, no, kept: kept.clone() }).await;
+        match committed {
+            Ok(()) => entry.publish(kept, vec![]),
+            Err(_) => entry.forget(),
+        }
+        committed
     }
 
     async fn read(&self, task: TaskId, no: AttemptNo, after_seq: u64, max_bytes: usize) -> Result<Vec<OutputFrame>, Failed> {

@@ -5,7 +5,7 @@
 //!   │  ▲                    │  │          │
 //!   │  └── withdrawn, late ─┘  └──────────┴──► (the node's word ends it, or the hub's on a revoked node)
 //!   │  └── failed, and a retry is left ───┘
-//!   └──► cancelled | failed (no node, deadline)
+//!   └──► cancelled | failed (no node, deadline, restored)
 //! ```
 //! [`step`] is the only way from one state to the next. It decides and returns [`Action`]s; whoever
 //! owns an effect performs it. A write that names a superseded attempt, or comes after the end,
@@ -58,6 +58,10 @@ impl AttemptNo {
     }
     pub fn next(self, incarnation: u32) -> Self {
         Self((u64::from(incarnation) << 32) | u64::from(self.ordinal() + 1))
+    }
+    /// Of the hub that handed it out.
+    pub fn incarnation(self) -> u32 {
+        (self.0 >> 32) as u32
     }
     /// 1, 2, 3 … per task: what people see.
     pub fn ordinal(self) -> u32 {
@@ -269,6 +273,8 @@ pub enum Event {
     Expired {
         detail: String,
     },
+    /// The hub was restored from a backup in which the task waited: since then it may have run.
+    Restored,
 }
 
 impl Event {
@@ -284,6 +290,7 @@ impl Event {
             Self::CancelRequested { .. } => "cancel_requested",
             Self::DeadlinePassed => "deadline_passed",
             Self::Expired { .. } => "expired",
+            Self::Restored => "restored",
         }
     }
     pub fn attempt(&self) -> Option<AttemptNo> {
@@ -294,7 +301,7 @@ impl Event {
             | Self::Started { attempt }
             | Self::NodeRevoked { attempt }
             | Self::Ended { attempt, .. } => Some(*attempt),
-            Self::CancelRequested { .. } | Self::DeadlinePassed | Self::Expired { .. } => None,
+            Self::CancelRequested { .. } | Self::DeadlinePassed | Self::Expired { .. } | Self::Restored => None,
         }
     }
 }
@@ -325,6 +332,9 @@ pub enum Refused {
     #[error("the task is not in a state that allows this")]
     Illegal,
 }
+
+/// The detail of a loss of which nobody can say whether anything was started.
+pub const MAYBE_RAN: &str = "maybe_ran";
 
 /// What an attempt's end says of its task, when no retry follows. `cancel` is what was asked for before.
 pub fn verdict(outcome: &Outcome, cancel: Option<&Cancel>) -> (TaskState, Option<Reason>) {
@@ -460,6 +470,13 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
                 return Err(Refused::Illegal);
             }
             end(&mut p, Failed, Some(Reason::new(ReasonCode::NoNode, detail.clone())), now);
+            Ok((p, vec![Action::Finished]))
+        }
+        Event::Restored => {
+            if !matches!(p.state, Pending | AwaitingApproval) {
+                return Err(Refused::Illegal);
+            }
+            end(&mut p, Failed, Some(Reason::new(ReasonCode::Lost, MAYBE_RAN)), now);
             Ok((p, vec![Action::Finished]))
         }
     }
