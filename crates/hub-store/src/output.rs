@@ -65,6 +65,11 @@ impl Output for Store {
     }
 }
 
+/// Of an attempt's file below the folder of all output.
+pub(crate) fn output_name(task: TaskId, no: AttemptNo) -> String {
+    Entry::new(std::path::Path::new(""), task, no).path.display().to_string()
+}
+
 #[derive(Debug)]
 pub(crate) struct Outputs {
     folder: PathBuf,
