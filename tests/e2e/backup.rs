@@ -1,7 +1,7 @@
 //! Back-up and restore with real programs: whole while the hub works, closed to others, and after the
 //! restore of an older one nothing runs twice.
 
-use mesh_tests::{Hub, Node, alive, program, shown, text, until};
+use mesh_tests::{Hub, Node, Process, alive, folder, program, shown, text, until};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
@@ -43,6 +43,19 @@ fn open_file(path: &Path) -> PathBuf {
     std::fs::write(path, "").unwrap();
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o666)).unwrap();
     path.to_owned()
+}
+
+/// A machine that takes eight tasks at once, however few cores this one has.
+async fn roomy(hub: &Hub, name: &str) -> Node {
+    const TASKS: (&str, &str) = ("CORTEX_NODE_MAX_TASKS", "8");
+    let (_, yaml) = hub.invite(json!({"name": name})).await;
+    let mut node = Node::prepare(name, &yaml);
+    let joined = node.command(&["join", "invite.yaml", "--enroll-only"]).env(TASKS.0, TASKS.1).output().unwrap();
+    assert!(joined.status.success(), "{}", shown(&joined));
+    let log = node.dir.path().join("node.log");
+    node.process = Some(Process::start(node.command(&["run"]).env(TASKS.0, TASKS.1), log));
+    node.online(hub).await;
+    node
 }
 
 async fn status_and_code(hub: &Hub, method: &str, path: &str, body: Option<Value>) -> (u16, String) {
@@ -127,7 +140,8 @@ async fn a_backup_of_a_hub_at_work_is_whole() {
     assert!(ok(check(PASSPHRASE)).contains("the passphrase opens the keys"));
 
     // Into another folder: not without keys, not with a wrong passphrase, not over somebody's things.
-    let other = hub.dir.path().join("other");
+    let elsewhere = folder();
+    let other = elsewhere.path().join("other");
     let other_of = other.to_str().unwrap();
     assert!(refused(hub_program(&other, &["restore", file])).contains("root.key"), "{other_of}");
     assert!(refused(with_passphrase(&other, &["restore", sealed.to_str().unwrap()], "four words are enougk")).contains("passphrase"));
@@ -156,7 +170,7 @@ async fn a_backup_of_a_hub_at_work_is_whole() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_runs_twice_after_the_restore_of_an_older_backup() {
     let mut hub = Hub::start().await;
-    let node = Node::join(&hub, "worker").await;
+    let node = roomy(&hub, "worker").await;
     let lost_node = Node::join(&hub, "stolen").await;
     let (_, other) = hub.call("PATCH", &format!("/api/v1/nodes/{}", node.id), Some(json!({"max_tasks": 2}))).await;
     assert_eq!(other["max_tasks"], 2);

@@ -133,7 +133,8 @@ fn tail(digest: &[u8; 32]) -> Result<Vec<u8>> {
 pub struct Writer {
     to: PathBuf,
     part: PathBuf,
-    tar: tar::Builder<Hashed<BufWriter<File>>>,
+    /// Until it is finished.
+    tar: Option<tar::Builder<Hashed<BufWriter<File>>>>,
     manifest: Manifest,
     named: bool,
 }
@@ -153,7 +154,7 @@ impl Writer {
         // What a killed backup left.
         file.set_len(0)?;
         let tar = tar::Builder::new(Hashed::new(BufWriter::with_capacity(1 << 20, file)));
-        Ok(Self { to: to.to_owned(), part, tar, manifest, named: false })
+        Ok(Self { to: to.to_owned(), part, tar: Some(tar), manifest, named: false })
     }
 
     pub fn manifest(&mut self) -> &mut Manifest {
@@ -164,7 +165,8 @@ impl Writer {
     pub fn add(&mut self, name: &str, bytes: u64, from: impl Read) -> Result<()> {
         let header = header(name, bytes, self.manifest.created_at_ms)?;
         let mut from = Hashed::new(from.take(bytes));
-        self.tar.append(&header, &mut from).with_context(|| format!("writing {name} to {}", self.part.display()))?;
+        let tar = self.tar.as_mut().context("it was finished before")?;
+        tar.append(&header, &mut from).with_context(|| format!("writing {name} to {}", self.part.display()))?;
         ensure!(from.inner.limit() == 0, "{name} became shorter while it was read");
         self.manifest.members.insert(name.to_owned(), Member { bytes, sha256: hex::encode(from.so_far()) });
         Ok(())
@@ -174,18 +176,16 @@ impl Writer {
     pub fn finish(mut self, seal_key: &[u8; 32]) -> Result<Manifest> {
         let at = self.manifest.created_at_ms;
         let manifest = serde_json::to_vec(&self.manifest)?;
-        let wrong = || format!("writing {}", self.part.display());
-        self.tar.append(&header(MANIFEST, manifest.len() as u64, at)?, &manifest[..]).with_context(wrong)?;
-        let seal = hex::encode(sealed(seal_key, &self.tar.get_ref().so_far()).finalize().into_bytes());
-        self.tar.append(&header(SEAL, seal.len() as u64, at)?, seal.as_bytes()).with_context(wrong)?;
-        let out = self.tar.get_mut();
-        let end = tail(&out.so_far())?;
-        let write = |out: &mut Hashed<BufWriter<File>>| -> io::Result<()> {
-            out.write_all(&end)?;
-            out.flush()?;
-            out.inner.get_ref().sync_all()
-        };
-        write(out).with_context(wrong)?;
+        let wrong = format!("writing {}", self.part.display());
+        let mut tar = self.tar.take().context("it was finished before")?;
+        tar.append(&header(MANIFEST, manifest.len() as u64, at)?, &manifest[..]).context(wrong.clone())?;
+        let seal = hex::encode(sealed(seal_key, &tar.get_ref().so_far()).finalize().into_bytes());
+        tar.append(&header(SEAL, seal.len() as u64, at)?, seal.as_bytes()).context(wrong.clone())?;
+        let digest = hex::encode(tar.get_ref().so_far());
+        tar.append(&header(DIGEST, digest.len() as u64, 0)?, digest.as_bytes()).context(wrong.clone())?;
+        // Writes the two empty blocks.
+        let mut out = tar.into_inner().context(wrong.clone())?;
+        out.flush().and_then(|()| out.inner.get_ref().sync_all()).context(wrong)?;
         name(&self.part, &self.to).with_context(|| self.to.display().to_string())?;
         self.named = true;
         let folder = folder_of(&self.to);

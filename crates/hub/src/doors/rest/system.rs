@@ -76,7 +76,13 @@ pub async fn info(State(app): State<App>, _who: Who) -> Json<SystemInfo> {
 ///
 /// For administrators, while the hub holds back. What the restore itself found is in its own words, and
 /// in `restored.txt` of the data folder.
-#[utoipa::path(get, path = "/system/restored", tag = "system", responses((status = 200, description = "The machines that are here, and what they hold", body = RestoredView)))]
+#[utoipa::path(
+    get, path = "/system/restored", tag = "system",
+    responses(
+        (status = 200, description = "The machines that are here, and what they hold", body = RestoredView),
+        (status = 404, description = "The hub does not hold back"),
+    ),
+)]
 pub async fn restored(State(app): State<App>, who: Who) -> Answer<Json<RestoredView>> {
     let Some((mark, told)) = app.recovery.found(who.caller()).await? else {
         return Err(Refusal::new(StatusCode::NOT_FOUND, "not_found", "the hub does not hold back after a restore"));
