@@ -549,7 +549,7 @@ async fn a_restored_hub_holds_back_and_then_ends_what_waited() {
     let mut later = sample::task(2);
     later.terms.not_before = Some(w.clock.now_ms() + 1);
     w.store.accept(&later).await.unwrap();
-    let s = w.session(1).await;
+    let (s, idle) = (w.session(1).await, w.session(1).await);
     let open = w.task(3, s.id, false).await;
     w.advance(5);
 
@@ -558,7 +558,7 @@ async fn a_restored_hub_holds_back_and_then_ends_what_waited() {
     assert!(!r.start().await.unwrap());
     assert!(!r.look().await.unwrap());
     assert_eq!((w.task_state(waits).await.0, w.task_state(open).await.0), (TaskState::Pending, TaskState::Pending));
-    assert_eq!(w.status(s.id).await, "active", "its end comes when the hub goes on");
+    assert_eq!(w.status(idle.id).await, "active", "its end comes when the hub goes on");
     let refused = w.tasks.cancel(&someone(1, Role::Admin), waits).await;
     assert!(matches!(refused, Err(Error::Unavailable { code: "restored", .. })), "{refused:?}");
     assert!(r.found(&user(1)).await.is_err() && r.found(&someone(1, Role::Admin)).await.unwrap().is_some());
@@ -573,7 +573,7 @@ async fn a_restored_hub_holds_back_and_then_ends_what_waited() {
     const LOST: (TaskState, Option<ReasonCode>) = (TaskState::Failed, Some(ReasonCode::Lost));
     assert_eq!((w.task_state(waits).await, w.task_state(open).await), (LOST, LOST));
     assert_eq!(w.task_state(later.id).await.0, TaskState::Pending, "its time had not come before the restore");
-    assert_eq!(w.status(s.id).await, "expired");
+    assert_eq!(w.status(idle.id).await, "expired");
     assert_eq!(w.store.restored().await.unwrap(), None);
     assert!(!w.pool.links.holds_back());
 }
