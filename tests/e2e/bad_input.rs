@@ -293,7 +293,7 @@ async fn settings_and_folders() {
     assert!(String::from_utf8_lossy(&out.stderr).contains("environment CORTEX_HTTP_ADDR: http.addr"), "{}", shown(&out));
     let out = hub(&["serve"], &[("CORTEX_HTTP_ADDR", "0.0.0.0:0")]);
     assert!(out.status.code() == Some(2) && String::from_utf8_lossy(&out.stderr).contains("--insecure-http"), "{}", shown(&out));
-    let out = hub(&["backup", "x"], &[]);
+    let out = hub(&["audit", "verify", "x"], &[]);
     assert!(out.status.code() == Some(2) && String::from_utf8_lossy(&out.stderr).contains("not yet"), "{}", shown(&out));
 
     // A port that is taken, and a folder that is in use.

@@ -4,14 +4,14 @@
 //! for an attempt that another took over, changes nothing and is acknowledged all the same.
 
 use crate::error::{Error, Result};
-use crate::links::{Link, LinkCommand, Links};
+use crate::links::{Link, LinkCommand, Links, Told};
 use crate::nodes;
 use crate::pool::Pool;
 use crate::ports::{Applied, Besides, Journal, NodeDirectory, Output};
-use crate::records::{Node, OutputFrame};
+use crate::records::{Node, OutputFrame, Task};
 use mesh_core::output::Digests;
 use mesh_core::permission::Caller;
-use mesh_core::task::{Action, AttemptNo, Event, Outcome, TaskState};
+use mesh_core::task::{Action, AttemptNo, Event, MAYBE_RAN, Outcome, TaskState};
 use mesh_core::{NodeId, SpoolId, TaskId};
 use mesh_process::{CancellationToken, SharedClock};
 use std::sync::Arc;
@@ -92,6 +92,7 @@ impl Delivery {
         if hello.attempts.len() > MAX_KNOWN {
             return Err(Error::invalid("too_many", "a hello names more attempts than a node can hold"));
         }
+        let held_back = self.links.holds_back();
         let generation = self.nodes.raise_generation(node.id, self.clock.now_ms()).await?.ok_or_else(nodes::revoked)?;
         let mut marks = vec![];
         for (task, attempt) in &hello.attempts {
@@ -125,6 +126,17 @@ impl Delivery {
         let presence = Presence { links: self.links.clone(), node: node.id, generation };
         let now = self.nodes.node(node.id).await?.filter(|n| n.revoked_at.is_none()).ok_or_else(nodes::revoked)?;
         self.links.set(&now);
+        if held_back {
+            let mut told = vec![];
+            for (task, attempt) in hello.attempts {
+                told.push(Told { task, attempt, known: self.ours(node.id, task, attempt).await?.is_some() });
+            }
+            if !self.links.note_told(node.id, told) {
+                return Err(Error::Unavailable { code: "restored", detail: "the hub goes on at this moment; connect again".into() });
+            }
+            tracing::info!(node = %node.id, "the hub was restored and holds back: the link is accepted and nothing is done with it");
+            return Ok(Welcome { generation, presence, cut, marks });
+        }
         for (id, attempt) in self.links.held(node.id) {
             let known = hello.attempts.contains(&(id, attempt));
             self.reconcile(node.id, id, attempt, hello.spool, known).await?;
@@ -153,7 +165,12 @@ impl Delivery {
         };
         if a.granted != Some(spool) {
             // The memory that this attempt was granted to is gone: nobody can say that it never ran.
-            let outcome = Outcome::Lost { detail: "maybe_ran".into() };
+            let outcome = Outcome::Lost { detail: MAYBE_RAN.into() };
+            return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
+        }
+        if !known && self.pool.is_of_before(attempt) {
+            // Granted before a restore. The node may have run and forgotten it since: it is not sent again.
+            let outcome = Outcome::Lost { detail: MAYBE_RAN.into() };
             return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
         }
         if !known {
@@ -171,13 +188,18 @@ impl Delivery {
         if self.links.holds(node, task, attempt) {
             return Ok(true);
         }
-        let Some(t) = self.journal.task(task).await? else { return Ok(false) };
-        let open = !t.progress.state.is_final() && t.progress.state != TaskState::Pending;
-        let ours = open && t.progress.attempt.as_ref().is_some_and(|a| a.no == attempt && a.node == node);
-        if ours && t.progress.attempt.as_ref().is_some_and(|a| a.granted.is_some()) {
+        let Some(t) = self.ours(node, task, attempt).await? else { return Ok(false) };
+        if t.progress.attempt.as_ref().is_some_and(|a| a.granted.is_some()) {
             self.links.hold(node, &t, attempt);
         }
-        Ok(ours)
+        Ok(true)
+    }
+
+    async fn ours(&self, node: NodeId, task: TaskId, attempt: AttemptNo) -> Result<Option<Task>> {
+        let Some(t) = self.journal.task(task).await? else { return Ok(None) };
+        let open = !t.progress.state.is_final() && t.progress.state != TaskState::Pending;
+        let ours = open && t.progress.attempt.as_ref().is_some_and(|a| a.no == attempt && a.node == node);
+        Ok(ours.then_some(t))
     }
 
     pub(crate) fn fence(&self, caller: &Caller) -> Result<NodeId> {
@@ -190,7 +212,8 @@ impl Delivery {
 
     pub async fn started(&self, caller: &Caller, task: TaskId, attempt: AttemptNo) -> Result<()> {
         let node = self.fence(caller)?;
-        if self.holds(node, task, attempt).await? {
+        // Said again on the next link.
+        if !self.links.holds_back() && self.holds(node, task, attempt).await? {
             // A repeated start is refused by the transition, and changes nothing.
             self.pool.apply(task, &Event::Started { attempt }, Besides::default()).await?;
         }
@@ -200,6 +223,9 @@ impl Delivery {
     /// The node keeps an attempt that is not granted.
     pub fn kept(&self, caller: &Caller, task: TaskId, attempt: AttemptNo) -> Result<()> {
         let node = self.fence(caller)?;
+        if self.links.holds_back() {
+            return Ok(());
+        }
         if !self.pool.kept(node, task, attempt) && !self.links.holds(node, task, attempt) {
             self.links.send(node, LinkCommand::Cancel { task, attempt });
         }
@@ -210,6 +236,9 @@ impl Delivery {
     /// are not here yet. Whoever is next gets the place; it need not be this one.
     pub async fn ready(&self, caller: &Caller, task: TaskId, attempt: AttemptNo, ended: &[(TaskId, AttemptNo)]) -> Result<()> {
         let node = self.fence(caller)?;
+        if self.links.holds_back() {
+            return Ok(());
+        }
         for (task, attempt) in ended {
             self.links.over(node, *task, *attempt);
         }
@@ -230,8 +259,16 @@ impl Delivery {
     pub async fn append(&self, caller: &Caller, task: TaskId, attempt: AttemptNo, frames: Vec<OutputFrame>) -> Result<Option<u64>> {
         let node = self.fence(caller)?;
         let last = frames.last().map_or(0, |f| f.seq);
+        if self.links.holds_back() {
+            // Nothing may be forgotten by the node: another backup may know this attempt.
+            return Ok(Some(0));
+        }
         if !self.holds(node, task, attempt).await? {
             return Ok(Some(last));
+        }
+        if let Some(first) = frames.first().filter(|_| self.pool.is_of_before(attempt)) {
+            // What the hub had taken after the backup is gone on both sides.
+            self.output.give_up(task, attempt, first.seq.saturating_sub(1)).await?;
         }
         let totals = self.output.append(task, attempt, frames, self.output_bytes).await?;
         self.pool.watchers.notify(task);
@@ -241,7 +278,15 @@ impl Delivery {
     /// Records the end of an attempt and acknowledges it.
     pub async fn result(&self, caller: &Caller, r: Reported) -> Result<()> {
         let node = self.fence(caller)?;
+        if self.links.holds_back() {
+            // Not acknowledged, so that the node says it again when the hub goes on.
+            return Ok(());
+        }
         if self.holds(node, r.task, r.attempt).await? {
+            if self.pool.is_of_before(r.attempt) {
+                // A node gives its result when all of its output was taken: what is missing is gone.
+                self.output.give_up(r.task, r.attempt, r.last_seq).await?;
+            }
             let durable = if r.last_seq == 0 { 0 } else { self.output.totals(r.task, r.attempt).await?.durable_seq };
             if r.last_seq > durable {
                 return Err(Error::invalid("output_missing", format!("the result names output {} and {durable} is here", r.last_seq)));
@@ -282,7 +327,7 @@ impl Delivery {
     /// The spec of an attempt that the node holds, for the second stream; checked by hash.
     pub async fn payload(&self, caller: &Caller, id: TaskId, attempt: AttemptNo, sha256: &[u8]) -> Result<Vec<u8>> {
         let node = self.fence(caller)?;
-        if !self.holds(node, id, attempt).await? {
+        if self.links.holds_back() || !self.holds(node, id, attempt).await? {
             return Err(Error::NotFound("attempt"));
         }
         let task = self.journal.task(id).await?.ok_or(Error::NotFound("task"))?;

@@ -135,6 +135,7 @@ impl TaskService {
     pub async fn input(&self, caller: &Caller, id: TaskId, piece: Piece) -> Result<u64> {
         let mut task = self.permitted_narrow(caller, id, Permission::TasksDispatch).await?;
         check(&piece)?;
+        self.not_restored()?;
         let inputs = self.links.inputs();
         let known = task.spec.is_empty() && inputs.is_fed(id, task.digest);
         if !known {

@@ -134,6 +134,15 @@ impl Hold {
     }
 }
 
+/// An attempt that a node told of while the hub holds back after a restore.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Told {
+    pub task: TaskId,
+    pub attempt: AttemptNo,
+    /// It is an open attempt in the journal too. What is not ends when the hub goes on.
+    pub known: bool,
+}
+
 /// What is held on one node.
 #[derive(Debug, Default)]
 struct Held {
@@ -169,6 +178,8 @@ struct State {
     retired: BTreeSet<NodeId>,
     /// Of them, those with tasks that may still have to be ended.
     unsettled: BTreeSet<NodeId>,
+    /// Set while the hub holds back after a restore: what nodes told of meanwhile.
+    restored: Option<BTreeMap<NodeId, Vec<Told>>>,
 }
 
 /// What a user has of the nodes: who has less goes first.
@@ -328,6 +339,30 @@ impl Links {
     /// Begins to settle; what comes meanwhile is noted anew.
     pub fn begin_settling(&self, node: NodeId) {
         self.state().unsettled.remove(&node);
+    }
+    /// From now on links are accepted and nothing is done with them, until [`Links::go`].
+    pub fn hold_back(&self) {
+        self.state().restored = Some(BTreeMap::new());
+    }
+    pub fn holds_back(&self) -> bool {
+        self.state().restored.is_some()
+    }
+    /// Notes what a node told of. False, and nothing is noted, when the hub does not hold back any more.
+    pub fn note_told(&self, node: NodeId, told: Vec<Told>) -> bool {
+        self.state().restored.as_mut().map(|r| r.insert(node, told)).is_some()
+    }
+    /// What the nodes told of; None when the hub does not hold back.
+    pub fn told(&self) -> Option<BTreeMap<NodeId, Vec<Told>>> {
+        self.state().restored.clone()
+    }
+    /// Ends the holding back. Nodes are asked to link anew, so that each is reconciled.
+    pub fn go(&self) {
+        let mut s = self.state();
+        if s.restored.take().is_some() {
+            let word = || LinkCommand::Close { code: "restored", detail: "the hub goes on after a restore; connect again".into() };
+            // Without its sender, one whose queue is full ends too.
+            s.links.retain(|_, l| l.commands.try_send(word()).is_ok());
+        }
     }
     /// The link and how much runs there, at one moment.
     pub fn look(&self, node: NodeId) -> (Option<Link>, u32) {

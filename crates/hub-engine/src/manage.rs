@@ -147,6 +147,10 @@ impl Management {
 
     /// Ends or moves what the journal holds for a retired node. What fails is done by [`Self::follow`].
     async fn settle_or_later(&self, id: NodeId) {
+        if self.nodes.links.holds_back() {
+            // What the journal says of its tasks may be out of date; they are ended when the hub goes on.
+            return self.nodes.links.unsettle(id);
+        }
         if let Err(error) = self.settle(id).await {
             tracing::warn!(node = %id, %error, "the tasks of a revoked node could not be ended; it is tried again");
             self.nodes.links.unsettle(id);

@@ -99,6 +99,11 @@ pub struct Pool {
 }
 
 impl Pool {
+    /// Was it handed out before the store was restored? Then its node may have run and forgotten it.
+    pub(crate) fn is_of_before(&self, attempt: AttemptNo) -> bool {
+        attempt.incarnation() < self.incarnation
+    }
+
     fn tracks(&self) -> Tracks<'_> {
         Tracks(&self.queue.origins)
     }
@@ -360,6 +365,9 @@ impl Pool {
         if let Some(why) = self.queue.why(task.id) {
             return Some(why);
         }
+        if self.links.holds_back() && !task.progress.state.is_final() {
+            return Some(Waiting::HubStarting);
+        }
         let a = task.progress.attempt.as_ref()?;
         let open = matches!(task.progress.state, TaskState::Assigned | TaskState::Running);
         (open && self.links.get(a.node).is_none()).then_some(Waiting::InDoubt)
@@ -420,6 +428,10 @@ impl Pool {
         let takes = |l: Link| granted.map_or(l.keeps > 0, |spool| l.spool == spool);
         if !self.links.get(node).is_some_and(takes) {
             // Not here, or with another memory than the one it was granted to: the next hello settles it.
+            return;
+        }
+        if self.is_of_before(attempt) {
+            // Its node has told of it, or it is lost: it is never sent again.
             return;
         }
         if mesh_core::sha256(&task.spec) != task.digest || !self.keyring.is_sealed(&task.intent(), &task.seal) {

@@ -159,6 +159,9 @@ pub trait Output: Send + Sync {
     async fn read(&self, task: TaskId, attempt: AttemptNo, after_seq: u64, max_bytes: usize) -> Stored<Vec<OutputFrame>>;
     /// The last `max_bytes` of one stream.
     async fn tail(&self, task: TaskId, attempt: AttemptNo, stream: Stream, max_bytes: usize) -> Stored<Vec<u8>>;
+    /// Frames up to `to_seq` that are not here never come: they count as durable, and from there on
+    /// nothing is kept (truncated). Where nothing is missing, nothing changes.
+    async fn give_up(&self, task: TaskId, attempt: AttemptNo, to_seq: u64) -> Stored<()>;
 }
 
 #[async_trait]
@@ -325,6 +328,15 @@ pub trait Gauges: Send + Sync {
 pub trait Meta: Send + Sync {
     /// The deployment's facts; made from `fresh` when the store is new.
     async fn hub(&self, fresh: HubMeta) -> Stored<HubMeta>;
+    /// After a restore: raises the incarnation, to `least` at least, and marks the store as restored from
+    /// a backup of `backup_at`, in one commit. Fails when there is no hub yet or no higher number left.
+    async fn mark_restored(&self, at: UnixMs, backup_at: UnixMs, least: u32) -> Stored<HubMeta>;
+    /// None when it never was, or has been released since.
+    async fn restored(&self) -> Stored<Option<Restored>>;
+    /// Notes the word to go; false when the store is not marked.
+    async fn ask_go(&self) -> Stored<bool>;
+    /// Takes the mark away.
+    async fn released(&self) -> Stored<()>;
     /// A cheap read that shows the store answers.
     async fn ping(&self) -> Stored<()>;
 }

@@ -18,6 +18,17 @@ pub struct HubMeta {
     pub created_at: UnixMs,
 }
 
+/// The store was restored from a backup, and its hub holds back until somebody says go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Restored {
+    /// When the backup was put in place.
+    pub at: UnixMs,
+    /// When the backup was made.
+    pub backup_at: UnixMs,
+    /// The word to go has been given, and what it asks for is not done yet.
+    pub go: bool,
+}
+
 /// How many nodes the database knows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct NodeCounts {
@@ -599,6 +610,7 @@ impl TaskEvent {
             Event::CancelRequested { reason } => reason.as_str().into(),
             Event::DeadlinePassed => String::new(),
             Event::Expired { detail } => detail.clone(),
+            Event::Restored => sentence(p.reason.clone()),
         };
         Self { seq, at, kind: event.kind().into(), attempt: event.attempt(), state: p.state, node, detail }
     }

@@ -89,6 +89,7 @@ impl TaskService {
             return Err(Error::invalid("bad_wait", format!("wait_secs is at most {MAX_WAIT_SECS}; wait again, or follow the output")));
         }
         let user = crate::access::authorize_own(caller, Permission::TasksDispatch)?;
+        self.not_restored()?;
         if let Some(made) = idempotency::before(d.keyed.as_ref()).await? {
             // What was true when it was made need not hold any more: a session closed, a deadline passed.
             self.permitted(caller, made, Permission::TasksDispatch).await?;
@@ -257,6 +258,7 @@ impl TaskService {
     /// answered. Asking again, or for an ended task, changes nothing.
     pub async fn cancel(self: &Arc<Self>, caller: &Caller, id: TaskId) -> Result<Task> {
         self.permitted(caller, id, Permission::TasksDispatch).await?;
+        self.not_restored()?;
         let own = self.clone();
         let cancel = async move { own.request_cancel(id, ReasonCode::CancelledByUser).await };
         self.work.complete("cancel", cancel).await.ok_or_else(stopped)??;
@@ -265,6 +267,8 @@ impl TaskService {
 
     /// Closes the session and asks for the end of its tasks.
     pub async fn close_session(self: &Arc<Self>, caller: &Caller, id: SessionId) -> Result<()> {
+        self.sessions.permitted(caller, id, Permission::SessionsWrite).await?;
+        self.not_restored()?;
         let (own, caller) = (self.clone(), caller.clone());
         let close = async move {
             own.sessions.close(&caller, id).await?;
@@ -304,6 +308,11 @@ impl TaskService {
             Applied::Refused(r) => Err(Error::conflict("bad_state", r)),
             Applied::Unknown => Err(Error::NotFound("task")),
         }
+    }
+
+    /// Refuses what would reach a node while the hub holds back after a restore.
+    pub(crate) fn not_restored(&self) -> Result<()> {
+        if self.links.holds_back() { Err(crate::restore::holds_back()) } else { Ok(()) }
     }
 
     pub(crate) async fn permitted(&self, caller: &Caller, id: TaskId, permission: Permission) -> Result<Task> {

@@ -79,13 +79,23 @@ struct World {
 
 impl World {
     async fn new() -> Self {
-        let store = Arc::new(MemoryStore::new());
+        Self::over(Arc::new(MemoryStore::new()), 1).await
+    }
+
+    /// Another process of the hub on this store, which has been restored since.
+    async fn restored(self) -> Self {
+        Self::over(self.store, 2).await
+    }
+
+    async fn over(store: Arc<MemoryStore>, incarnation: u32) -> Self {
         let clock = Arc::new(Hands(AtomicI64::new(1000)));
         let journal = TestJournal::over(store.clone());
         let node = sample::node(1, 1);
         let invite = sample::invite(1);
-        store.add_invite(&invite).await.unwrap();
-        assert_eq!(store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap(), Claim::Claimed);
+        if store.node(node.id).await.unwrap().is_none() {
+            store.add_invite(&invite).await.unwrap();
+            assert_eq!(store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap(), Claim::Claimed);
+        }
         let links = Arc::new(Links::default());
         let pool = Arc::new(Pool {
             journal: journal.clone(),
@@ -96,7 +106,7 @@ impl World {
             watchers: Watchers::default(),
             events: Events::local(Duration::from_secs(60), clock.clone()),
             clock: clock.clone(),
-            incarnation: 1,
+            incarnation,
             policy: [0; 32],
             queue: Queue::default(),
         });
@@ -122,8 +132,12 @@ impl World {
     }
 
     async fn hello(&self, spool: u16) -> (Welcome, mpsc::Receiver<LinkCommand>) {
+        self.hello_with(spool, vec![]).await
+    }
+
+    async fn hello_with(&self, spool: u16, attempts: Vec<(TaskId, AttemptNo)>) -> (Welcome, mpsc::Receiver<LinkCommand>) {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(spool), max_tasks: 4, keeps: 0, attempts: vec![] };
+        let hello = Hello { spool: sample::spool_id(spool), max_tasks: 4, keeps: 0, attempts };
         (self.delivery.open_link(&self.node, hello, commands).await.unwrap(), queue)
     }
 
@@ -315,4 +329,72 @@ async fn a_store_that_fails_in_the_middle_of_a_round_leaks_no_slot() {
     w.journal.work();
     w.pool.round().await.unwrap();
     assert_eq!(w.state(expiring.id).await, TaskState::Failed);
+}
+
+/// A node that has run, told and forgotten an attempt looks like one that never had it.
+#[tokio::test]
+async fn what_was_granted_before_a_restore_is_never_sent_again() {
+    let w = World::new().await;
+    let (_first, mut queue) = w.hello(1).await;
+    let (gone, stays) = (w.task(1), w.task(2));
+    for t in [&gone, &stays] {
+        w.pool.accept(t.clone(), Role::Admin, None).await.unwrap();
+    }
+    let sent = orders(&mut queue);
+    assert_eq!(sent.len(), 2);
+    let w = w.restored().await;
+    w.pool.recover().await.unwrap();
+    let (second, mut queue) = w.hello_with(1, vec![sent[1]]).await;
+    assert_eq!(orders(&mut queue), []);
+    let ended = w.store.task(gone.id).await.unwrap().unwrap().progress;
+    assert_eq!((ended.state, ended.reason.unwrap().detail), (TaskState::Failed, "maybe_ran".into()));
+    // What the node still has goes on, and its output too, past what the hub of before had taken.
+    let (id, attempt) = sent[1];
+    let frame = |seq| vec![OutputFrame { seq, t_ms: 1, stream: Stream::Stdout, data: "x".into() }];
+    assert_eq!(w.delivery.append(&w.caller(&second), id, attempt, frame(7)).await.unwrap(), Some(7));
+    assert!(w.store.totals(id, attempt).await.unwrap().truncated, "and it is said that some is missing");
+    let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq: 9, result: None, sandbox_applied: None, digests: None };
+    w.delivery.result(&w.caller(&second), r).await.unwrap();
+    assert_eq!(w.state(id).await, TaskState::Succeeded);
+    // A new attempt of this hub is sent again as ever, and a gap in its output is refused.
+    let new = w.task(3);
+    w.pool.accept(new.clone(), Role::Admin, None).await.unwrap();
+    let (id, attempt) = orders(&mut queue)[0];
+    assert_eq!(attempt.incarnation(), 2);
+    assert_eq!(w.delivery.append(&w.caller(&second), id, attempt, frame(7)).await.unwrap(), None);
+    let (_third, mut queue) = w.hello(1).await;
+    assert_eq!(orders(&mut queue), [(id, attempt)]);
+}
+
+#[tokio::test]
+async fn while_the_hub_holds_back_nothing_is_sent_ended_or_acknowledged() {
+    let w = World::new().await;
+    let (_first, mut queue) = w.hello(1).await;
+    let task = w.task(1);
+    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    let known = orders(&mut queue)[0];
+    let strange = (sample::task_id(99), known.1);
+    let w = w.restored().await;
+    w.links.hold_back();
+    let (held, mut queue) = w.hello_with(1, vec![known, strange]).await;
+    let node = w.node.id;
+    let told: Vec<_> = w.links.told().unwrap()[&node].iter().map(|t| (t.task, t.known)).collect();
+    assert_eq!(told, [(known.0, true), (strange.0, false)]);
+    for (id, attempt) in [known, strange] {
+        let frame = OutputFrame { seq: 1, t_ms: 1, stream: Stream::Stdout, data: "x".into() };
+        assert_eq!(w.delivery.append(&w.caller(&held), id, attempt, vec![frame]).await.unwrap(), Some(0), "nothing may be forgotten");
+        w.delivery.started(&w.caller(&held), id, attempt).await.unwrap();
+        w.report(&held, id, attempt, Outcome::Exited(0)).await;
+    }
+    assert!(queue.try_recv().is_err(), "no order, no cancel, no acknowledgement");
+    assert_eq!(w.state(known.0).await, TaskState::Assigned);
+
+    w.links.go();
+    assert!(matches!(queue.try_recv(), Ok(LinkCommand::Close { code: "restored", .. })), "each node links anew");
+    w.pool.recover().await.unwrap();
+    let (again, mut queue) = w.hello_with(1, vec![known, strange]).await;
+    let cancels: Vec<_> = std::iter::from_fn(|| queue.try_recv().ok()).collect();
+    assert_eq!(cancels, [LinkCommand::Cancel { task: strange.0, attempt: strange.1 }]);
+    w.report(&again, known.0, known.1, Outcome::Exited(0)).await;
+    assert_eq!(w.state(known.0).await, TaskState::Succeeded);
 }

@@ -771,7 +771,7 @@ async fn a_node_that_stays_away_loses_what_its_callers_gave_up() {
     let caller = Caller::Node { node: m.node.id, generation: m.welcome.generation };
     for task in [again, fails] {
         let outcome = Outcome::Exited(0);
-        let r = Reported { task, attempt: first, outcome, last_seq: 3, result: None, sandbox_applied: None };
+        let r = Reported { task, attempt: first, outcome, last_seq: 3, result: None, sandbox_applied: None, digests: None };
         hub.delivery.result(&caller, r).await.unwrap();
         assert!(m.commands().contains(&LinkCommand::ResultAck { task, attempt: first }));
     }

@@ -7,12 +7,14 @@ use hub_engine::bus::Next;
 use hub_engine::events::{Data, Events, SessionNews};
 use hub_engine::expiry::{Expiry, Unsettled};
 use hub_engine::links::{Link, Links};
+use hub_engine::manage::Management;
 use hub_engine::memory::Memory;
 use hub_engine::messages::Messages;
 use hub_engine::nodes::{Lifetimes, Nodes};
 use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::{self, *};
 use hub_engine::records::*;
+use hub_engine::restore::Recovery;
 use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::{Remembered, SAMPLE_EVERY, SAMPLES, Statistics};
@@ -529,4 +531,82 @@ async fn a_change_of_nodes_counts_at_once_for_those_who_wait() {
     w.pool.links.release(node.id, first);
     w.pool.round().await.unwrap();
     assert_eq!(w.task_state(second).await.0, TaskState::Pending, "there is a place, and it is not the session's any more");
+}
+
+fn recovery(w: &World) -> Recovery {
+    let manage = Management {
+        nodes: w.tasks.nodes.clone(),
+        journal: w.journal.clone(),
+        pool: w.pool.clone(),
+        work: w.tasks.work.clone(),
+        seen: Default::default(),
+    };
+    Recovery {
+        meta: w.store.clone(),
+        journal: w.journal.clone(),
+        links: w.pool.links.clone(),
+        pool: w.pool.clone(),
+        manage: Arc::new(manage),
+        expiry: w.expiry.clone(),
+    }
+}
+
+/// What waited in a backup may have run since: it is not run again. Until the word, nothing ends.
+#[tokio::test]
+async fn a_restored_hub_holds_back_and_then_ends_what_waited() {
+    let w = World::new();
+    let meta = HubMeta { id: sample::hub_id(1), incarnation: 2, created_at: 1 };
+    w.store.hub(meta).await.unwrap();
+    w.store.mark_restored(w.clock.now_ms(), 1, 3).await.unwrap();
+    let waits = w.store.accept(&sample::task(1)).await.map(|()| sample::task(1).id).unwrap();
+    let mut later = sample::task(2);
+    later.terms.not_before = Some(w.clock.now_ms() + 1);
+    w.store.accept(&later).await.unwrap();
+    let (s, idle) = (w.session(1).await, w.session(1).await);
+    let open = w.task(3, s.id, false).await;
+    w.advance(5);
+
+    let w = w.again();
+    let r = recovery(&w);
+    assert!(!r.start().await.unwrap());
+    assert!(!r.look().await.unwrap());
+    assert_eq!((w.task_state(waits).await.0, w.task_state(open).await.0), (TaskState::Pending, TaskState::Pending));
+    assert_eq!(w.status(idle.id).await, "active", "its end comes when the hub goes on");
+    let refused = w.tasks.cancel(&someone(1, Role::Admin), waits).await;
+    assert!(matches!(refused, Err(Error::Unavailable { code: "restored", .. })), "{refused:?}");
+    assert!(r.found(&user(1)).await.is_err() && r.found(&someone(1, Role::Admin)).await.unwrap().is_some());
+
+    // The word is kept: a process that ends in the middle leaves it to the next.
+    assert!(w.store.ask_go().await.unwrap());
+    w.journal.failing_looks.store(1, Ordering::SeqCst);
+    assert!(r.look().await.is_err());
+    assert!(w.store.restored().await.unwrap().is_some() && w.pool.links.holds_back());
+    let w = w.again();
+    assert!(recovery(&w).start().await.unwrap(), "no second word is needed");
+    const LOST: (TaskState, Option<ReasonCode>) = (TaskState::Failed, Some(ReasonCode::Lost));
+    assert_eq!((w.task_state(waits).await, w.task_state(open).await), (LOST, LOST));
+    assert_eq!(w.task_state(later.id).await.0, TaskState::Pending, "its time had not come before the restore");
+    assert_eq!(w.status(idle.id).await, "expired");
+    assert_eq!(w.store.restored().await.unwrap(), None);
+    assert!(!w.pool.links.holds_back());
+}
+
+/// A node counts its renewals, and a hub that was restored has forgotten some.
+#[tokio::test]
+async fn a_renewal_may_be_ahead_of_a_restored_hub_and_never_behind() {
+    let w = World::new();
+    let (node, invite, spki) = (sample::node(1, 1), sample::invite(1), b"a key".to_vec());
+    let mut node = Node { certificate: NodeCertificate { counter: 0, ..node.certificate.clone() }, ..node };
+    node.certificate.spki = sha256(&spki);
+    w.store.add_invite(&invite).await.unwrap();
+    w.store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap();
+    let caller = Caller::Node { node: node.id, generation: 1 };
+    let renew = async |counter: u64| w.tasks.nodes.renew(&caller, &spki, counter).await;
+    assert_eq!(renew(1).await.unwrap().counter, 1);
+    assert_eq!(renew(9).await.unwrap().counter, 9);
+    assert_eq!(renew(9).await.unwrap().counter, 9, "the same again is the same answer");
+    for stale in [0, 1, 8, 10 + 64, u64::MAX] {
+        assert_eq!(code(renew(stale).await), "stale_counter", "{stale}");
+    }
+    assert_eq!(renew(10).await.unwrap().counter, 10);
 }

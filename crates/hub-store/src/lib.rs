@@ -10,6 +10,7 @@
 //! PostgreSQL database.
 
 mod accounts;
+pub mod backup;
 mod bus;
 mod dialect;
 mod gauges;

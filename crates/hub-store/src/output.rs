@@ -45,6 +45,15 @@ impl Output for Store {
         self.outputs.append(task, no, frames, keep_bytes).await
     }
 
+    async fn give_up(&self, task: TaskId, no: AttemptNo, to_seq: u64) -> Stored<()> {
+        let (reply, answer) = oneshot::channel();
+        let outputs = self.outputs.clone();
+        self.outputs.tasks.spawn("output given up", async move {
+            let _ = reply.send(outputs.give_up(task, no, to_seq).await);
+        });
+        answer.await.map_err(|_| StoreError::new("output.give_up", "the store has ended"))?
+    }
+
     async fn totals(&self, task: TaskId, no: AttemptNo) -> Stored<OutputTotals> {
         let entry = self.outputs.entry(task, no);
         Ok(self.outputs.kept(&entry).await.map_err(failed("output.totals"))?.totals)
@@ -61,6 +70,11 @@ impl Output for Store {
     async fn tail(&self, task: TaskId, no: AttemptNo, stream: Stream, max_bytes: usize) -> Stored<Vec<u8>> {
         self.outputs.tail(task, no, stream, max_bytes).await.map_err(failed("output.tail"))
     }
+}
+
+/// Of an attempt's file below the folder of all output.
+pub(crate) fn output_name(task: TaskId, no: AttemptNo) -> String {
+    Entry::new(std::path::Path::new(""), task, no).path.display().to_string()
 }
 
 #[derive(Debug)]
@@ -234,6 +248,26 @@ impl Outputs {
         let digests = off_thread(source, hash).await?;
         entry.set_digests(kept.totals.kept_seq, digests);
         Ok(Some(digests))
+    }
+
+    async fn give_up(&self, task: TaskId, no: AttemptNo, to_seq: u64) -> Stored<()> {
+        let entry = self.entry(task, no);
+        let _file = entry.file.lock().await;
+        loop {
+            let mut kept = self.kept(&entry).await.map_err(failed("output.give_up"))?;
+            if to_seq <= kept.totals.durable_seq {
+                return Ok(());
+            }
+            (kept.totals.durable_seq, kept.totals.truncated) = (to_seq, true);
+            let raised = self.writer.bulk(Raise { task, no, kept: kept.clone() }).await;
+            if let Ok(true) = raised {
+                entry.publish(kept, vec![]);
+                return Ok(());
+            }
+            // Erased meanwhile: what is left of the row is read again, and takes the same.
+            entry.forget();
+            raised?;
+        }
     }
 
     async fn read(&self, task: TaskId, no: AttemptNo, after_seq: u64, max_bytes: usize) -> Result<Vec<OutputFrame>, Failed> {

@@ -21,6 +21,7 @@ pub struct MemoryStore(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     hub: Option<HubMeta>,
+    restored: Option<Restored>,
     tasks: BTreeMap<TaskId, (Task, Vec<TaskEvent>)>,
     outputs: BTreeMap<(TaskId, AttemptNo), (OutputTotals, Vec<OutputFrame>)>,
     digests: BTreeMap<(TaskId, AttemptNo), Digests>,
@@ -242,6 +243,15 @@ impl Output for MemoryStore {
         }
         state.outputs.insert((task, no), (totals, kept));
         Ok(Some(totals))
+    }
+
+    async fn give_up(&self, task: TaskId, no: AttemptNo, to_seq: u64) -> Stored<()> {
+        let mut state = self.state();
+        let (totals, _) = state.outputs.entry((task, no)).or_default();
+        if to_seq > totals.durable_seq {
+            (totals.durable_seq, totals.truncated) = (to_seq, true);
+        }
+        Ok(())
     }
 
     async fn totals(&self, task: TaskId, no: AttemptNo) -> Stored<OutputTotals> {
@@ -509,6 +519,23 @@ impl Accounts for MemoryStore {
 impl Meta for MemoryStore {
     async fn hub(&self, fresh: HubMeta) -> Stored<HubMeta> {
         Ok(*self.state().hub.get_or_insert(fresh))
+    }
+    async fn mark_restored(&self, at: UnixMs, backup_at: UnixMs, least: u32) -> Stored<HubMeta> {
+        let mut state = self.state();
+        let next = state.hub.and_then(|h| Some(HubMeta { incarnation: h.incarnation.checked_add(1)?.max(least), ..h }));
+        let next = next.ok_or_else(|| StoreError::new("meta.mark_restored", "no hub, or no number left"))?;
+        (state.hub, state.restored) = (Some(next), Some(Restored { at, backup_at, go: false }));
+        Ok(next)
+    }
+    async fn restored(&self) -> Stored<Option<Restored>> {
+        Ok(self.state().restored)
+    }
+    async fn ask_go(&self) -> Stored<bool> {
+        Ok(self.state().restored.as_mut().map(|r| r.go = true).is_some())
+    }
+    async fn released(&self) -> Stored<()> {
+        self.state().restored = None;
+        Ok(())
     }
     async fn ping(&self) -> Stored<()> {
         Ok(())

@@ -22,6 +22,7 @@ use hub_engine::nodes::{self, Nodes};
 use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::{self, Meta};
 use hub_engine::records::HubMeta;
+use hub_engine::restore::Recovery;
 use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::{self, Remembered, Statistics};
@@ -87,6 +88,9 @@ impl Hub {
         let lock = files::Lock::try_take(&dir.join("hub.lock"))
             .with_context(|| format!("lock in {}", dir.display()))?
             .ok_or_else(|| anyhow!("the data folder {} is in use by another hub; stop it, or use another --data-dir", dir.display()))?;
+        if let Some(marker) = crate::backup::unfinished(&dir) {
+            return Err(anyhow!("a restore into {} did not finish ({}); run it again", dir.display(), marker.display()));
+        }
         // What a killed hub left must not be taken for this one.
         let _ = std::fs::remove_file(dir.join("hub.json"));
         metrics::install();
@@ -114,9 +118,11 @@ impl Hub {
         let services = Services::build(&config, &store, &keys, &clock, meta.incarnation, (&work, &doors), events)?;
         let made_password = first_admin(&services.accounts, &config, &dir).await?;
         // What ended while the hub was away has ended before anybody can ask.
-        services.expiry.round().await?;
-        services.pool.recover().await?;
-        services.manage.recover().await?;
+        let goes = services.recovery.start().await?;
+        if !goes {
+            tracing::warn!("the hub was restored from a backup: it holds back until cortex-hub restore --go");
+            println!("restored from a backup: look at what it may have undone, then run: cortex-hub restore --go");
+        }
 
         let (server_tls, certificate_end) = tls::ServerTls::new(&keys, now)?;
         let server_tls = Arc::new(server_tls);
@@ -131,18 +137,30 @@ impl Hub {
         let port_tls = server_tls.clone();
         let connections = config.connections as usize;
         doors.spawn_vital("node port", async move { link::serve(context, node_listener, port_tls, connections).await });
-        let pool = services.pool.clone();
+        let (pool, recovery) = (services.pool.clone(), services.recovery.clone());
         let stop_pool = work.token();
+        // The reconcilers begin when the hub goes: at once, or after a restore when it was told to.
+        let (went, going) = tokio::sync::watch::channel(goes);
         work.spawn_vital("pool", async move {
+            let run = async {
+                if !goes {
+                    recovery.wait().await;
+                    let _ = went.send(true);
+                }
+                pool.run().await;
+            };
             tokio::select! {
                 biased;
                 () = stop_pool.cancelled() => {}
-                () = pool.run() => {}
+                () = run => {}
             }
             Ok::<(), std::convert::Infallible>(())
         });
-        let manage = services.manage.clone();
-        work.spawn_until_cancelled("registry", async move { manage.run().await });
+        let (manage, mut gone) = (services.manage.clone(), going.clone());
+        work.spawn_until_cancelled("registry", async move {
+            let _ = gone.wait_for(|goes| *goes).await;
+            manage.run().await;
+        });
         let registry = services.nodes.clone();
         work.spawn_until_cancelled("presence", async move {
             loop {
@@ -152,8 +170,11 @@ impl Hub {
                 }
             }
         });
-        let expiry = services.expiry.clone();
-        work.spawn_until_cancelled("session ends", async move { expiry.run().await });
+        let (expiry, mut gone) = (services.expiry.clone(), going);
+        work.spawn_until_cancelled("session ends", async move {
+            let _ = gone.wait_for(|goes| *goes).await;
+            expiry.run().await;
+        });
         let statistics = services.statistics.clone();
         work.spawn_until_cancelled("statistics", async move {
             loop {
@@ -191,6 +212,7 @@ impl Hub {
             events: services.events,
             streams: doors.clone(),
             meta: store.clone(),
+            recovery: services.recovery,
             keys: keys.clone(),
             binaries: Binaries::beside(&own_dir),
             clock,
@@ -270,6 +292,7 @@ struct Services {
     expiry: Arc<Expiry>,
     statistics: Arc<Statistics>,
     idempotency: Arc<Idempotency>,
+    recovery: Arc<Recovery>,
     events: Events,
 }
 
@@ -369,7 +392,15 @@ impl Services {
             remembered: Remembered::default(),
         });
         let idempotency = Arc::new(Idempotency { store: store.clone(), clock: clock.clone() });
-        Ok(Self { accounts, nodes, manage, sessions, pool, delivery, tasks, expiry, statistics, idempotency, events })
+        let recovery = Arc::new(Recovery {
+            meta: store.clone(),
+            journal: store.clone(),
+            links: pool.links.clone(),
+            pool: pool.clone(),
+            manage: manage.clone(),
+            expiry: expiry.clone(),
+        });
+        Ok(Self { accounts, nodes, manage, sessions, pool, delivery, tasks, expiry, statistics, idempotency, recovery, events })
     }
 }
 

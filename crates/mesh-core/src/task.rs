@@ -7,7 +7,7 @@
 //!   │  └── withdrawn, late ─┘  └──────────┴──► (the node's word ends it, or the hub's on a revoked node)
 //!   │  └── failed, and a retry is left ───┤
 //!   │  └── lost, and on_lost is requeue ──┘
-//!   └──► cancelled | failed (no node, deadline)
+//!   └──► cancelled | failed (no node, deadline, restored)
 //! ```
 //! [`step`] is the only way from one state to the next. It decides and returns [`Action`]s; whoever
 //! owns an effect performs it. A write that names a superseded attempt, or comes after the end,
@@ -60,6 +60,10 @@ impl AttemptNo {
     }
     pub fn next(self, incarnation: u32) -> Self {
         Self((u64::from(incarnation) << 32) | u64::from(self.ordinal() + 1))
+    }
+    /// Of the hub that handed it out.
+    pub fn incarnation(self) -> u32 {
+        (self.0 >> 32) as u32
     }
     /// 1, 2, 3 … per task: what people see.
     pub fn ordinal(self) -> u32 {
@@ -276,6 +280,8 @@ pub enum Event {
     Expired {
         detail: String,
     },
+    /// The hub was restored from a backup in which the task waited: since then it may have run.
+    Restored,
 }
 
 impl Event {
@@ -292,6 +298,7 @@ impl Event {
             Self::CancelRequested { .. } => "cancel_requested",
             Self::DeadlinePassed => "deadline_passed",
             Self::Expired { .. } => "expired",
+            Self::Restored => "restored",
         }
     }
     pub fn attempt(&self) -> Option<AttemptNo> {
@@ -303,7 +310,7 @@ impl Event {
             | Self::NodeRevoked { attempt }
             | Self::NodeSilent { attempt }
             | Self::Ended { attempt, .. } => Some(*attempt),
-            Self::CancelRequested { .. } | Self::DeadlinePassed | Self::Expired { .. } => None,
+            Self::CancelRequested { .. } | Self::DeadlinePassed | Self::Expired { .. } | Self::Restored => None,
         }
     }
 }
@@ -335,6 +342,9 @@ pub enum Refused {
     Illegal,
 }
 
+/// The detail of a loss of which nobody can say whether anything was started.
+pub const MAYBE_RAN: &str = "maybe_ran";
+
 /// What an attempt's end says of its task, when no retry follows. `cancel` is what was asked for before.
 pub fn verdict(outcome: &Outcome, cancel: Option<&Cancel>) -> (TaskState, Option<Reason>) {
     use TaskState::{Failed, Succeeded};
@@ -361,9 +371,6 @@ fn ended_by(cancel: Option<&Cancel>) -> (TaskState, Option<Reason>) {
         None => (TaskState::Cancelled, Some(Reason::new(ReasonCode::CancelledByUser, "ended on the machine by its owner"))),
     }
 }
-
-/// The detail of what is lost without a word of its node.
-pub const MAYBE_RAN: &str = "maybe_ran";
 
 /// Is this what `on_lost` speaks of?
 pub fn is_loss(code: ReasonCode) -> bool {
@@ -490,6 +497,14 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
             let mut actions = left.map_or(vec![], take_back);
             actions.push(Action::Finished);
             Ok((p, actions))
+        }
+        Event::Restored => {
+            // What was told ahead may have been granted since, as what waited may have been assigned.
+            if !matches!(p.state, Pending | AwaitingApproval) && ungranted(&p).is_none() {
+                return Err(Refused::Illegal);
+            }
+            end(&mut p, Failed, Some(Reason::new(ReasonCode::Lost, MAYBE_RAN)), now);
+            Ok((p, vec![Action::Finished]))
         }
     }
 }

@@ -729,6 +729,32 @@ pub struct Ready {
     pub status: String,
     pub uptime_secs: u64,
 }
+/// A hub that holds back after a restore.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct RestoredView {
+    pub restored_at: String,
+    /// When the backup was made.
+    pub backup_at: String,
+    /// The machines that linked since the hub started.
+    pub nodes: Vec<RestoredNode>,
+}
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct RestoredNode {
+    pub id: String,
+    pub name: String,
+    /// What the machine said it holds.
+    pub attempts: Vec<RestoredAttempt>,
+}
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct RestoredAttempt {
+    pub task_id: String,
+    pub attempt: u32,
+    /// Open in the restored journal too; what is not is ended when the hub goes on.
+    pub known: bool,
+}
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SystemInfo {

@@ -121,6 +121,20 @@ pub(crate) async fn open(url: &Url) -> Result<Opened, OpenError> {
     Ok(Opened { conn: Conn::Postgres(conn), connector: Connector::Postgres(url.clone()), read: Readers::Postgres(read) })
 }
 
+/// One read on a connection of its own.
+pub(crate) async fn mark(url: &Url, query: &'static str) -> Result<Option<(i64, i64, bool)>, Failed> {
+    let mut conn = plain(url).await?;
+    Ok(sqlx::query_as(query).fetch_optional(&mut conn).await?)
+}
+
+/// One statement on a connection of its own, committed on the disk.
+pub(crate) async fn once(url: &Url, statement: &'static str) -> Result<(), Failed> {
+    let mut conn = plain(url).await?;
+    begin_session(&mut conn, &[SESSION]).await?;
+    sqlx::query(statement).execute(&mut conn).await?;
+    Ok(())
+}
+
 async fn plain(url: &Url) -> Result<PgConnection, Failed> {
     match tokio::time::timeout(CONNECT, url.options.connect()).await {
         Ok(Ok(conn)) => Ok(conn),

@@ -59,7 +59,7 @@ fn make_files(dir: &Path, db: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn common(path: &Path) -> Result<Connection, Failed> {
+pub(crate) fn common(path: &Path) -> Result<Connection, Failed> {
     let conn = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
     conn.busy_timeout(BUSY_TIMEOUT)?;
     conn.set_prepared_statement_cache_capacity(PREPARED);
@@ -68,7 +68,7 @@ fn common(path: &Path) -> Result<Connection, Failed> {
     Ok(conn)
 }
 
-pub(super) fn writing(path: &Path) -> Result<Connection, Failed> {
+pub(crate) fn writing(path: &Path) -> Result<Connection, Failed> {
     let conn = common(path)?;
     // A log that has grown is cut to the limit when it begins anew.
     conn.execute_batch("PRAGMA journal_mode = WAL; PRAGMA journal_size_limit = 67108864")?;

@@ -11,9 +11,28 @@ const KEEP: u64 = 1 << 30;
 pub async fn output(make: impl AsyncFn() -> Arc<dyn Output>) {
     repeats_and_gaps(&*make().await).await;
     the_limit(&*make().await).await;
+    given_up(&*make().await).await;
     bytes_are_exact(&*make().await).await;
     digests(&*make().await).await;
     concurrent(&*make().await).await;
+}
+
+/// What will never come is passed over, and said to be missing.
+async fn given_up(store: &dyn Output) {
+    let (task, no) = (task_id(1), attempt(1));
+    let append = async |seq: u64| store.append(task, no, vec![frame(seq, Stdout, "x")], KEEP).await.unwrap();
+    append(1).await.unwrap();
+    assert_eq!(append(5).await, None);
+    store.give_up(task, no, 1).await.unwrap();
+    assert!(!store.totals(task, no).await.unwrap().truncated, "nothing is missing");
+    store.give_up(task, no, 4).await.unwrap();
+    store.give_up(task, no, 3).await.unwrap();
+    let gone = OutputTotals { durable_seq: 4, stdout_bytes: 1, stderr_bytes: 0, kept_seq: 1, truncated: true };
+    assert_eq!(store.totals(task, no).await.unwrap(), gone);
+    assert_eq!(append(5).await, Some(OutputTotals { durable_seq: 5, stdout_bytes: 2, ..gone }), "counted, and not kept");
+    assert_eq!(store.read(task, no, 0, 99).await.unwrap().len(), 1);
+    store.give_up(task, attempt(2), 7).await.unwrap();
+    assert_eq!(store.totals(task, attempt(2)).await.unwrap().durable_seq, 7, "also where there is nothing at all");
 }
 
 async fn repeats_and_gaps(store: &dyn Output) {

@@ -134,6 +134,15 @@ fn waiting_has_an_end() {
     assert_eq!(run(&[assigned(1), Event::Expired { detail: String::new() }]), Err(Refused::Illegal));
 }
 
+/// What waited in a backup may have run since; what was granted in it is its node's to answer for.
+#[test]
+fn a_restore_ends_what_waited() {
+    let p = run(&[Event::Restored]).unwrap();
+    assert_eq!((p.state, p.reason), (TaskState::Failed, Some(Reason::new(ReasonCode::Lost, MAYBE_RAN))));
+    assert_eq!(run(&[assigned(1), Event::Restored]), Err(Refused::Illegal));
+    assert_eq!(run(&[assigned(1), started(1), Event::Restored]), Err(Refused::Illegal));
+}
+
 fn refused(code: ReasonCode) -> Outcome {
     Outcome::NeverStarted(NeverStarted::Refused(Reason::new(code, "")))
 }
@@ -280,6 +289,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         Just(cancel()),
         Just(Event::DeadlinePassed),
         Just(Event::Expired { detail: String::new() }),
+        Just(Event::Restored),
     ]
 }
 

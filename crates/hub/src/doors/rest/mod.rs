@@ -45,6 +45,7 @@ use hub_engine::memory::Memory;
 use hub_engine::messages::Messages;
 use hub_engine::nodes::Nodes;
 use hub_engine::ports::Meta;
+use hub_engine::restore::Recovery;
 use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::Statistics;
@@ -73,6 +74,7 @@ pub struct RestState {
     /// Holds the streams that outlive their request.
     pub streams: Tasks,
     pub meta: Arc<dyn Meta>,
+    pub recovery: Arc<Recovery>,
     pub keys: Arc<Keys>,
     pub binaries: Binaries,
     pub clock: SharedClock,
@@ -129,6 +131,7 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(system::skills))
         .routes(routes!(system::info))
         .routes(routes!(system::stats))
+        .routes(routes!(system::restored))
         .routes(routes!(downloads::list))
         .routes(routes!(downloads::binary))
         .routes(routes!(sessions::list, sessions::create))
