@@ -1,15 +1,15 @@
 //! A node whose certificate ended while it slept, or while its hub was away, comes back by itself.
 #![expect(clippy::disallowed_methods, reason = "tests start the real binaries and watch the real clock")]
 
-use cortex_node::enrolment::validity;
-use cortex_node::link::time::NodeTime;
-use cortex_node::state::DataDir;
-use cortex_node::tls;
 use mesh_core::{HubId, enrol};
 use mesh_process::SystemClock;
 use mesh_tests::{Hub, Node, alive, folder, shown, text, until};
 use mesh_wire::node::enrolment_client::EnrolmentClient;
 use mesh_wire::node::{RecoverReply, RecoverRequest};
+use node::enrolment::validity;
+use node::link::time::NodeTime;
+use node::state::DataDir;
+use node::tls;
 use rcgen::{PublicKeyData, SigningKey};
 use serde_json::{Value, json};
 use std::path::Path;

@@ -92,7 +92,7 @@ struct Linked {
 impl Linked {
     /// With the identity of a node whose daemon does not run.
     async fn as_node(hub: &Hub, node: &Node) -> Self {
-        use cortex_node::{link::time::NodeTime, state::DataDir, tls};
+        use node::{link::time::NodeTime, state::DataDir, tls};
         let dir = DataDir::new(node.data());
         let (certificate, root) = dir.certificates().unwrap();
         let pin = tls::spki_sha256(&root).unwrap();

@@ -229,3 +229,55 @@ async fn a_node_that_recovers_all_the_time_is_made_to_wait() {
     w.at(END + 11 * 60_000);
     assert_eq!(w.ask(&m, last + 1).await.unwrap().counter, last + 1);
 }
+
+/// The hub's own certificate: connections from now on get the new one, and those that stand go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_hubs_own_certificate_is_replaced_without_a_restart() {
+    use cortex_hub::link::tls;
+    use rustls::pki_types::{CertificateDer, ServerName};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio_stream::StreamExt;
+
+    mesh_process::install_tls_provider();
+    let dir = tempfile::tempdir().unwrap();
+    let now = mesh_process::SystemClock::new().now_ms();
+    let keys = Keys::open(dir.path(), now).unwrap();
+    let (server, end) = tls::ServerTls::new(&keys, now).unwrap();
+    assert_eq!(end, now + 30 * DAY_MS);
+    let server = Arc::new(server);
+    let tasks = mesh_process::Tasks::new();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut accepted = tls::accept(listener, server.clone(), 10, &tasks);
+
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from(keys.root_der().to_vec())).unwrap();
+    let mut config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+    let name = ServerName::try_from(enrol::server_name(keys.hub)).unwrap();
+    let connect = async || {
+        let tcp = tokio::net::TcpStream::connect(address).await.unwrap();
+        let tls = connector.connect(name.clone(), tcp).await.unwrap();
+        let leaf = tls.get_ref().1.peer_certificates().unwrap()[0].to_vec();
+        (tls, leaf)
+    };
+    let (mut old, first) = connect().await;
+    let mut served = accepted.next().await.unwrap().unwrap();
+    // Dated a week back, so that a clock that lags takes it too.
+    let later = now + 20 * DAY_MS;
+    assert_eq!(server.renew(&keys, now + DAY_MS).unwrap(), now + 31 * DAY_MS);
+    let (_new, second) = connect().await;
+    assert_ne!(first, second);
+    let dates = |der: &[u8]| {
+        use x509_parser::prelude::FromDer;
+        let (_, c) = x509_parser::certificate::X509Certificate::from_der(der).unwrap();
+        (c.validity().not_before.timestamp() * 1000, c.validity().not_after.timestamp() * 1000)
+    };
+    let (from, to) = dates(&second);
+    assert!(from <= now - 6 * DAY_MS && to > later + 10 * DAY_MS, "{from} {to}");
+    old.write_all(b"on").await.unwrap();
+    let mut said = [0; 2];
+    served.read_exact(&mut said).await.unwrap();
+    assert_eq!(&said, b"on");
+}
