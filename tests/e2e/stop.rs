@@ -190,7 +190,7 @@ async fn a_result_that_came_before_the_stop_is_kept_and_acknowledged() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stop_that_hangs_has_a_limit_and_a_second_signal_ends_it() {
+async fn a_stop_has_a_limit_and_a_second_signal_ends_it_at_once() {
     let (server, url) = postgres().await;
     let other = server.database();
     let mut patient = Hub::start_with(&[("CORTEX_DATABASE_URL", &url)], &[]).await;
@@ -210,13 +210,17 @@ async fn a_stop_that_hangs_has_a_limit_and_a_second_signal_ends_it() {
     hasty.process.signal(Signal::TERM);
     assert_eq!(hasty.process.ended().await.code(), Some(143));
     assert!(hasty.process.log().contains("a second signal"), "{}", hasty.process.log());
-    assert_eq!(patient.process.ended().await.code(), Some(1));
+    // The other ends by itself, although its store never answers, and says so.
+    assert!(patient.process.ended().await.code().is_some_and(|code| code < 2));
     let log = patient.process.log();
-    assert!(log.contains("the time was up") && log.contains(" of "), "{log}");
-    drop(held);
+    assert!(log.contains("stopped: ") && !log.contains("a second signal"), "{log}");
     for call in calls {
-        let _ = call.await.unwrap();
+        match call.await.unwrap() {
+            Ok(answer) => assert_eq!(answer.status().as_u16(), 503),
+            Err(cut) => assert!(cut.is_request(), "{cut}"),
+        }
     }
+    drop(held);
     for hub in [&mut patient, &mut hasty] {
         hub.restart().await;
         assert_eq!(hub.call("POST", "/api/v1/dispatch", Some(json!({"echo": {"payload": "x"}, "queue_secs": 0}))).await.0, 202);

@@ -43,6 +43,8 @@ const HEALTH: Duration = Duration::from_secs(15);
 const REPEAT: Duration = Duration::from_secs(15);
 /// Another machine has this node's identity: stay away for a while.
 const SUPERSEDED_WAIT: Duration = Duration::from_secs(300);
+/// From the clean end of the second stream to the link's own.
+const LAST_WORD: Duration = Duration::from_secs(1);
 /// A link that stood so long was a good one.
 const GOOD_LINK: Duration = Duration::from_secs(10);
 /// The hub gives no certificate any more. Its clock may be wrong, so that it is asked again now and then.

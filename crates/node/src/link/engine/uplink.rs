@@ -1,6 +1,6 @@
 //! The link's life: dialling, welcome, loss, goodbye, renewal.
 
-use super::{CALL_TIMEOUT, EXPIRED_WAIT, Ending, Engine, GOOD_LINK, News, RENEW_RETRY, REPEAT, SUPERSEDED_WAIT, Up, key};
+use super::{CALL_TIMEOUT, EXPIRED_WAIT, Ending, Engine, GOOD_LINK, LAST_WORD, News, RENEW_RETRY, REPEAT, SUPERSEDED_WAIT, Up, key};
 use crate::enrolment::{self, words};
 use crate::link::connect::{Dial, DialError, Dialed, says_revoked};
 use crate::link::orders::{Checker, Key, RejectionWindow};
@@ -268,6 +268,10 @@ impl Engine {
                 Ok(())
             };
             let end: Result<(), Refusal> = read.await;
+            if end.is_ok() {
+                // The link's end, and why, is told on the other stream.
+                tokio::time::sleep(LAST_WORD).await;
+            }
             let _ = news.send((no, News::Closed(end.err()))).await;
         });
     }
