@@ -98,6 +98,10 @@ pub enum NodeNews {
     Renewed {
         not_after: UnixMs,
     },
+    /// Its certificate had ended, and it has a new one.
+    Recovered {
+        not_after: UnixMs,
+    },
     Health(Health),
     Renamed {
         name: String,
@@ -200,6 +204,7 @@ impl Event {
                 NodeNews::Online => "online",
                 NodeNews::Offline => "offline",
                 NodeNews::Renewed { .. } => "renewed",
+                NodeNews::Recovered { .. } => "recovered",
                 NodeNews::Health(_) => "health",
                 NodeNews::Renamed { .. } => "renamed",
                 NodeNews::Changed { .. } => "changed",
@@ -278,9 +283,6 @@ impl Events {
     }
     pub fn registered(&self, node: &Node, version: String) {
         self.tell(node.owner, Data::Node(node.id, NodeNews::Registered { version }));
-    }
-    pub fn renewed(&self, node: &Node, not_after: UnixMs) {
-        self.tell(node.owner, Data::Node(node.id, NodeNews::Renewed { not_after }));
     }
     /// A sample of a linked node, at most one in a while, and none while nobody listens.
     pub fn health(&self, link: &Link, health: Health) {

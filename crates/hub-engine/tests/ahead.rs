@@ -226,7 +226,8 @@ async fn an_idle_node_takes_what_a_busy_one_was_told() {
     hub.ready(&busy, b, first, &[]).await;
     hub.delivery.kept(&busy.caller(), b, first).unwrap();
     assert_eq!(busy.sent(), [Cancel(b), Cancel(b)]);
-    let forged = Reported { task: b, attempt: first, outcome: Outcome::Exited(9), last_seq: 0, result: None, sandbox_applied: None, digests: None };
+    let forged =
+        Reported { task: b, attempt: first, outcome: Outcome::Exited(9), last_seq: 0, result: None, sandbox_applied: None, digests: None };
     hub.delivery.result(&busy.caller(), forged).await.unwrap();
     hub.delivery.started(&busy.caller(), b, first).await.unwrap();
     assert_eq!(hub.stands(b).await, (TaskState::Assigned, 2, true));

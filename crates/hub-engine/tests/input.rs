@@ -121,6 +121,7 @@ impl World {
             links: links.clone(),
             events: events.clone(),
             history: Default::default(),
+            recoveries: Default::default(),
             clock: clock.clone(),
             lifetimes: Lifetimes { certificate_ms: 1, invite_secs: 1 },
         });

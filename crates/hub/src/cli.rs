@@ -230,10 +230,21 @@ async fn serve(flags: &Flags) -> ExitCode {
         () = hub.failed() => false,
     };
     tracing::info!("stopping");
-    let clean = hub.stop().await;
-    tracing::info!(clean, "stopped");
+    let clean = tokio::select! {
+        biased;
+        clean = hub.stop() => clean,
+        Ok(again) = signals::shutdown() => {
+            tracing::warn!("a second signal: the hub ends at once, whatever is under way");
+            // What is committed is on the disk; threads that hang must not hold this up.
+            std::process::exit(again.exit_code())
+        }
+    };
     if let Some(exporter) = exporter {
         exporter.stop().await;
     }
-    if asked && clean { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if !clean {
+        // As above: what was cut off is not waited for.
+        std::process::exit(1)
+    }
+    if asked { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

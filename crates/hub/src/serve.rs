@@ -36,9 +36,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
+use tokio::time::Instant;
 
-/// How long a stop waits for work under way.
+/// How long a stop waits for work under way, and how much of that the store has at least, which is last.
 const STOP_GRACE: Duration = Duration::from_secs(10);
+const STORE_GRACE: Duration = Duration::from_secs(5);
 /// How long a start waits for Redis, so that whoever comes back at once is not told of a loss.
 const REDIS_WAIT: Duration = Duration::from_secs(3);
 /// How often the registry notes who is here.
@@ -266,18 +268,28 @@ impl Hub {
         }
     }
 
-    /// Stops in order: doors and links first, then the work behind them, the store last.
+    /// Stops in order: doors and links first, then the work behind them, the store last. Says how it
+    /// ended; false when the time was up and something was cut off.
     pub async fn stop(self) -> bool {
+        let begun = Instant::now();
         let _ = std::fs::remove_file(self.data_dir.join("hub.json"));
         let _ = std::fs::remove_file(&self.socket);
-        let mut clean = true;
-        for (name, group) in [("doors", self.doors), ("work", self.work), ("store", self.store_tasks)] {
-            if let mesh_process::tasks::Ended::Left(n) = group.end(STOP_GRACE).await {
-                tracing::warn!(group = name, left = n, "work was left at the stop");
-                clean = false;
+        let mut cut = vec![];
+        for (name, group, least) in
+            [("doors and links", self.doors, Duration::ZERO), ("work", self.work, Duration::ZERO), ("store", self.store_tasks, STORE_GRACE)]
+        {
+            let left = STOP_GRACE.saturating_sub(begun.elapsed()).max(least);
+            if let mesh_process::tasks::Ended::Left(n) = group.end(left).await {
+                cut.push(format!("{n} of {name}"));
             }
         }
-        clean
+        let took_ms = begun.elapsed().as_millis() as u64;
+        if cut.is_empty() {
+            tracing::info!(took_ms, "stopped: all that was under way has ended");
+        } else {
+            tracing::warn!(took_ms, cut = cut.join(", "), "stopped: the time was up, and some work was cut off");
+        }
+        cut.is_empty()
     }
 }
 
@@ -324,6 +336,7 @@ impl Services {
             links: links.clone(),
             events: events.clone(),
             history: Default::default(),
+            recoveries: Default::default(),
             clock: clock.clone(),
             lifetimes: nodes::Lifetimes { certificate_ms: config.certificate.as_millis() as i64, invite_secs: config.invite_secs },
         });

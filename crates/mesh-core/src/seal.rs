@@ -25,6 +25,12 @@ pub fn pae(kind: &str, body: &[u8]) -> Vec<u8> {
     v
 }
 
+/// The key in a SubjectPublicKeyInfo (DER), if it is an Ed25519 one (RFC 8410).
+pub fn ed25519_of(spki_der: &[u8]) -> Option<[u8; 32]> {
+    const HEAD: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+    spki_der.strip_prefix(&HEAD)?.try_into().ok()
+}
+
 /// Names a public key: the first eight bytes of its SHA-256, as hex. A hint, never proof.
 pub fn key_id(public: &[u8; 32]) -> String {
     hex::encode(&sha256(public)[..8])

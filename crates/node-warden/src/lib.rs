@@ -30,7 +30,7 @@ pub mod spool;
 mod sys;
 mod workspace;
 
-pub use launch::{launch, socket_path};
+pub use launch::{Wardens, launch, launch_all, seats, socket_path};
 pub use sandbox::{Probe, TreeKill, probe};
 pub use serve::run;
 
@@ -45,6 +45,9 @@ pub type Key = (mesh_core::TaskId, mesh_core::task::AttemptNo);
 pub struct Config {
     /// Holds the socket, the lock, the log and the spool; made with mode 0700 when missing.
     pub data_dir: PathBuf,
+    /// The node's data folder, when this warden lives beside the first one in it: the memory of both counts
+    /// as one, under one id.
+    pub beside: Option<PathBuf>,
     /// Unacknowledged output of one attempt, in bytes, beyond which its pipes are left unread.
     pub spool_attempt_bytes: u64,
     /// The same, over all attempts of the node.
@@ -59,6 +62,7 @@ impl Config {
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
         Self {
             data_dir: data_dir.into(),
+            beside: None,
             spool_attempt_bytes: 256 << 20,
             spool_node_bytes: 2 << 30,
             grace: Duration::from_secs(3),

@@ -256,14 +256,14 @@ fn listen(dir: &Path) -> Result<OwnedFd, Error> {
 impl Warden {
     fn open(config: Config, lock: std::fs::File, signal: OwnedFd, tree: TreeKill) -> Result<Self, Error> {
         let os = |e: Errno| Error::io("set up the warden")(e.into());
-        let (spool, records) = Spool::open(&config.data_dir)?;
+        let (spool, records) = Spool::open(&config.data_dir, config.beside.as_deref())?;
         let (status, status_far) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(os)?;
         rustix::fs::fcntl_setfl(&status, rustix::fs::OFlags::NONBLOCK).map_err(os)?;
         let spawner = Spawner::new(status_far, lock.as_raw_fd()).map_err(Error::io("set up the warden"))?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(os)?;
         let uid = rustix::process::geteuid();
         if tree == TreeKill::Cgroup {
-            cgroup::sweep(spool.id);
+            cgroup::sweep(&spool.name);
         }
         let listener = listen(&config.data_dir)?;
         let mut w = Self {

@@ -59,7 +59,11 @@ enum Command {
     Status,
     /// Parent of all tasks; started by the daemon
     #[command(hide = true)]
-    Warden,
+    Warden {
+        /// The folder of the node in which another warden lives
+        #[arg(long)]
+        beside: Option<PathBuf>,
+    },
     /// Not yet: check this machine and the way to the hub
     Doctor(Rest),
     /// Not yet: the machine's own record of what ran
@@ -135,8 +139,8 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
 pub fn main(cli: Cli) -> Result<ExitCode, Error> {
     let dir = DataDir::new(config::data_dir(cli.data_dir)?);
     let not_yet = match &cli.command {
-        Command::Warden => {
-            node_warden::run(node_warden::Config::new(dir.path()))?;
+        Command::Warden { beside } => {
+            node_warden::run(node_warden::Config { beside: beside.clone(), ..node_warden::Config::new(dir.path()) })?;
             return Ok(ExitCode::SUCCESS);
         }
         Command::Doctor(_) => "doctor",

@@ -89,10 +89,7 @@ pub async fn run(dir: DataDir, exe: &Path, clock: SharedClock) -> Result<Exit, D
     let capabilities = capabilities::gather(Path::new(root.path()), &probe);
     let time = NodeTime::new(state.hub_time_ms()?, clock.clone());
     if time.for_tls() >= certificate.not_after_ms {
-        tracing::warn!(
-            "the certificate of this node has ended; the hub will refuse it. Remove {} and join anew with a fresh invite",
-            dir.path().display()
-        );
+        tracing::info!("the certificate of this node has ended; its hub is asked for a new one");
     }
     let warden = warden::attach(exe.to_path_buf(), dir.path().to_path_buf(), &tasks).await?;
     let engine = Engine::new(Parts {

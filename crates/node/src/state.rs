@@ -140,6 +140,10 @@ impl Identity {
     pub fn private(&self) -> PrivateKeyDer<'static> {
         PrivatePkcs8KeyDer::from(self.key.serialize_der()).into()
     }
+    pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+        use rcgen::SigningKey;
+        self.key.sign(message)
+    }
     /// A request of which the hub takes the public key only.
     pub fn csr(&self) -> Result<Vec<u8>, rcgen::Error> {
         Ok(rcgen::CertificateParams::new(Vec::<String>::new())?.serialize_request(&self.key)?.der().to_vec())

@@ -12,7 +12,7 @@ pub struct Status {
     pub node_name: String,
     pub hub_id: String,
     pub hub: String,
-    /// `up`, `connecting`, `waiting`, `superseded`, `revoked` or `stopped`.
+    /// `up`, `connecting`, `waiting`, `superseded`, `expired`, `revoked` or `stopped`.
     pub link: String,
     /// Why it is not up, and what happens next.
     pub link_detail: String,

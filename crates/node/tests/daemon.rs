@@ -427,6 +427,55 @@ async fn a_certificate_is_renewed_make_before_break() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_asks_for_a_new_certificate_when_its_own_has_ended() {
+    let mut hub = support::start().await;
+    // It has ended when it comes: the link can only be made with another.
+    hub.knobs().certificate = (-5, 100);
+    hub.knobs().refuse_recovery = vec![tonic::Status::unavailable("try again"), tonic::Status::unauthenticated("not registered here")];
+    let (mut node, link) = Node::up(&mut hub).await;
+    assert_eq!(hub.knobs().recoveries, [2, 2, 2], "asked again under the same counter, and for ever");
+    drop(link);
+
+    // The hub says so while this machine's clock sees nothing wrong.
+    node.signal(rustix::process::Signal::TERM);
+    assert_eq!(node.wait(), Some(0));
+    hub.knobs().ended = true;
+    node.start(&["run"]);
+    let mut link = hub.link().await;
+    assert_eq!(hub.knobs().recoveries, [2, 2, 2, 3]);
+    let t = task();
+    link.orders(vec![hub.order(t, &Spec::Echo { payload: b"x".to_vec() }, None)]).await;
+    assert_eq!(link.result().await.task_id, t.to_string());
+
+    // Too late: it says what to do, its tasks go on.
+    let t = task();
+    link.orders(vec![hub.order(t, &script("sleep 100"), None)]).await;
+    while link.started().await.task_id != t.to_string() {}
+    node.signal(rustix::process::Signal::TERM);
+    assert_eq!(node.wait(), Some(0));
+    hub.knobs().ended = true;
+    hub.knobs().refuse_recovery = vec![tonic::Status::failed_precondition("recover_too_late: it ended")];
+    node.start(&["run"]);
+    let begun = mesh_process::SystemClock::new();
+    let expired = || std::fs::read_to_string(node.dir.join("status.json")).is_ok_and(|s| s.contains("\"expired\""));
+    while !expired() {
+        assert!(mesh_process::Clock::steady(&begun) < PATIENCE, "it does not say that it is too late");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    let status = String::from_utf8(node.call(&["status"]).stdout).unwrap();
+    assert!(status.contains("link         expired") && status.contains("join anew") && status.contains(&t.to_string()), "{status}");
+    assert_eq!(hub.knobs().recoveries, [2, 2, 2, 3, 4]);
+
+    // The next start asks again; a revocation is the last word.
+    node.signal(rustix::process::Signal::TERM);
+    assert_eq!(node.wait(), Some(0));
+    hub.knobs().refuse_recovery = vec![tonic::Status::permission_denied("revoked: by its owner")];
+    node.start(&["run"]);
+    assert_eq!(node.wait(), Some(3));
+    assert!(!node.dir.join("warden.sock").exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn refusals_are_shown_as_the_hub_said_them() {
     let hub = support::start().await;
     hub.knobs().revoked = true;

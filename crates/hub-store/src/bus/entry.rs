@@ -117,6 +117,7 @@ mod kind {
     pub const RESUMED: u8 = 10;
     pub const REVOKED: u8 = 11;
     pub const REMOVED: u8 = 12;
+    pub const RECOVERED: u8 = 13;
     pub const TASK: u8 = 16;
     pub const CREATED: u8 = 32;
     pub const CLOSED: u8 = 33;
@@ -165,6 +166,7 @@ fn write(w: &mut Writer, event: &Event) {
                 NodeNews::Online => of(kind::ONLINE),
                 NodeNews::Offline => of(kind::OFFLINE),
                 NodeNews::Renewed { not_after } => of(kind::RENEWED).i64(*not_after),
+                NodeNews::Recovered { not_after } => of(kind::RECOVERED).i64(*not_after),
                 NodeNews::Health(h) => of(kind::HEALTH)
                     .u64(h.cpu_percent.to_bits())
                     .u64(h.memory_used)
@@ -319,6 +321,7 @@ fn read_node(kind: u8, r: &mut Reader<'_>) -> Result<NodeNews, Malformed> {
         kind::ONLINE => NodeNews::Online,
         kind::OFFLINE => NodeNews::Offline,
         kind::RENEWED => NodeNews::Renewed { not_after: r.i64()? },
+        kind::RECOVERED => NodeNews::Recovered { not_after: r.i64()? },
         kind::RENAMED => NodeNews::Renamed { name: r.str()?.to_owned() },
         kind::CHANGED => read_change(r)?,
         kind::DRAINING => NodeNews::Draining,
@@ -388,6 +391,7 @@ mod tests {
             NodeNews::Online,
             NodeNews::Offline,
             NodeNews::Renewed { not_after: 12 },
+            NodeNews::Recovered { not_after: 13 },
             NodeNews::Health(health),
             NodeNews::Renamed { name: "b".into() },
             NodeNews::Changed {

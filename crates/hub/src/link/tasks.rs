@@ -6,7 +6,7 @@
 use super::envelope::Sealer;
 use super::wire::{HubFrames, bad_message, status};
 use super::{LinkContext, Peer};
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use hub_engine::Error;
 use hub_engine::delivery::{DIGEST_MISMATCH, Hello, Presence, Reported};
 use hub_engine::input::Answer;
@@ -22,7 +22,7 @@ use mesh_wire::limits::{HEARTBEAT_SECS, ORDERS_PER_ENVELOPE, SILENCE_SECS};
 use mesh_wire::node::{self as wire, hub_frame, node_frame};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
@@ -78,7 +78,13 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
     let (reports, report_queue) = mpsc::channel(REPORT_QUEUE);
     let caller = Caller::Node { node: node.id, generation: welcome.generation };
     let tasks = context.tasks.clone();
-    tasks.spawn_until_cancelled("link worker", carry(context.clone(), caller, report_queue));
+    // It ends with its queue, so that what has come is recorded also when the hub stops.
+    let (carried, settled) = oneshot::channel();
+    let work = carry(context.clone(), caller, report_queue);
+    tasks.spawn("link worker", async move {
+        work.await;
+        let _ = carried.send(());
+    });
     let conversation = Conversation {
         context,
         peer,
@@ -88,7 +94,8 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
         link_session,
         out,
         commands: queue,
-        reports,
+        reports: Some(reports),
+        settled,
         room: Arc::new(Semaphore::new(REPORT_BYTES)),
     };
     tasks.spawn("link", conversation.run(inbound));
@@ -104,7 +111,10 @@ struct Conversation {
     link_session: [u8; 16],
     out: mpsc::Sender<Result<wire::HubFrame, Status>>,
     commands: mpsc::Receiver<LinkCommand>,
-    reports: mpsc::Sender<Report>,
+    /// None once nothing more is taken.
+    reports: Option<mpsc::Sender<Report>>,
+    /// The worker has recorded all that it was given.
+    settled: oneshot::Receiver<()>,
     room: Arc<Semaphore>,
 }
 
@@ -151,7 +161,10 @@ impl Conversation {
         loop {
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return ("shutdown", "the hub is stopping".into()),
+                () = stop.cancelled() => {
+                    self.settle(&mut sealer, &mut inbound, &mut heard).await;
+                    return ("shutdown", "the hub is stopping".into());
+                }
                 () = &mut certificate_end => return ("certificate_expired", "the certificate of this link has ended".into()),
                 () = &mut silence => return ("silent", format!("no frame came for {SILENCE_SECS} s")),
                 _ = beat.tick() => {
@@ -182,6 +195,29 @@ impl Conversation {
                         return ("bad_frame", e);
                     }
                 }
+            }
+        }
+    }
+
+    /// What the node has told is recorded and acknowledged, as far as the stop's time allows.
+    async fn settle(&mut self, sealer: &mut Sealer<'_>, inbound: &mut Streaming<wire::NodeFrame>, heard: &mut Option<(UnixMs, Duration)>) {
+        while let Some(Ok(Some(frame))) = inbound.message().now_or_never() {
+            if self.hear(frame, heard).is_err() {
+                break;
+            }
+        }
+        self.reports = None;
+        let mut batch = Vec::with_capacity(ORDERS_PER_ENVELOPE);
+        loop {
+            tokio::select! {
+                biased;
+                n = self.commands.recv_many(&mut batch, ORDERS_PER_ENVELOPE) => {
+                    if n == 0 || self.pass(sealer, std::mem::take(&mut batch)).await.is_some() {
+                        return;
+                    }
+                }
+                // Looked at after the commands: acknowledgements that it has sent are passed on first.
+                _ = &mut self.settled => return,
             }
         }
     }
@@ -265,7 +301,11 @@ impl Conversation {
                 Report::Result(Box::new(result), room)
             }
         };
-        self.reports.try_send(report).map_err(|_| "more reports than attempts".into())
+        match &self.reports {
+            Some(reports) => reports.try_send(report).map_err(|_| "more reports than attempts".into()),
+            // The hub is stopping: it is said again on the next link.
+            None => Ok(()),
+        }
     }
 }
 

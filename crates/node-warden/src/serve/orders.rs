@@ -249,7 +249,7 @@ impl Warden {
 
     pub(super) fn begin(&mut self, grant: &Grant, program: Program, cwd: OwnedFd, slot: usize, generation: u32) -> std::io::Result<Run> {
         let group = match self.tree {
-            TreeKill::Cgroup => Some(cgroup::make(self.spool.id, slot, generation)?),
+            TreeKill::Cgroup => Some(cgroup::make(&self.spool.name, slot, generation)?),
             _ => None,
         };
         let order = Order {

@@ -199,6 +199,14 @@ fn live(records: Vec<Record>) -> Vec<Record> {
     all.into_values().flat_map(|of| [of.start, of.acked, of.end]).flatten().collect()
 }
 
+/// Does the journal of a spool hold anything that counts? One that cannot be read may.
+pub(crate) fn remembers(dir: &Path) -> bool {
+    match std::fs::read(dir.join("journal")) {
+        Ok(bytes) => !live(scan(&bytes)).is_empty(),
+        Err(e) => e.kind() != io::ErrorKind::NotFound,
+    }
+}
+
 pub(crate) struct Journal {
     dir: PathBuf,
     file: File,

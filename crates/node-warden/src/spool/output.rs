@@ -226,11 +226,17 @@ impl OutputReader {
     /// Stands before the first frame that is kept. None while the attempt has no output.
     pub fn open(data_dir: &Path, task: mesh_core::TaskId, attempt: mesh_core::task::AttemptNo) -> io::Result<Option<Self>> {
         let key: Key = (task, attempt);
-        let file = match File::open(super::output_path(data_dir, &key)) {
-            Ok(f) => f,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(e),
-        };
+        let mut found = None;
+        // Whichever warden has it: an attempt is one's alone.
+        for seat in crate::launch::seats(data_dir) {
+            match File::open(super::output_path(&seat, &key)) {
+                Ok(f) => found = Some(f),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(e),
+            }
+            break;
+        }
+        let Some(file) = found else { return Ok(None) };
         let (at, _) = resume(&file)?;
         Ok(Some(Self { file, at, buffer: vec![], base: 0 }))
     }

@@ -25,7 +25,7 @@ use mesh_core::task::AttemptNo;
 use mesh_process::signals::Asked;
 use mesh_process::{SharedClock, Tasks};
 use mesh_wire::node::node_link_client::NodeLinkClient;
-use mesh_wire::node::{self as wire, Capabilities, CertificateReply, Heartbeat, HubData, HubFrame, NodeData, NodeFrame};
+use mesh_wire::node::{self as wire, Capabilities, CertificateReply, Heartbeat, HubData, HubFrame, NodeData, NodeFrame, RecoverReply};
 use mesh_wire::node::{node_data, node_frame};
 use mesh_wire::{convert, limits};
 use node_warden::frames::Request;
@@ -46,8 +46,12 @@ const REPEAT: Duration = Duration::from_secs(15);
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// Another machine has this node's identity: stay away for a while.
 const SUPERSEDED_WAIT: Duration = Duration::from_secs(300);
+/// From the clean end of the second stream to the link's own.
+const LAST_WORD: Duration = Duration::from_secs(1);
 /// A link that stood so long was a good one.
 const GOOD_LINK: Duration = Duration::from_secs(10);
+/// The hub gives no certificate any more. Its clock may be wrong, so that it is asked again now and then.
+const EXPIRED_WAIT: Duration = Duration::from_secs(600);
 const STORE_TIME: Duration = Duration::from_secs(600);
 const RENEW_RETRY: Duration = Duration::from_secs(60);
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -90,6 +94,7 @@ enum News {
     Data(HubData),
     Closed(Option<Refusal>),
     Renewed(Result<CertificateReply, Refusal>),
+    Recovered(Box<Result<RecoverReply, DialError>>),
 }
 
 /// A link that is up.
@@ -154,6 +159,8 @@ pub struct Engine {
     backoff: Backoff,
     /// The next link replaces the present one under a new certificate.
     swapping: bool,
+    /// The hub says that the certificate has ended, whatever this machine's clock says.
+    certificate_ended: bool,
     renewing: bool,
     renew_retry: Duration,
     store_time_due: Duration,
@@ -197,6 +204,7 @@ impl Engine {
             next_no: 1,
             backoff: Backoff::default(),
             swapping: false,
+            certificate_ended: false,
             renewing: false,
             renew_retry: Duration::ZERO,
             store_time_due: p.clock.steady() + STORE_TIME,

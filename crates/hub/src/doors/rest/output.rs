@@ -17,7 +17,7 @@ use hub_engine::records::{OutputFrame, Stream, Task};
 use hub_engine::watch::Watch;
 use mesh_core::TaskId;
 use mesh_core::task::AttemptNo;
-use mesh_wire::rest::{AttemptEvent, EndEvent, GapEvent, OutputEvent};
+use mesh_wire::rest::{AttemptEvent, EndEvent, GapEvent, OutputEvent, StreamEnd};
 use serde::Deserialize;
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -43,7 +43,7 @@ pub struct OutputQuery {
 
 /// The output of a task
 ///
-/// Raw bytes, or with `Accept: text/event-stream` events `output`, `gap` and `end` whose data are OutputEvent, GapEvent and EndEvent.
+/// Raw bytes, or with `Accept: text/event-stream` events `output`, `gap`, `end` and `stopping` whose data are OutputEvent, GapEvent, EndEvent and StreamEnd.
 #[utoipa::path(
     get, path = "/tasks/{id}/output", tag = "tasks", operation_id = "output",
     params(OutputQuery, ("last-event-id" = Option<String>, Header, description = "Event streams: the id of the last event that was seen")),
@@ -259,7 +259,13 @@ impl Events {
             }
             Next::Again(no) => self.again(no),
             Next::Quiet => self.ready.push_back(Bytes::from_static(b": quiet\n\n")),
-            Next::Broken => self.done = true,
+            Next::Broken => {
+                self.done = true;
+                if self.follower.app.stop.is_cancelled() {
+                    let detail = "the hub is stopping; come back with the last id";
+                    self.ready.push_back(event("stopping", None, &StreamEnd { code: "stopping".into(), detail: detail.into() }));
+                }
+            }
             Next::End => {
                 self.done = true;
                 let totals = self.follower.task.output;
