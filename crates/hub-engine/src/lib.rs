@@ -23,6 +23,7 @@ pub mod pool;
 pub mod ports;
 pub mod queue;
 pub mod records;
+pub mod retention;
 pub mod sessions;
 pub mod state;
 pub mod stats;

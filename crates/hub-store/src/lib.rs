@@ -22,6 +22,7 @@ mod meta;
 mod nodes;
 mod output;
 mod purges;
+mod retention;
 mod rows;
 mod sessions;
 mod sql;

@@ -22,6 +22,7 @@ use hub_engine::nodes::{self, Nodes};
 use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::{self, Meta};
 use hub_engine::records::HubMeta;
+use hub_engine::retention::Retention;
 use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::{self, Remembered, Statistics};
@@ -154,6 +155,8 @@ impl Hub {
         });
         let expiry = services.expiry.clone();
         work.spawn_until_cancelled("session ends", async move { expiry.run().await });
+        let retention = services.retention.clone();
+        work.spawn_until_cancelled("retention", async move { retention.run().await });
         let statistics = services.statistics.clone();
         work.spawn_until_cancelled("statistics", async move {
             loop {
@@ -175,7 +178,8 @@ impl Hub {
         work.spawn_until_cancelled("hub certificate", renew_certificate(server_tls, keys.clone(), clock.clone(), certificate_end));
 
         let own_dir = std::env::current_exe().ok().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
-        let scraped = metrics::Scraped { pool: services.pool.clone(), store: store.clone(), data_dir: dir.clone() };
+        let scraped =
+            metrics::Scraped { pool: services.pool.clone(), store: store.clone(), limits: config.retention, data_dir: dir.clone() };
         let app = rest::router(Arc::new(RestState {
             accounts: services.accounts,
             nodes: services.nodes,
@@ -184,6 +188,7 @@ impl Hub {
             state: State { store: store.clone(), clock: clock.clone() },
             expiry: services.expiry,
             statistics: services.statistics,
+            retention: services.retention.clone(),
             manage: services.manage,
             sessions: services.sessions,
             tasks: services.tasks,
@@ -269,6 +274,7 @@ struct Services {
     tasks: Arc<TaskService>,
     expiry: Arc<Expiry>,
     statistics: Arc<Statistics>,
+    retention: Arc<Retention>,
     idempotency: Arc<Idempotency>,
     events: Events,
 }
@@ -360,6 +366,14 @@ impl Services {
             clock: clock.clone(),
             unsettled: Unsettled::default(),
         });
+        let retention = Arc::new(Retention {
+            store: store.clone(),
+            purges: store.clone(),
+            gauges: store.clone(),
+            clock: clock.clone(),
+            limits: config.retention,
+            warned: Default::default(),
+        });
         let statistics = Arc::new(Statistics {
             gauges: store.clone(),
             nodes: nodes.clone(),
@@ -368,7 +382,7 @@ impl Services {
             remembered: Remembered::default(),
         });
         let idempotency = Arc::new(Idempotency { store: store.clone(), clock: clock.clone() });
-        Ok(Self { accounts, nodes, manage, sessions, pool, delivery, tasks, expiry, statistics, idempotency, events })
+        Ok(Self { accounts, nodes, manage, sessions, pool, delivery, tasks, expiry, statistics, retention, idempotency, events })
     }
 }
 

@@ -14,6 +14,7 @@ use super::tracks::Tracks;
 use crate::capabilities::Health;
 use crate::config::Resolved;
 use crate::enrolment::Validity;
+use crate::record::Record;
 use crate::state::{DataDir, Identity, State};
 use crate::status::Status;
 use crate::warden::Warden;
@@ -87,6 +88,8 @@ enum News {
     Data(HubData),
     Closed(Option<Refusal>),
     Renewed(Result<CertificateReply, Refusal>),
+    /// What the hub answered to a report, and the report.
+    Health(wire::HealthAck, wire::HealthReport),
 }
 
 /// A link that is up.
@@ -143,6 +146,7 @@ pub struct Engine {
     /// What both speak, from its welcome.
     warden_version: u32,
     tracks: Tracks,
+    record: Record,
     up: Option<Up>,
     dialling: Option<u64>,
     dial_due: Option<Duration>,
@@ -171,6 +175,7 @@ impl Engine {
             hub: p.settings.grpc.clone(),
             workspace_root: p.root.path().to_owned(),
             certificate_not_after: convert::rfc3339(p.certificate.not_after_ms),
+            max_tasks: p.settings.max_tasks,
             ..Status::default()
         };
         Self {
@@ -186,6 +191,7 @@ impl Engine {
             to_warden: VecDeque::new(),
             warden_version: 0,
             tracks: Tracks::default(),
+            record: Record::open(p.dir.path()),
             up: None,
             dialling: None,
             dial_due: None,
@@ -434,6 +440,9 @@ impl Engine {
     // ---- status ----
 
     fn link_state(&mut self, state: &str, detail: &str) {
+        if state != "up" {
+            self.status.unschedulable = "offline".into();
+        }
         if self.status.link != state {
             self.status.since = convert::rfc3339(self.p.clock.now_ms());
         }
