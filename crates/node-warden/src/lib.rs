@@ -33,6 +33,7 @@ mod workspace;
 pub use launch::{launch, socket_path};
 pub use sandbox::{Probe, TreeKill, probe};
 pub use serve::run;
+pub use workspace::sweep_doomed;
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -136,7 +136,7 @@ pub async fn run(dir: &DataDir) -> Report {
         None => report.skip(&["daemon", "warden", "workspace"]),
     }
     if folder.is_some() {
-        report.note("spool", spool(dir.path()));
+        report.note("spool", spool(dir.path(), node_warden::SPOOL_NODE_BYTES));
     }
     sandbox(&mut report);
     report.done()
@@ -418,8 +418,8 @@ fn workspace(text: &str) -> Hop<((), String)> {
     free(&path)
 }
 
-fn spool(dir: &Path) -> Hop<((), String)> {
-    let (used, limit) = (node_warden::spool::used(dir), node_warden::SPOOL_NODE_BYTES);
+fn spool(dir: &Path, limit: u64) -> Hop<((), String)> {
+    let used = node_warden::spool::used(dir);
     if used >= limit {
         return fail(
             format!("{} of {} are kept for the hub: tasks with output pause", mib(used), mib(limit)),
@@ -456,4 +456,39 @@ fn sandbox(report: &mut Report) {
     }
     let uid = if rustix::process::geteuid().is_root() { "a uid per session" } else { "one uid for all tasks (the node is not root)" };
     report.push("sandbox", Verdict::Ok, format!("{tree}, no_new_privs, {uid}"), "");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_spool_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(spool(dir.path(), 1).is_ok(), "nothing is kept");
+        std::fs::create_dir_all(dir.path().join("spool/out")).unwrap();
+        std::fs::write(dir.path().join("spool/out/task_1-1"), vec![1; 100_000]).unwrap();
+        assert!(node_warden::spool::used(dir.path()) >= 100_000);
+        assert!(spool(dir.path(), 1 << 30).is_ok());
+        let (detail, advice) = spool(dir.path(), 90_000).unwrap_err();
+        assert!(detail.contains("pause") && advice.contains("hub"), "{detail} {advice}");
+    }
+
+    #[test]
+    fn a_clock_that_is_off_is_a_warning() {
+        let verdict = |off_ms: i64| {
+            let mut report = Report::default();
+            let hub_time_ms = if off_ms == i64::MIN { 0 } else { SystemClock::new().now_ms() - off_ms };
+            clock(&mut report, &HealthAck { hub_time_ms, ..HealthAck::default() });
+            let report = report.done();
+            assert!(report.ok, "the node goes by the hub's time");
+            (report.checks[0].verdict, report.checks[0].detail.clone())
+        };
+        assert_eq!(verdict(60_000).0, Verdict::Ok);
+        let (v, detail) = verdict(3_600_000);
+        assert!(v == Verdict::Warning && detail.contains("ahead of"), "{detail}");
+        let (v, detail) = verdict(-3_600_000);
+        assert!(v == Verdict::Warning && detail.contains("behind"), "{detail}");
+        assert_eq!(verdict(i64::MIN).0, Verdict::Skipped);
+    }
 }
