@@ -284,7 +284,7 @@ async fn the_owner_sees_what_ran_and_how_the_node_stands() {
     };
     assert_eq!(log(&node, &[]), "");
     let session = text(&hub.call("POST", "/api/v1/sessions", Some(json!({"name": "s"}))).await.1, "id");
-    assert_eq!(hub.call("PUT", &format!("/api/v1/sessions/{session}/nodes/{}", node.id), None).await.0, 204);
+    assert_eq!(hub.call("PUT", &format!("/api/v1/sessions/{session}/nodes/{}", node.id), None).await.0, 200);
     let first = hub.dispatch(json!({"shell": {"argv": ["sh", "-c", "exit 7", "\u{1b}[2Jx\ny"]}, "wait_secs": 30})).await;
     let body = json!({"echo": {"payload": "x"}, "wait_secs": 30});
     let (_, echo) = hub.call("POST", &format!("/api/v1/sessions/{session}/dispatch"), Some(body)).await;

@@ -243,7 +243,7 @@ impl Scraped {
         gauge!("cortex_tasks_in_doubt").set(self.pool.links.in_doubt() as f64);
         let links = self.pool.links.all();
         let spools = || links.iter().filter_map(|l| l.health);
-        gauge!("cortex_nodes_spool_bytes").set(spools().map(|h| h.spool_bytes as f64).sum());
+        gauge!("cortex_nodes_spool_bytes").set(spools().map(|h| h.spool_bytes as f64).sum::<f64>());
         let full = |h: &Health| h.spool_limit > 0 && h.spool_bytes / 4 >= h.spool_limit / 5;
         gauge!("cortex_nodes_spool_full").set(spools().filter(full).count() as f64);
         let draining = links.iter().filter(|l| l.draining).count() as u64;
