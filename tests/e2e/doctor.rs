@@ -77,7 +77,7 @@ async fn tls_proxy() -> String {
     let certificate = rcgen::CertificateParams::new(vec!["proxy.example".into()]).unwrap().self_signed(&key).unwrap();
     let (certificate, key) = (CertificateDer::from(certificate), PrivateKeyDer::try_from(key.serialize_der()).unwrap());
     let mut config = rustls::ServerConfig::builder().with_no_client_auth().with_single_cert(vec![certificate], key).unwrap();
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
     listen(move |io| {
         let acceptor = acceptor.clone();

@@ -104,7 +104,8 @@ async fn try_all(report: &mut Report, settings: Result<Settings, Error>) {
     match client.healthz().await {
         Ok(h) if h.status == "ok" => report.ok("http", "a cortex hub answers"),
         Ok(h) => return report.push("http", Verdict::Failed, format!("it says of itself: {:?}", h.status), "is this the hub's address?"),
-        Err(e @ Error::Unreachable { tls: true, .. }) => return report.fail("tls", &e, false),
+        // The port took the connection, so it is the handshake that failed.
+        Err(e @ Error::Unreachable { .. }) if client.url().starts_with("https:") => return report.fail("tls", &e, false),
         Err(e) => {
             let advice =
                 "the port is open and no hub answers there as one does: is this the hub's address, and not its node port or a proxy?";
