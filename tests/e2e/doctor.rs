@@ -262,7 +262,8 @@ async fn the_command_lines_doctor_names_the_hop() {
     fails(found(&mut doctor(Some(&format!("http://{}", hub.node)))), "http", "node port");
     fails(found(&mut doctor(Some(&web(&[]).await))), "http", "no hub answers");
     let healthy = ("/healthz", 200, json!({"status": "ok"}));
-    let problem = json!({"type": "about:blank", "title": "x", "status": 503, "detail": "the store does not answer", "code": "not_ready"});
+    let problem = json!({"type": "about:blank", "title": "x", "status": 503, "detail": "the store does not answer", "code": "not_ready",
+        "request_id": "r1"});
     fails(found(&mut doctor(Some(&web(&[healthy.clone(), ("/readyz", 503, problem)]).await))), "ready", "the store does not answer");
     let ready = ("/readyz", 200, json!({"status": "ready", "uptime_secs": 1, "warnings": ["disk"]}));
     let newer = json!({"name": "cortex-hub", "version": "9.9.9", "hub_id": "hub_1", "api": "/api/v1", "methods": []});
