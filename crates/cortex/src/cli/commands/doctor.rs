@@ -52,7 +52,8 @@ impl Report {
     }
     /// Notes why a hop failed, by the hub's client.
     fn fail(&mut self, hop: &'static str, e: &Error, with_key: bool) {
-        self.push(hop, Verdict::Failed, e, advice(e, with_key).unwrap_or_default());
+        let else_look = || "look at the hub's log, and whether a hub of this version answers there".to_owned();
+        self.push(hop, Verdict::Failed, e, advice(e, with_key).unwrap_or_else(else_look));
     }
 }
 
