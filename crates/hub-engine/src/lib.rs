@@ -24,6 +24,7 @@ pub mod ports;
 pub mod queue;
 pub mod records;
 pub mod restore;
+pub mod retention;
 pub mod sessions;
 pub mod state;
 pub mod stats;

@@ -74,6 +74,9 @@ pub struct Health {
     pub disk_total: u64,
     pub load_1m: f64,
     pub running: u32,
+    /// Kept there for the hub; a limit of 0 is not known.
+    pub spool_bytes: u64,
+    pub spool_limit: u64,
 }
 
 /// A link that was accepted.
@@ -472,6 +475,11 @@ impl Links {
             lost.extend(over.map(|(task, h)| (*task, h.attempt)));
         }
         lost
+    }
+    /// Granted attempts of nodes that are away: nobody but these can say what became of them.
+    pub fn in_doubt(&self) -> usize {
+        let s = self.state();
+        s.held.iter().filter(|(node, _)| !s.links.contains_key(node)).map(|(_, h)| h.tasks.len()).sum()
     }
     /// Can any node that is here take one more task; with `of`, any of those?
     pub fn room(&self, of: Option<&BTreeSet<NodeId>>) -> bool {

@@ -279,6 +279,21 @@ pub trait Purges: Send + Sync {
     async fn sweep(&self, limit: u32) -> Stored<u32>;
 }
 
+/// The erasure of what was kept long enough. Only tasks that have ended are touched, in steps of one
+/// commit each; files go by [`Purges::sweep`].
+#[async_trait]
+pub trait Retention: Send + Sync {
+    /// Erases the output and results of up to `limit` tasks that ended before `before`, first those that
+    /// ended first. One whose output was erased so is passed over from then on.
+    async fn erase_output(&self, before: UnixMs, limit: u32) -> Stored<Erased>;
+    /// Erases the output and results of up to `limit` tasks with output in files, the oldest first,
+    /// until `enough` bytes are gone.
+    async fn erase_files(&self, enough: u64, limit: u32) -> Stored<Erased>;
+    /// Takes away up to `limit` tasks that ended before `before`, first those that ended first, with all
+    /// that is theirs, until about `enough` bytes of the database are gone.
+    async fn erase_tasks(&self, before: UnixMs, enough: u64, limit: u32) -> Stored<Erased>;
+}
+
 /// What sessions remember, by key. A write slides the session's end.
 #[async_trait]
 pub trait Memory: Send + Sync {

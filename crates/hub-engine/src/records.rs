@@ -465,9 +465,23 @@ pub enum StateWritten {
 /// How much the hub keeps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StorageUse {
+    /// On its disk.
     pub database_bytes: u64,
+    /// Of these, what is in use: a database keeps the room of what was erased for what comes. PostgreSQL
+    /// gives an estimate, of tasks alone.
+    pub journal_bytes: u64,
     /// Of output files.
     pub output_bytes: u64,
+    /// The disk of the data folder, and what is free of it; 0 where nobody knows.
+    pub disk_bytes: u64,
+    pub disk_free_bytes: u64,
+}
+
+/// What one step of retention has erased.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Erased {
+    pub tasks: u32,
+    pub bytes: u64,
 }
 
 /// Who asked, through what.

@@ -5,7 +5,7 @@
 
 use crate::links::Order;
 use crate::records::Task;
-use mesh_core::task::Event;
+use mesh_core::task::{Event, NeverStarted, Outcome};
 use mesh_core::{NodeId, TaskId};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -65,6 +65,10 @@ impl Tracks<'_> {
                 self.started(task);
                 mark!(self, task.id, attempt(task), "started");
             }
+            Event::Withdrawn { .. } | Event::Ended { outcome: Outcome::NeverStarted(NeverStarted::Late), .. } => {
+                metrics::counter!("cortex_attempts_moved_total").increment(1);
+            }
+            Event::Ended { outcome: Outcome::Lost { .. }, .. } => metrics::counter!("cortex_attempts_lost_total").increment(1),
             Event::CancelRequested { reason } => mark!(self, task.id, attempt(task), reason = reason.as_str(), "cancel asked"),
             _ => {}
         }

@@ -455,6 +455,7 @@ async fn slots_are_held_while_it_runs_and_known_after_a_restart() {
     assert_eq!(m.orders(), [two]);
     let attempt = hub.progress(two).await.attempt.unwrap().no;
     let hub = hub.restarted().await;
+    assert_eq!(hub.why(one).await, Some(Waiting::HubStarting), "nobody has looked yet");
     let mut m = hub.link(m.node, 8, vec![(two, attempt)]).await;
     hub.pool.round().await.unwrap();
     assert_eq!(m.orders(), [], "the journal says who holds the slots");
@@ -819,4 +820,26 @@ async fn a_lost_attempt_is_followed_by_another_once() {
     assert_eq!(hub.links.held(m.node.id), []);
     let kinds: Vec<String> = hub.store.history(id).await.unwrap().into_iter().map(|l| l.kind).collect();
     assert_eq!(kinds, ["accepted", "assigned", "ended", "assigned", "node_silent"]);
+}
+
+#[tokio::test]
+async fn a_word_about_an_erased_task_changes_nothing_and_is_acknowledged() {
+    use hub_engine::ports::Retention;
+    let hub = Hub::new();
+    hub.admins(1..=1).await;
+    let mut m = hub.machine(1, 4, 0).await;
+    let id = hub.ask(1, 1, Terms::default()).await;
+    let attempt = hub.progress(id).await.attempt.unwrap().no;
+    hub.end(&m, id, Outcome::Exited(0)).await;
+    assert_eq!(hub.store.erase_tasks(i64::MAX, u64::MAX, 9).await.unwrap().tasks, 1);
+    m.commands();
+    let caller = Caller::Node { node: m.node.id, generation: m.welcome.generation };
+    let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq: 7, result: None, sandbox_applied: None, digests: None };
+    hub.delivery.started(&caller, id, attempt).await.unwrap();
+    hub.delivery.result(&caller, r).await.unwrap();
+    assert_eq!(m.commands(), [LinkCommand::ResultAck { task: id, attempt }]);
+    // One that a node still knows of at its next hello is ended there, whatever became of it.
+    let mut m = hub.link(m.node, 4, vec![(id, attempt)]).await;
+    assert_eq!(m.cancels(), [id]);
+    assert_eq!(hub.store.task(id).await.unwrap(), None);
 }

@@ -23,6 +23,7 @@ mod meta;
 mod nodes;
 mod output;
 mod purges;
+mod retention;
 mod rows;
 mod sessions;
 mod sql;

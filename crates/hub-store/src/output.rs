@@ -107,6 +107,13 @@ impl Outputs {
         self.in_files.load(Ordering::Relaxed)
     }
 
+    /// The size of the disk below, and what is free of it for us; zeros where the system does not say.
+    pub(crate) fn disk(&self) -> (u64, u64) {
+        // The folder itself is made with the first file in it.
+        let place = self.folder.parent().unwrap_or(&self.folder);
+        rustix::fs::statvfs(place).map_or((0, 0), |s| (s.f_blocks.saturating_mul(s.f_frsize), s.f_bavail.saturating_mul(s.f_frsize)))
+    }
+
     /// Forgets what was remembered of attempts whose rows count on nothing any more.
     pub(crate) async fn erased(&self, gone: &[(TaskId, AttemptNo, u64)]) {
         for (task, no, bytes) in gone {

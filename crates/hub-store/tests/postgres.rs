@@ -2,7 +2,9 @@
 //! goes away and comes back.
 
 use futures::future::join_all;
-use hub_engine::ports::{Accounts, Applied, Besides, Creation, Idempotency, Journal, Meta, NodeDirectory, Once, Output, Sessions, Window};
+use hub_engine::ports::{
+    Accounts, Applied, Besides, Creation, Gauges, Idempotency, Journal, Meta, NodeDirectory, Once, Output, Retention, Sessions, Window,
+};
 use hub_engine::records::{Claim, Node, NodeChange, OutputFrame, RefreshToken, Rotation, Stream, TaskFilter};
 use hub_store::{Database, OpenError, Store};
 use hub_testkit::contract;
@@ -72,7 +74,7 @@ macro_rules! joint_suites {
         }
     )*};
 }
-joint_suites!(idempotency, journal_and_output, nodes_and_sessions, sessions_and_tasks, memory, messages, purges, gauges);
+joint_suites!(idempotency, journal_and_output, nodes_and_sessions, sessions_and_tasks, memory, messages, purges, retention, gauges);
 
 fn ended(code: i32) -> Event {
     Event::Ended { attempt: attempt(1), outcome: Outcome::Exited(code) }
@@ -520,4 +522,34 @@ async fn a_hub_that_follows_the_registry_misses_nothing() {
     assert_eq!(epoch, 200 + removed.len() as u64, "each change has one of its own");
     assert_eq!(removed, ids.iter().copied().filter(|id| id.as_bytes()[15] % 2 == 0).collect());
     assert!(ids.iter().filter(|id| !removed.contains(id)).all(|id| known[id] == Some(9)));
+}
+
+#[tokio::test]
+async fn the_room_in_use_is_estimated_and_falls_with_what_is_erased() {
+    let hubs = Hubs::new();
+    let store = hubs.fresh().await;
+    for n in 1..=300 {
+        let mut t = task(n);
+        t.spec = (0..2000u32).map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(u32::from(n)) >> 13) as u8).collect();
+        store.accept(&t).await.unwrap();
+        store.apply(t.id, &Event::Expired { detail: "x".into() }, Besides::default(), t.created_at).await.unwrap();
+    }
+    // The server counts a little later.
+    let told = async |is: &dyn Fn(u64) -> bool| {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            let used = store.storage().await.unwrap();
+            assert!(used.database_bytes > 1_000_000, "{used:?}");
+            if is(used.journal_bytes) {
+                return used.journal_bytes;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "{used:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let full = told(&|n| n > 600_000).await;
+    assert!(full < 3_000_000, "{full}");
+    let erased = store.erase_tasks(i64::MAX, u64::MAX, 250).await.unwrap();
+    assert!(erased.tasks == 250 && erased.bytes > full / 3 && erased.bytes < full * 3, "{erased:?} {full}");
+    told(&|n| n < full / 3).await;
 }

@@ -36,6 +36,7 @@ struct State {
     refresh: BTreeMap<Digest, Refresh>,
     keys: BTreeMap<ApiKeyId, ApiKey>,
     sessions: BTreeMap<SessionId, Session>,
+    output_erased: BTreeSet<TaskId>,
     /// Sessions whose erasure is under way.
     purging: BTreeSet<SessionId>,
     /// Oldest first.

@@ -10,8 +10,10 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use hub_engine::links::Health;
 use hub_engine::pool::Pool;
-use hub_engine::ports::NodeDirectory;
+use hub_engine::ports::{Gauges, NodeDirectory};
+use hub_engine::retention::Limits;
 use hub_store::Store;
 use mesh_process::Tasks;
 use metrics::{Unit, counter, gauge, histogram};
@@ -56,9 +58,14 @@ pub const NAMES: &[(&str, Kind, &str)] = &[
     ("cortex_tasks_accepted_total", Counter, "Tasks that were accepted."),
     ("cortex_tasks_finished_total", Counter, "Tasks that came to their final state."),
     ("cortex_tasks_waiting", Gauge, "Tasks that wait for a node."),
+    ("cortex_tasks_in_doubt", Gauge, "Tasks on nodes that are away."),
+    ("cortex_attempts_moved_total", Counter, "Attempts that were taken back before they ran, for another try."),
+    ("cortex_attempts_lost_total", Counter, "Attempts of which nobody can say how they ended."),
     ("cortex_task_start_seconds", Histogram(START), "Time from the acceptance of a task to its start on a node."),
     ("cortex_broken_seals_total", Counter, "Stored tasks that do not fit their seal, and were not sent."),
     ("cortex_nodes", Gauge, "Nodes by what this hub sees of them."),
+    ("cortex_nodes_spool_bytes", Gauge, "Output that the linked nodes keep until it is durable here."),
+    ("cortex_nodes_spool_full", Gauge, "Linked nodes whose spool is used to 80 % or more."),
     ("cortex_link_connections", Gauge, "Open connections of the node port."),
     ("cortex_link_connections_refused_total", Counter, "Connections of the node port beyond a limit, closed at once."),
     ("cortex_link_handshakes_total", Counter, "TLS handshakes on the node port."),
@@ -74,6 +81,10 @@ pub const NAMES: &[(&str, Kind, &str)] = &[
     ("cortex_store_commit_jobs", Histogram(JOBS), "Writes that shared a transaction."),
     ("cortex_store_queue_depth", Gauge, "Writes that wait for the next transaction."),
     ("cortex_data_folder_free_bytes", Gauge, "Room on the disk of the data folder."),
+    ("cortex_storage_used_bytes", Gauge, "What is kept."),
+    ("cortex_storage_limit_bytes", Gauge, "The bound of what is kept; 0 for none."),
+    ("cortex_storage_warnings", Gauge, "1 for what is used to 80 % of its bound or more."),
+    ("cortex_retention_erased_total", Counter, "Tasks of which something was erased for its age or for want of room."),
     ("cortex_bus_connected", Gauge, "1 while live events are carried by Redis."),
     ("cortex_bus_unsent_total", Counter, "Events that other hubs did not hear."),
     ("cortex_bus_resets_total", Counter, "Times that all readers of this hub had missed something on the way through Redis."),
@@ -152,6 +163,9 @@ fn begin() {
     }
     counter!("cortex_links_closed_total", "code" => "closed").absolute(0);
     counter!("cortex_refused_reports_total", "what" => "digest").absolute(0);
+    for what in ["output", "tasks"] {
+        counter!("cortex_retention_erased_total", "what" => what).absolute(0);
+    }
     for reason in ["forged", "malformed", "stale", "repeated"] {
         counter!("cortex_bus_rejected_total", "reason" => reason).absolute(0);
     }
@@ -165,7 +179,11 @@ fn begin() {
             )
             | (
                 Counter,
-                "cortex_link_handshakes_total" | "cortex_links_closed_total" | "cortex_bus_rejected_total" | "cortex_refused_reports_total",
+                "cortex_link_handshakes_total"
+                | "cortex_links_closed_total"
+                | "cortex_bus_rejected_total"
+                | "cortex_refused_reports_total"
+                | "cortex_retention_erased_total",
             )
             | (Histogram(_), "cortex_http_request_duration_seconds") => {}
             (Counter, name) => counter!(name).absolute(0),
@@ -203,6 +221,7 @@ pub fn answered(method: &'static str, route: &Arc<str>, status: StatusCode, took
 pub struct Scraped {
     pub pool: Arc<Pool>,
     pub store: Arc<Store>,
+    pub limits: Limits,
     pub data_dir: PathBuf,
 }
 
@@ -224,12 +243,31 @@ impl Scraped {
         if let Some(free) = free_bytes(&self.data_dir) {
             gauge!("cortex_data_folder_free_bytes").set(free as f64);
         }
+        gauge!("cortex_tasks_in_doubt").set(self.pool.links.in_doubt() as f64);
         let links = self.pool.links.all();
+        let spools = || links.iter().filter_map(|l| l.health);
+        gauge!("cortex_nodes_spool_bytes").set(spools().map(|h| h.spool_bytes as f64).sum::<f64>());
+        let full = |h: &Health| h.spool_limit > 0 && h.spool_bytes / 4 >= h.spool_limit / 5;
+        gauge!("cortex_nodes_spool_full").set(spools().filter(full).count() as f64);
         let draining = links.iter().filter(|l| l.draining).count() as u64;
         let online = links.len() as u64 - draining;
         let set = |status: &'static str, n: u64| gauge!("cortex_nodes", "status" => status).set(n as f64);
         set("online", online);
         set("draining", draining);
+        if let Ok(Ok(used)) = tokio::time::timeout(STORE_PATIENCE, self.store.storage()).await {
+            let warned = self.limits.warnings(&used);
+            let disk_used = used.disk_bytes.saturating_sub(used.disk_free_bytes);
+            let bounds = [
+                ("journal", used.journal_bytes, self.limits.journal_bytes),
+                ("output", used.output_bytes, self.limits.output_bytes),
+                ("disk", disk_used, used.disk_bytes),
+            ];
+            for (what, bytes, limit) in bounds {
+                gauge!("cortex_storage_used_bytes", "what" => what).set(bytes as f64);
+                gauge!("cortex_storage_limit_bytes", "what" => what).set(limit as f64);
+                gauge!("cortex_storage_warnings", "what" => what).set(if warned.contains(what) { 1.0 } else { 0.0 });
+            }
+        }
         let counted = tokio::time::timeout(STORE_PATIENCE, self.store.count_nodes()).await;
         gauge!("cortex_store_up").set(if matches!(counted, Ok(Ok(_))) { 1.0 } else { 0.0 });
         if let Ok(Ok(n)) = counted {

@@ -23,6 +23,7 @@ use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::{self, Meta};
 use hub_engine::records::HubMeta;
 use hub_engine::restore::Recovery;
+use hub_engine::retention::Retention;
 use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::{self, Remembered, Statistics};
@@ -172,10 +173,15 @@ impl Hub {
                 }
             }
         });
-        let (expiry, mut gone) = (services.expiry.clone(), going);
+        let (expiry, mut gone) = (services.expiry.clone(), going.clone());
         work.spawn_until_cancelled("session ends", async move {
             let _ = gone.wait_for(|goes| *goes).await;
             expiry.run().await;
+        });
+        let (retention, mut gone) = (services.retention.clone(), going);
+        work.spawn_until_cancelled("retention", async move {
+            let _ = gone.wait_for(|goes| *goes).await;
+            retention.run().await;
         });
         let statistics = services.statistics.clone();
         work.spawn_until_cancelled("statistics", async move {
@@ -198,7 +204,8 @@ impl Hub {
         work.spawn_until_cancelled("hub certificate", renew_certificate(server_tls, keys.clone(), clock.clone(), certificate_end));
 
         let own_dir = std::env::current_exe().ok().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
-        let scraped = metrics::Scraped { pool: services.pool.clone(), store: store.clone(), data_dir: dir.clone() };
+        let scraped =
+            metrics::Scraped { pool: services.pool.clone(), store: store.clone(), limits: config.retention, data_dir: dir.clone() };
         let app = rest::router(Arc::new(RestState {
             accounts: services.accounts,
             nodes: services.nodes,
@@ -207,6 +214,7 @@ impl Hub {
             state: State { store: store.clone(), clock: clock.clone() },
             expiry: services.expiry,
             statistics: services.statistics,
+            retention: services.retention.clone(),
             manage: services.manage,
             sessions: services.sessions,
             tasks: services.tasks,
@@ -303,6 +311,7 @@ struct Services {
     tasks: Arc<TaskService>,
     expiry: Arc<Expiry>,
     statistics: Arc<Statistics>,
+    retention: Arc<Retention>,
     idempotency: Arc<Idempotency>,
     recovery: Arc<Recovery>,
     events: Events,
@@ -397,6 +406,14 @@ impl Services {
             clock: clock.clone(),
             unsettled: Unsettled::default(),
         });
+        let retention = Arc::new(Retention {
+            store: store.clone(),
+            purges: store.clone(),
+            gauges: store.clone(),
+            clock: clock.clone(),
+            limits: config.retention,
+            warned: Default::default(),
+        });
         let statistics = Arc::new(Statistics {
             gauges: store.clone(),
             nodes: nodes.clone(),
@@ -413,7 +430,7 @@ impl Services {
             manage: manage.clone(),
             expiry: expiry.clone(),
         });
-        Ok(Self { accounts, nodes, manage, sessions, pool, delivery, tasks, expiry, statistics, idempotency, recovery, events })
+        Ok(Self { accounts, nodes, manage, sessions, pool, delivery, tasks, expiry, statistics, retention, idempotency, recovery, events })
     }
 }
 

@@ -728,6 +728,9 @@ pub struct Health {
 pub struct Ready {
     pub status: String,
     pub uptime_secs: u64,
+    /// Storage that is used to 80 % of its bound or more: `journal`, `output`, `disk`.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 /// A hub that holds back after a restore.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -796,8 +799,19 @@ pub struct NodeStats {
 pub struct StorageStats {
     pub database_bytes: u64,
     pub output_bytes: u64,
-    /// Null while nothing limits it.
+    /// Of both bounds together; null unless both are set.
     pub limit_bytes: Option<u64>,
+    /// What of the database is in use.
+    pub journal_bytes: u64,
+    /// Beyond it the oldest tasks go; null: no bound.
+    pub journal_limit_bytes: Option<u64>,
+    /// Beyond it the oldest output goes; null: no bound.
+    pub output_limit_bytes: Option<u64>,
+    /// The disk of the data folder.
+    pub disk_bytes: Option<u64>,
+    pub disk_free_bytes: Option<u64>,
+    /// What is used to 80 % of its bound or more: `journal`, `output`, `disk`.
+    pub warnings: Vec<String>,
 }
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]

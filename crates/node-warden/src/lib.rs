@@ -33,6 +33,7 @@ mod workspace;
 pub use launch::{Wardens, launch, launch_all, seats, socket_path};
 pub use sandbox::{Probe, TreeKill, probe};
 pub use serve::run;
+pub use workspace::sweep_doomed;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -58,13 +59,16 @@ pub struct Config {
     pub orphan_after: Duration,
 }
 
+/// Unacknowledged output that a node keeps, unless its warden is told otherwise.
+pub const SPOOL_NODE_BYTES: u64 = 2 << 30;
+
 impl Config {
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
         Self {
             data_dir: data_dir.into(),
             beside: None,
             spool_attempt_bytes: 256 << 20,
-            spool_node_bytes: 2 << 30,
+            spool_node_bytes: SPOOL_NODE_BYTES,
             grace: Duration::from_secs(3),
             orphan_after: Duration::from_secs(3600),
         }

@@ -36,6 +36,13 @@ pub(crate) fn output_path(data_dir: &Path, (task, attempt): &Key) -> PathBuf {
     data_dir.join("spool/out").join(format!("{task}-{}", attempt.0))
 }
 
+/// Bytes on the disk of all output that is kept for the hub.
+pub fn used(data_dir: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let files = std::fs::read_dir(data_dir.join("spool/out")).into_iter().flatten().flatten();
+    files.filter_map(|f| f.metadata().ok()).map(|m| m.blocks() * 512).sum()
+}
+
 fn open_dir(path: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }

@@ -85,6 +85,13 @@ pub async fn run(dir: DataDir, exe: &Path, clock: SharedClock) -> Result<Exit, D
     let identity = dir.identity()?;
     let certificate = enrolment::validity(&dir.certificates()?.0).ok_or_else(|| DaemonError::Certificate(dir.certificate()))?;
     let root = workspace_root(&settings.workspace_root)?;
+    let doomed = root.path().to_owned();
+    tasks.spawn_until_cancelled("workspace sweep", async move {
+        let swept = tokio::task::spawn_blocking(move || node_warden::sweep_doomed(Path::new(&doomed))).await;
+        if let Ok(count @ 1..) = swept {
+            tracing::info!(count, "removed workspaces that were left half removed");
+        }
+    });
     let probe = node_warden::probe();
     let capabilities = capabilities::gather(Path::new(root.path()), &probe);
     let time = NodeTime::new(state.hub_time_ms()?, clock.clone());

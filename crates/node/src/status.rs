@@ -22,6 +22,14 @@ pub struct Status {
     pub spool_id: String,
     /// `task/attempt` of what runs.
     pub running: Vec<String>,
+    pub max_tasks: u32,
+    /// Why the hub gives this node no work, in its own words of last; empty: it does.
+    pub unschedulable: String,
+    /// Output that is kept until it is durable at the hub.
+    pub spool_bytes: u64,
+    pub spool_limit: u64,
+    /// How far the machine's clock is ahead of the hub's.
+    pub clock_skew_secs: i64,
 }
 
 impl Status {

@@ -502,7 +502,7 @@ async fn refusals_are_shown_as_the_hub_said_them() {
     assert!(String::from_utf8_lossy(&out.stderr).contains("ca_pin"), "{out:?}");
 
     // what cannot be
-    assert_eq!(node.call(&["doctor", "--x"]).status.code(), Some(2));
+    assert_eq!(node.call(&["leave", "--x"]).status.code(), Some(2));
     assert_eq!(node.call(&["run"]).status.code(), Some(1));
     std::fs::write(&node.invite, "hub: 3").unwrap();
     let out = node.call(&["join", node.invite.to_str().unwrap()]);

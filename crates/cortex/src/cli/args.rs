@@ -59,6 +59,8 @@ pub enum Command {
     /// API keys for programs
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Check the way to the hub; name the hop that fails
+    Doctor,
     #[command(flatten)]
     Later(Later),
 }
@@ -107,8 +109,6 @@ pub enum Later {
     #[command(hide = true)]
     Mcp(Anything),
     #[command(hide = true)]
-    Doctor(Anything),
-    #[command(hide = true)]
     Completions(Anything),
 }
 
@@ -132,7 +132,6 @@ impl Later {
             Self::Events(_) => "`cortex events` is not built; one task is followed with: cortex task logs -f TASK",
             Self::Connect(_) => "`cortex connect` is not built.",
             Self::Mcp(_) => "`cortex mcp` is not built.",
-            Self::Doctor(_) => "`cortex doctor` is not built; whether the hub answers is told by: cortex whoami",
             Self::Completions(_) => "`cortex completions` is not built.",
         }
     }
@@ -478,8 +477,8 @@ mod tests {
 
     #[test]
     fn what_is_not_built_takes_anything() {
-        for verb in "shell cp file approval agent workflow bundle tool audit user grant device policy events connect mcp doctor completions"
-            .split(' ')
+        for verb in
+            "shell cp file approval agent workflow bundle tool audit user grant device policy events connect mcp completions".split(' ')
         {
             for rest in ["", " --help", " -x y --z=1 -- a"] {
                 let Ok(Command::Later(l)) = parse(&format!("cortex {verb}{rest}")) else { panic!("{verb}{rest}") };

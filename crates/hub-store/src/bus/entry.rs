@@ -336,6 +336,7 @@ fn read_node(kind: u8, r: &mut Reader<'_>) -> Result<NodeNews, Malformed> {
             disk_total: r.u64()?,
             load_1m: f64::from_bits(r.u64()?),
             running: r.u32()?,
+            ..Health::default()
         }),
     })
 }
@@ -384,7 +385,16 @@ mod tests {
     }
     fn words() -> Vec<Word> {
         let (node, session) = (NodeId::from_bytes([6; 16]), SessionId::from_bytes([5; 16]));
-        let health = Health { cpu_percent: 1.5, memory_used: 1, memory_total: 2, disk_used: 3, disk_total: 4, load_1m: 0.1, running: 5 };
+        let health = Health {
+            cpu_percent: 1.5,
+            memory_used: 1,
+            memory_total: 2,
+            disk_used: 3,
+            disk_total: 4,
+            load_1m: 0.1,
+            running: 5,
+            ..Health::default()
+        };
         let nodes = [
             NodeNews::Enrolled { name: "büro".into() },
             NodeNews::Registered { version: "1".into() },

@@ -73,11 +73,26 @@ impl Dialect {
             Self::Postgres => "lower(username)",
         }
     }
-    /// A query for the bytes that the database takes on its disk.
-    pub(crate) fn size(self) -> &'static str {
+    /// A query for the bytes that the database takes on its disk, and how many of them are in use.
+    ///
+    /// PostgreSQL does not tell the second: it is added up from the rows that it counts as alive and the
+    /// stored size of some of them. After a crash of the server it counts anew, from 0, which errs on
+    /// the side of keeping.
+    pub(crate) fn sizes(self) -> &'static str {
         match self {
-            Self::Sqlite => "SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()",
-            Self::Postgres => "SELECT pg_database_size(current_database())",
+            Self::Sqlite => {
+                "SELECT page_count * page_size, (page_count - freelist_count) * page_size \
+                 FROM pragma_page_count(), pragma_freelist_count(), pragma_page_size()"
+            }
+            Self::Postgres => {
+                "SELECT pg_database_size(current_database()), CAST(COALESCE(SUM(s.n_live_tup * w.width), 0) AS BIGINT) FROM ( \
+                 SELECT 'tasks' AS relname, 1000 + AVG(pg_column_size(t.spec) + COALESCE(pg_column_size(t.result), 0)) AS width \
+                 FROM (SELECT spec, result FROM tasks LIMIT 200) t \
+                 UNION ALL SELECT 'task_events', 100 + AVG(pg_column_size(e.detail)) FROM (SELECT detail FROM task_events LIMIT 200) e \
+                 UNION ALL SELECT 'task_specs', 100 + AVG(pg_column_size(p.spec)) FROM (SELECT spec FROM task_specs LIMIT 200) p \
+                 UNION ALL SELECT 'outputs', 200 + AVG(pg_column_size(o.held)) FROM (SELECT held FROM outputs LIMIT 200) o \
+                 ) w JOIN pg_stat_user_tables s ON s.relname = w.relname AND s.schemaname = current_schema()"
+            }
         }
     }
     fn begin(self) -> &'static str {

@@ -12,6 +12,7 @@ mod meta;
 mod nodes;
 mod output;
 mod purges;
+mod retention;
 mod sessions;
 mod state;
 
@@ -26,6 +27,7 @@ pub use meta::meta;
 pub use nodes::{nodes, nodes_and_sessions};
 pub use output::output;
 pub use purges::purges;
+pub use retention::retention;
 pub use sessions::{activity_has_a_bound, sessions, sessions_and_tasks};
 pub use state::state;
 

@@ -15,6 +15,7 @@ use super::tracks::Tracks;
 use crate::capabilities::Health;
 use crate::config::Resolved;
 use crate::enrolment::Validity;
+use crate::record::Record;
 use crate::state::{DataDir, Identity, State};
 use crate::status::Status;
 use crate::warden::Warden;
@@ -95,6 +96,8 @@ enum News {
     Closed(Option<Refusal>),
     Renewed(Result<CertificateReply, Refusal>),
     Recovered(Box<Result<RecoverReply, DialError>>),
+    /// What the hub answered to a report, and the report.
+    Health(wire::HealthAck, wire::HealthReport),
 }
 
 /// A link that is up.
@@ -152,6 +155,7 @@ pub struct Engine {
     /// What both speak, from its welcome.
     warden_version: u32,
     tracks: Tracks,
+    record: Record,
     up: Option<Up>,
     dialling: Option<u64>,
     dial_due: Option<Duration>,
@@ -182,6 +186,7 @@ impl Engine {
             hub: p.settings.grpc.clone(),
             workspace_root: p.root.path().to_owned(),
             certificate_not_after: convert::rfc3339(p.certificate.not_after_ms),
+            max_tasks: p.settings.max_tasks,
             ..Status::default()
         };
         Self {
@@ -198,6 +203,7 @@ impl Engine {
             to_warden: VecDeque::new(),
             warden_version: 0,
             tracks: Tracks::default(),
+            record: Record::open(p.dir.path()),
             up: None,
             dialling: None,
             dial_due: None,
@@ -448,6 +454,9 @@ impl Engine {
     // ---- status ----
 
     fn link_state(&mut self, state: &str, detail: &str) {
+        if state != "up" {
+            self.status.unschedulable = "offline".into();
+        }
         if self.status.link != state {
             self.status.since = convert::rfc3339(self.p.clock.now_ms());
         }

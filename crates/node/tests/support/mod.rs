@@ -495,7 +495,7 @@ impl NodeLink for Service {
     async fn report_health(&self, r: Request<HealthReport>) -> Result<Response<HealthAck>, Status> {
         assert!(r.into_inner().memory_total > 0);
         self.0.knobs.lock().unwrap().health += 1;
-        Ok(Response::new(HealthAck {}))
+        Ok(Response::new(HealthAck::default()))
     }
 
     async fn renew(&self, r: Request<RenewRequest>) -> Result<Response<CertificateReply>, Status> {

@@ -46,6 +46,7 @@ use hub_engine::messages::Messages;
 use hub_engine::nodes::Nodes;
 use hub_engine::ports::Meta;
 use hub_engine::restore::Recovery;
+use hub_engine::retention::Retention;
 use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::Statistics;
@@ -68,6 +69,7 @@ pub struct RestState {
     pub expiry: Arc<Expiry>,
     pub state: State,
     pub statistics: Arc<Statistics>,
+    pub retention: Arc<Retention>,
     pub tasks: Arc<TaskService>,
     pub idempotency: Arc<Idempotency>,
     pub events: Events,

@@ -58,7 +58,8 @@ pub async fn readyz(State(app): State<App>) -> Answer<Json<Ready>> {
     if crate::metrics::free_bytes(&app.facts.data_dir).is_some_and(|free| free < LEAST_FREE_BYTES) {
         return Err(refuse("the disk of the data folder is full"));
     }
-    Ok(Json(Ready { status: "ready".into(), uptime_secs: uptime_secs(&app) }))
+    let warnings = app.retention.warned.now().into_iter().map(str::to_owned).collect();
+    Ok(Json(Ready { status: "ready".into(), uptime_secs: uptime_secs(&app), warnings }))
 }
 
 /// What this hub is, and since when
@@ -101,7 +102,7 @@ pub async fn restored(State(app): State<App>, who: Who) -> Answer<Json<RestoredV
 /// For who may read all nodes and all tasks. Counts are at most 15 s old.
 #[utoipa::path(get, path = "/system/stats", tag = "system", responses((status = 200, description = "Counts, and samples of the last hour", body = StatsView)))]
 pub async fn stats(State(app): State<App>, who: Who) -> Answer<Json<StatsView>> {
-    Ok(Json(views::stats(app.statistics.get(who.caller()).await?)))
+    Ok(Json(views::stats(app.statistics.get(who.caller()).await?, &app.retention.limits)))
 }
 
 /// The skills of the nodes that the caller may see

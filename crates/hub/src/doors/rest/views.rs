@@ -4,6 +4,7 @@ use super::App;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as B64;
 use hub_engine::records::*;
+use hub_engine::retention::Limits;
 use hub_engine::stats::{Sample, Stats};
 use hub_engine::tasks::TaskDetail;
 use mesh_core::placement::Waiting;
@@ -173,12 +174,19 @@ pub fn activity(a: Activity) -> ActivityView {
     view
 }
 
-pub fn stats(s: Stats) -> StatsView {
+pub fn stats(s: Stats, limits: &Limits) -> StatsView {
+    let used = &s.now.storage;
+    let bound = |n: u64| (n > 0).then_some(n);
     let storage = StorageStats {
-        database_bytes: s.now.storage.database_bytes,
-        output_bytes: s.now.storage.output_bytes,
-        // Nothing is removed for its size yet.
-        limit_bytes: None,
+        database_bytes: used.database_bytes,
+        output_bytes: used.output_bytes,
+        limit_bytes: limits.total_bytes(),
+        journal_bytes: used.journal_bytes,
+        journal_limit_bytes: bound(limits.journal_bytes),
+        output_limit_bytes: bound(limits.output_bytes),
+        disk_bytes: bound(used.disk_bytes),
+        disk_free_bytes: bound(used.disk_bytes).map(|_| used.disk_free_bytes),
+        warnings: limits.warnings(used).into_iter().map(str::to_owned).collect(),
     };
     StatsView {
         tasks: TaskStats {

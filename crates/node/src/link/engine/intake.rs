@@ -9,7 +9,7 @@ use mesh_core::spec::Spec;
 use mesh_core::task::{NeverStarted, Outcome, Reason, ReasonCode};
 use mesh_wire::limits;
 use mesh_wire::node::{self as wire, node_frame};
-use node_warden::frames::{Event, Request};
+use node_warden::frames::{Event, KnownState, Request};
 use std::time::Duration;
 
 impl Engine {
@@ -136,6 +136,7 @@ impl Engine {
         match step {
             Step::Over { outcome, result } => self.over(o, outcome, result),
             Step::Start(grant) => {
+                self.record.start(o, grant.argv(), self.p.clock.now_ms());
                 self.to_warden.push_back(Request::Start { grant: (*grant).clone() });
                 self.starting.insert(o.key, grant);
                 self.note_running();
@@ -145,7 +146,11 @@ impl Engine {
 
     fn over(&mut self, o: &Checked, outcome: Outcome, result: Vec<u8>) {
         let key = o.key;
-        if outcome != Outcome::Done {
+        if outcome == Outcome::Done {
+            let now = self.p.clock.now_ms();
+            self.record.start(o, &[], now);
+            self.record.end(&key, &outcome, now);
+        } else {
             tracing::info!(task = %key, ?outcome, "not started");
         }
         let at = self.p.time.now().unwrap_or(0);
@@ -230,6 +235,9 @@ impl Engine {
                     let key = Key { task: k.task, attempt: k.attempt };
                     self.answered(&key);
                     self.outflow.grown(key, k.output_end, k.last_seq);
+                    if let KnownState::Ended(outcome) = &k.state {
+                        self.record.end(&key, outcome, self.p.clock.now_ms());
+                    }
                 }
                 // What was on its way when the last attachment ended. A repeated start runs nothing twice.
                 let again = self.starting.values().map(|g| Request::Start { grant: (**g).clone() });
@@ -262,6 +270,7 @@ impl Engine {
                     tracing::error!(task = %key, leftover, "processes of a task could not be ended");
                 }
                 self.outflow.grown(key, output_end, last_seq);
+                self.record.end(&key, &outcome, at_ms);
                 self.attempts.ended(key, outcome, last_seq, at_ms, digests);
                 self.tracks.mark(&key, "ended");
                 self.answered(&key);

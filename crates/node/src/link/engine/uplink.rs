@@ -11,6 +11,7 @@ use mesh_process::{Tasks, entropy};
 use mesh_wire::convert;
 use mesh_wire::node::node_link_client::NodeLinkClient;
 use mesh_wire::node::{self as wire, CertificateReply, Goodbye, HubFrame, NodeData, RecoverReply, hub_data, hub_frame};
+use node_warden::SPOOL_NODE_BYTES as SPOOL_LIMIT;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -178,6 +179,13 @@ impl Engine {
                 None => self.lost("the hub closed the stream", true),
             },
             News::Renewed(result) => self.on_renewed(result),
+            News::Health(ack, report) => {
+                self.status.unschedulable = ack.unschedulable;
+                (self.status.spool_bytes, self.status.spool_limit) = (report.spool_bytes, report.spool_limit);
+                // To the second, so that a clock that is right does not change the file.
+                let skew = self.p.time.now().map(|hub| (self.p.clock.now_ms() - hub) / 1000);
+                self.status.clock_skew_secs = skew.unwrap_or(0);
+            }
         }
     }
 
@@ -309,10 +317,15 @@ impl Engine {
         let running = self.attempts.running().count() as u32;
         let report = self.health.sample(running);
         let Some(up) = &self.up else { return };
-        let mut client = up.client.clone();
+        let (no, mut client, news) = (up.no, up.client.clone(), self.news.clone());
+        let dir = self.p.dir.path().to_owned();
         up.readers.spawn_until_cancelled("health", async move {
-            if let Ok(Err(e)) = tokio::time::timeout(CALL_TIMEOUT, client.report_health(report)).await {
-                tracing::debug!(error = %words(&e), "health was not taken");
+            let spool_bytes = tokio::task::spawn_blocking(move || node_warden::spool::used(&dir)).await.unwrap_or(0);
+            let report = wire::HealthReport { spool_bytes, spool_limit: SPOOL_LIMIT, ..report };
+            match tokio::time::timeout(CALL_TIMEOUT, client.report_health(report)).await {
+                Ok(Ok(ack)) => drop(news.send((no, News::Health(ack.into_inner(), report))).await),
+                Ok(Err(e)) => tracing::debug!(error = %words(&e), "health was not taken"),
+                Err(_) => {}
             }
         });
     }
