@@ -108,6 +108,17 @@ async fn one_write_is_one_commit() {
     store.append(task_id(1), attempt(1), (1..=9).map(big).collect(), KEEP).await.unwrap();
     store.read(task_id(1), attempt(1), 0, 1).await.unwrap();
     assert_eq!(store.commits() - before, 2, "what changes nothing costs nothing");
+
+    // Digests come with the end, and are compared without a write.
+    let before = store.commits();
+    store.accept(&assigned_task(2)).await.unwrap();
+    store.append(task_id(2), attempt(1), vec![frame(1, Stream::Stdout, "small")], KEEP).await.unwrap();
+    let digests = store.digests(task_id(2), attempt(1)).await.unwrap();
+    let end = Event::Ended { attempt: attempt(1), outcome: Outcome::Exited(0) };
+    store.apply(task_id(2), &end, Besides { digests, ..Default::default() }, 9).await.unwrap();
+    assert_eq!(store.commits() - before, 3);
+    assert_eq!(store.task(task_id(2)).await.unwrap().unwrap().digests, digests);
+    assert_eq!(files(&dir.path().join("output")).len(), 1, "of the first task alone");
 }
 
 /// What a power cut may leave behind, for as long as `still` is held. The pages of the database are
