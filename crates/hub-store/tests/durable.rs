@@ -108,6 +108,17 @@ async fn one_write_is_one_commit() {
     store.append(task_id(1), attempt(1), (1..=9).map(big).collect(), KEEP).await.unwrap();
     store.read(task_id(1), attempt(1), 0, 1).await.unwrap();
     assert_eq!(store.commits() - before, 2, "what changes nothing costs nothing");
+
+    // Digests come with the end, and are compared without a write.
+    let before = store.commits();
+    store.accept(&assigned_task(2)).await.unwrap();
+    store.append(task_id(2), attempt(1), vec![frame(1, Stream::Stdout, "small")], KEEP).await.unwrap();
+    let digests = store.digests(task_id(2), attempt(1)).await.unwrap();
+    let end = Event::Ended { attempt: attempt(1), outcome: Outcome::Exited(0) };
+    store.apply(task_id(2), &end, Besides { digests, ..Default::default() }, 9).await.unwrap();
+    assert_eq!(store.commits() - before, 3);
+    assert_eq!(store.task(task_id(2)).await.unwrap().unwrap().digests, digests);
+    assert_eq!(files(&dir.path().join("output")).len(), 1, "of the first task alone");
 }
 
 /// What a power cut may leave behind, for as long as `still` is held. The pages of the database are
@@ -365,45 +376,46 @@ fn what_is_on_its_way_during_an_erasure_is_not_kept() {
                 store.append(id, attempt(1), (1..=before).map(huge).collect(), KEEP).await.unwrap();
             }
             assert_eq!(store.totals(id, attempt(1)).await.unwrap().kept_seq, before, "and remembered");
-            let (release, held) = std::sync::mpsc::channel::<()>();
+            let (release, held) = std::sync::mpsc::sync_channel::<()>(1);
             let (enter, entered) = tokio::sync::oneshot::channel();
             let blocked = tokio::task::spawn_blocking(move || {
                 enter.send(()).unwrap();
                 let _ = held.recv();
             });
             entered.await.unwrap();
-            let own = store.clone();
-            let late = tokio::spawn(async move { own.append(id, attempt(1), vec![huge(before + 1)], KEEP).await });
+            let mut late = Box::pin(store.append(id, attempt(1), vec![huge(before + 1)], KEEP));
             // It asks nobody before it waits for the file.
             for _ in 0..100 {
+                assert!(futures::poll!(&mut late).is_pending());
                 tokio::task::yield_now().await;
             }
-            assert!(!late.is_finished());
             // Its node was revoked, so it ended without it; then all was erased.
             store.apply(id, &Event::NodeRevoked { attempt: attempt(1) }, Besides::default(), 5).await.unwrap();
             store.close_session(session_id, None, 6).await.unwrap();
             assert_eq!(store.begin_purge(session_id, None, 7).await.unwrap(), PurgeStart::Begun);
-            let own = store.clone();
-            let purge = tokio::spawn(async move {
+            let purge = async {
                 let mut after = None;
-                while let PurgeStep::Until(task) = own.purge_step(session_id, after, 9).await.unwrap() {
+                while let PurgeStep::Until(task) = store.purge_step(session_id, after, 9).await.unwrap() {
                     after = task;
                 }
-            });
-            let rows = async || {
-                let (kept_seq, truncated): (i64, bool) =
-                    sqlx::query_as("SELECT kept_seq, truncated FROM outputs").fetch_one(&mut raw(dir.path()).await).await.ok()?;
-                (kept_seq == 0 && truncated).then_some(())
             };
-            let patience = tokio::time::Instant::now() + 2 * GRACE;
-            while rows().await.is_none() {
-                assert!(tokio::time::Instant::now() < patience, "its row is not erased");
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-            release.send(()).unwrap();
+            let watch = async {
+                let rows = async || {
+                    let (kept_seq, truncated): (i64, bool) =
+                        sqlx::query_as("SELECT kept_seq, truncated FROM outputs").fetch_one(&mut raw(dir.path()).await).await.ok()?;
+                    (kept_seq == 0 && truncated).then_some(())
+                };
+                let erased = async {
+                    while rows().await.is_none() {
+                        tokio::time::sleep(Duration::from_millis(5)).await;
+                    }
+                };
+                tokio::time::timeout(2 * GRACE, erased).await.expect("its row is not erased");
+                release.send(()).unwrap();
+            };
+            futures::join!(purge, watch);
             blocked.await.unwrap();
-            let late = late.await.unwrap().unwrap().unwrap();
-            purge.await.unwrap();
+            let late = late.await.unwrap().unwrap();
             while store.sweep(9).await.unwrap() > 0 {}
 
             assert_eq!((late.durable_seq, late.kept_seq, late.truncated), (before + 1, 0, true), "counted, so that its node forgets it");

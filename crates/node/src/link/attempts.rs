@@ -64,11 +64,11 @@ impl Attempts {
     }
     /// The output of an ended attempt is only there up to this number.
     pub fn cut(&mut self, key: &Key, last_seq: u64) {
-        if let Some(end) = self.0.get_mut(key).and_then(|a| a.end.as_mut()) {
-            if last_seq < end.last_seq {
-                // What the hub can get is not what the digests are of.
-                (end.last_seq, end.digests) = (last_seq, None);
-            }
+        if let Some(end) = self.0.get_mut(key).and_then(|a| a.end.as_mut())
+            && last_seq < end.last_seq
+        {
+            // What the hub can get is not what the digests are of.
+            (end.last_seq, end.digests) = (last_seq, None);
         }
     }
     /// An end that no process made.
