@@ -21,6 +21,8 @@ use tokio::sync::mpsc;
 pub struct Hello {
     pub spool: SpoolId,
     pub max_tasks: u32,
+    /// Orders that it keeps without leave to start them.
+    pub keeps: u32,
     pub attempts: Vec<(TaskId, AttemptNo)>,
 }
 
@@ -100,6 +102,7 @@ impl Delivery {
             spool: hello.spool,
             own_tasks,
             max_tasks: own_tasks,
+            keeps: hello.keeps,
             offers: Arc::new(node.offers()),
             // Until the registry was asked below: people may have changed the node since it was read.
             draining: true,
@@ -134,7 +137,7 @@ impl Delivery {
         let Some(task) = self.journal.task(id).await? else { return Ok(()) };
         let open = !task.progress.state.is_final();
         let newest = task.progress.attempt.as_ref();
-        if open && newest.is_none_or(|a| a.no < attempt) {
+        if open && newest.is_none_or(|a| a.no < attempt || (a.no == attempt && a.granted.is_none())) {
             // Its commit is under way; the order follows it to whichever link is here then.
             return Ok(());
         }
@@ -165,7 +168,7 @@ impl Delivery {
         let Some(t) = self.journal.task(task).await? else { return Ok(false) };
         let open = !t.progress.state.is_final() && t.progress.state != TaskState::Pending;
         let ours = open && t.progress.attempt.as_ref().is_some_and(|a| a.no == attempt && a.node == node);
-        if ours {
+        if ours && t.progress.attempt.as_ref().is_some_and(|a| a.granted.is_some()) {
             self.links.hold(node, &t, attempt);
         }
         Ok(ours)
@@ -184,6 +187,35 @@ impl Delivery {
         if self.holds(node, task, attempt).await? {
             // A repeated start is refused by the transition, and changes nothing.
             self.pool.apply(task, &Event::Started { attempt }, Besides::default()).await?;
+        }
+        Ok(())
+    }
+
+    /// The node keeps an attempt that is not granted.
+    pub fn kept(&self, caller: &Caller, task: TaskId, attempt: AttemptNo) -> Result<()> {
+        let node = self.fence(caller)?;
+        if !self.pool.kept(node, task, attempt) && !self.links.holds(node, task, attempt) {
+            self.links.send(node, LinkCommand::Cancel { task, attempt });
+        }
+        Ok(())
+    }
+
+    /// The node has a place for an attempt that it keeps; `ended` are over there, though their results
+    /// are not here yet. Whoever is next gets the place; it need not be this one.
+    pub async fn ready(&self, caller: &Caller, task: TaskId, attempt: AttemptNo, ended: &[(TaskId, AttemptNo)]) -> Result<()> {
+        let node = self.fence(caller)?;
+        for (task, attempt) in ended {
+            self.links.over(node, *task, *attempt);
+        }
+        if self.pool.kept(node, task, attempt) {
+            self.pool.place_free(node);
+        } else if self.links.holds(node, task, attempt) {
+            // It may start, and the word of that crossed with this one.
+            if let Some(t) = self.journal.task(task).await? {
+                self.pool.send_order(&t, node, attempt);
+            }
+        } else {
+            self.links.send(node, LinkCommand::Cancel { task, attempt });
         }
         Ok(())
     }

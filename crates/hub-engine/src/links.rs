@@ -19,6 +19,9 @@ use tokio::sync::mpsc;
 /// with a cancel and an acknowledgement; past this the link is too slow to live and is closed.
 pub const LINK_QUEUE: usize = 4096;
 
+/// Orders that a node is told of ahead, at most.
+const MOST_AHEAD: u32 = 64;
+
 /// What the engine wants said to a node; the link signs and frames it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LinkCommand {
@@ -55,6 +58,8 @@ pub struct Order {
     pub timeout_secs: u64,
     pub start_before: mesh_core::UnixMs,
     pub policy: mesh_core::Digest,
+    /// The node may start it; else it keeps it until this comes again with leave to start.
+    pub granted: bool,
     /// The request that the task came by, while this process remembers it.
     pub request_id: Option<Arc<str>>,
 }
@@ -82,6 +87,8 @@ pub struct Link {
     pub own_tasks: u32,
     /// As many as it is given.
     pub max_tasks: u32,
+    /// Orders that it keeps without leave to start them; 0 for a node that knows nothing of that.
+    pub keeps: u32,
     /// Labels, skills and slots, as placement sees them.
     pub offers: Arc<Offers>,
     /// Takes no new work.
@@ -113,12 +120,14 @@ pub struct Hold {
     pub user: UserId,
     /// Besides its place as a task: slots by kind.
     pub slots: BTreeMap<String, u32>,
+    /// It has ended on its node, and takes no place there while its result is on the way.
+    pub over: bool,
 }
 
 impl Hold {
     pub fn of(task: &Task, attempt: AttemptNo) -> Self {
         let slots = task.terms.select.as_ref().map(|s| s.slots.clone()).unwrap_or_default();
-        Self { attempt, user: task.actor.user, slots }
+        Self { attempt, user: task.actor.user, slots, over: false }
     }
 }
 
@@ -126,8 +135,21 @@ impl Hold {
 #[derive(Debug, Default)]
 struct Held {
     tasks: BTreeMap<TaskId, Hold>,
-    /// The sum of their slots.
+    /// Those that are not over, and the sum of their slots.
+    running: u32,
     slots: BTreeMap<String, u32>,
+}
+
+impl Held {
+    /// Gives its place back.
+    fn free(&mut self, hold: &Hold) {
+        self.running = self.running.saturating_sub(1);
+        for (kind, n) in &hold.slots {
+            if let Some(count) = self.slots.get_mut(kind) {
+                *count = count.saturating_sub(*n);
+            }
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -155,7 +177,7 @@ pub struct Share {
 
 impl State {
     fn running(&self, node: NodeId) -> u32 {
-        self.held.get(&node).map_or(0, |h| h.tasks.len() as u32)
+        self.held.get(&node).map_or(0, |h| h.running)
     }
     fn has_room(&self, link: &Link) -> bool {
         link.refuses(self.running(link.node)).is_none()
@@ -184,6 +206,7 @@ impl State {
     fn hold(&mut self, node: NodeId, task: TaskId, hold: Hold) {
         self.release(node, task);
         let held = self.held.entry(node).or_default();
+        held.running += 1;
         for (kind, n) in &hold.slots {
             *held.slots.entry(kind.clone()).or_default() += n;
         }
@@ -195,15 +218,18 @@ impl State {
     fn release(&mut self, node: NodeId, task: TaskId) {
         let Some(held) = self.held.get_mut(&node) else { return };
         let Some(gone) = held.tasks.remove(&task) else { return };
-        for (kind, n) in &gone.slots {
-            if let Some(count) = held.slots.get_mut(kind) {
-                *count = count.saturating_sub(*n);
-            }
+        if !gone.over {
+            held.free(&gone);
         }
         if held.tasks.is_empty() {
             self.held.remove(&node);
         }
-        if let Some(share) = self.shares.get_mut(&gone.user) {
+        if !gone.over {
+            self.lessen(gone.user);
+        }
+    }
+    fn lessen(&mut self, user: UserId) {
+        if let Some(share) = self.shares.get_mut(&user) {
             share.attempts = share.attempts.saturating_sub(1);
         }
     }
@@ -327,7 +353,7 @@ impl Links {
     pub fn reserve<E>(
         &self,
         task: TaskId,
-        hold: Hold,
+        hold: impl FnOnce(NodeId) -> Hold,
         eligible: impl Fn(&Link) -> bool,
         choose: impl FnOnce(&[Candidate]) -> Result<NodeId, E>,
         yields: impl FnOnce(&Link, &BTreeMap<String, u32>) -> Result<(), E>,
@@ -335,7 +361,7 @@ impl Links {
         let mut s = self.state();
         let node = s.weigh(eligible, choose)?;
         yields(&s.links[&node], s.taken(node))?;
-        s.hold(node, task, hold);
+        s.hold(node, task, hold(node));
         Ok(s.links[&node].clone())
     }
     /// What [`Links::reserve`] would choose now.
@@ -348,6 +374,39 @@ impl Links {
     }
     pub fn release(&self, node: NodeId, task: TaskId) {
         self.state().release(node, task);
+    }
+    /// The node says that this attempt has ended: its place is free, though its result is not here yet.
+    /// False when that was known, or the attempt is not one that it holds.
+    pub fn over(&self, node: NodeId, task: TaskId, attempt: AttemptNo) -> bool {
+        let mut s = self.state();
+        let Some(held) = s.held.get_mut(&node) else { return false };
+        let Some(hold) = held.tasks.get_mut(&task).filter(|h| h.attempt == attempt && !h.over) else { return false };
+        hold.over = true;
+        let gone = hold.clone();
+        held.free(&gone);
+        s.lessen(gone.user);
+        true
+    }
+    /// Nodes without a place, of which `of` are looked at if it is given, that can be told of more orders
+    /// ahead than the `ahead` of each; and of how many more.
+    pub(crate) fn ahead(&self, of: Option<&BTreeSet<NodeId>>, ahead: impl Fn(NodeId) -> u32) -> Vec<(Link, u32)> {
+        let s = self.state();
+        let more = |l: &Link| {
+            let full = !l.draining && s.running(l.node) >= l.max_tasks;
+            let most = if full { l.keeps.min(l.max_tasks).min(MOST_AHEAD) } else { 0 };
+            if most == 0 { 0 } else { most.saturating_sub(ahead(l.node)) }
+        };
+        let asked: Vec<&Link> = match of {
+            None => s.links.values().collect(),
+            Some(nodes) => nodes.iter().filter_map(|n| s.links.get(n)).collect(),
+        };
+        asked.into_iter().map(|l| (l, more(l))).filter(|(_, n)| *n > 0).map(|(l, n)| (l.clone(), n)).collect()
+    }
+    /// This link answers nothing about orders ahead: it is sent none any more.
+    pub(crate) fn keeps_none(&self, node: NodeId, generation: u64) {
+        if let Some(l) = self.state().links.get_mut(&node).filter(|l| l.generation == generation) {
+            l.keeps = 0;
+        }
     }
     /// Is this the attempt that the node holds a slot for?
     pub fn holds(&self, node: NodeId, task: TaskId, attempt: AttemptNo) -> bool {

@@ -10,7 +10,7 @@ use crate::idempotency::Keyed;
 use crate::links::{Hold, Link, LinkCommand, Links, Order, Share};
 use crate::open_tasks::OpenTasks;
 use crate::ports::{Applied, Besides, Creation, Journal, Keyring, Sessions};
-use crate::queue::{Eligible, Group, Head, Holder, Hopeful, Until};
+use crate::queue::{Ahead, Changed, Eligible, Group, Head, Holder, Hopeful, Until, usable};
 use crate::records::{Session, Task};
 use crate::tracks::Tracks;
 use crate::watch::Watchers;
@@ -40,6 +40,10 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// What was read of a session's nodes or a user's role is good for so long. What this hub changes itself
 /// is known at once; see [`Pool::attachments_changed`].
 const RIGHTS_FOR: Duration = Duration::from_secs(10);
+/// A node that was told of an attempt ahead says within this time that it keeps it.
+const KEPT_WITHIN: Duration = Duration::from_secs(5);
+/// Orders are told ahead only in so many of a task's attempts: each takes a number.
+const AHEAD_ATTEMPTS: u32 = 100;
 /// Rights that are read at the same time; what was placed before them is committed first.
 const RIGHTS_AT_ONCE: usize = 32;
 
@@ -59,8 +63,25 @@ enum Rights {
     Old(Eligible),
 }
 
-/// What is reserved and not yet committed.
-type Placed = Vec<(TaskId, AttemptNo, Link)>;
+/// What is reserved, or to be told ahead, and not yet committed.
+struct Placement {
+    id: TaskId,
+    attempt: AttemptNo,
+    link: Link,
+    how: How,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// A new attempt, which may start at once.
+    Assign,
+    /// The node was told of this attempt ahead, and may start it now.
+    Go,
+    /// A new attempt, of which the node is told and which it may not start.
+    Ahead,
+}
+
+type Placed = Vec<Placement>;
 
 pub struct Pool {
     pub journal: Arc<dyn Journal>,
@@ -115,9 +136,11 @@ impl Pool {
         match (task.progress.state, &task.progress.attempt) {
             (TaskState::Assigned | TaskState::Running, Some(a)) if a.granted.is_some() => self.links.hold(a.node, task, a.no),
             (TaskState::Assigned, Some(a)) => {
-                self.links.hold(a.node, task, a.no);
                 let event = Event::Withdrawn { attempt: a.no };
-                if let Applied::Done(t, actions) = self.apply(task.id, &event, Besides::default()).await? {
+                if let Applied::Done(t, mut actions) = self.apply(task.id, &event, Besides::default()).await? {
+                    // It waits from now on, in its turn, and has nothing to rest from.
+                    actions.retain(|action| *action != Action::Requeue);
+                    self.enqueue(&t, Waiting::HubStarting, Duration::ZERO);
                     self.perform(&t, &actions);
                 }
             }
@@ -160,13 +183,13 @@ impl Pool {
                 self.after_commit(task.clone()).await;
             }
             Some(_) => self.take_up(task).await?,
-            None if self.queue.why(task.id).is_none() => {
+            None if self.queue.why(task.id).is_some() => self.queue.taken_back(task.id),
+            None => {
                 if let Some(a) = attempt {
                     self.give_back(a.node, task.id);
                 }
                 self.take_up(task).await?;
             }
-            None => {}
         }
         if task.progress.cancel.is_none()
             && let Some(session) = task.session
@@ -202,10 +225,16 @@ impl Pool {
             Some(start) if start > now => Err(Waiting::NotBefore),
             // Those of the same kind that wait go first.
             _ if self.queue.is_waiting(&group) => Err(Waiting::NoSlot),
-            _ => self.reserve(task.id, Hold::of(&task, attempt), &group, &eligible, |link, taken| {
-                let wanted = self.queue.is_wanted(link, taken, task.terms.priority);
-                if wanted { Err(Waiting::NoSlot) } else { Ok(()) }
-            }),
+            _ => self.reserve(
+                task.id,
+                |_| Hold::of(&task, attempt),
+                &group,
+                &eligible,
+                |link, taken| {
+                    let wanted = self.queue.is_wanted(link, taken, task.terms.priority);
+                    if wanted { Err(Waiting::NoSlot) } else { Ok(()) }
+                },
+            ),
         };
         let Ok(link) = placed else {
             if let Some(before) = self.write(&task, keyed).await.inspect_err(|_| self.queue.doubt(task.id))? {
@@ -262,7 +291,7 @@ impl Pool {
     fn reserve(
         &self,
         id: TaskId,
-        hold: Hold,
+        hold: impl FnOnce(NodeId) -> Hold,
         group: &Group,
         eligible: &Eligible,
         yields: impl FnOnce(&Link, &BTreeMap<String, u32>) -> std::result::Result<(), Waiting>,
@@ -388,10 +417,12 @@ impl Pool {
         }
     }
 
-    /// Hands a granted attempt to its node's link. A row that no longer fits its seal is never signed.
+    /// Hands an attempt to its node's link, with leave to start it if it is granted. A row that no longer
+    /// fits its seal is never signed.
     pub fn send_order(&self, task: &Task, node: NodeId, attempt: AttemptNo) {
         let granted = task.progress.attempt.as_ref().and_then(|a| a.granted);
-        if self.links.get(node).map(|l| l.spool) != granted {
+        let takes = |l: Link| granted.map_or(l.keeps > 0, |spool| l.spool == spool);
+        if !self.links.get(node).is_some_and(takes) {
             // Not here, or with another memory than the one it was granted to: the next hello settles it.
             return;
         }
@@ -413,6 +444,7 @@ impl Pool {
             timeout_secs: task.timeout_secs,
             start_before: task.terms.deadline.map_or(start_before, |deadline| start_before.min(deadline)),
             policy: self.policy,
+            granted: granted.is_some(),
             request_id: self.queue.origins.of(task.id),
         };
         self.tracks().ordered(&order, node);
@@ -447,6 +479,9 @@ impl Pool {
     /// One look at those for whom something changed, and at what is due.
     pub async fn round_of_changes(&self) -> Result<()> {
         self.settle_doubts().await?;
+        if self.queue.is_changed_everywhere() {
+            self.withdraw_unkept().await?;
+        }
         let ended = self.end_overdue().await;
         self.queue.wake_rested(self.clock.now_ms(), self.clock.steady());
         let mut placed = vec![];
@@ -508,6 +543,43 @@ impl Pool {
                 heads.extend(self.queue.head(&group).map(|h| (h.order, self.links.share(group.user), h.id, i)));
             }
         }
+        self.tell_ahead(&changed, placed).await
+    }
+
+    /// Tells nodes without a place of some who wait for one, so that they ask for the next by themselves.
+    async fn tell_ahead(&self, changed: &Changed, placed: &mut Placed) -> Result<()> {
+        let mut nodes = self.links.ahead((!changed.all).then_some(&changed.nodes), |node| self.queue.ahead_on(node));
+        if nodes.is_empty() {
+            return Ok(());
+        }
+        let groups = self.queue.untold();
+        let place = |i: usize, h: &Head| (h.order, self.links.share(groups[i].0.user), h.id, i);
+        let mut heads: BTreeMap<_, Head> = groups.iter().enumerate().map(|(i, (_, _, h))| (place(i, h), *h)).collect();
+        while let Some(((_, _, id, i), head)) = heads.pop_first() {
+            let (group, eligible, _) = &groups[i];
+            let none = BTreeMap::new();
+            let fitting = nodes.iter().filter(|(link, _)| usable(group, Some(eligible), link));
+            let candidates: Vec<Candidate> = fitting
+                .map(|(l, room)| Candidate { node: l.node, online: true, schedulable: true, room: *room, offers: &l.offers, taken: &none })
+                .collect();
+            let Ok(node) = choose(id, group.named, group.select.as_ref(), &candidates) else { continue };
+            if head.next.ordinal() > AHEAD_ATTEMPTS || !self.queue.begin(id) {
+                continue;
+            }
+            let at = nodes.iter().position(|(link, _)| link.node == node).expect("it was chosen among them");
+            nodes[at].1 -= 1;
+            placed.push(Placement { id, attempt: head.next, link: nodes[at].0.clone(), how: How::Ahead });
+            if nodes[at].1 == 0 {
+                nodes.swap_remove(at);
+            }
+            if nodes.is_empty() {
+                break;
+            }
+            if placed.len() >= PLACE_AT_ONCE {
+                self.commit_placed(std::mem::take(placed)).await?;
+            }
+            heads.extend(self.queue.next_untold(group).map(|h| (place(i, &h), h)));
+        }
         Ok(())
     }
 
@@ -519,9 +591,18 @@ impl Pool {
         }
         self.queue.count_weighing();
         let slots = group.select.as_ref().map(|s| s.slots.clone()).unwrap_or_default();
-        let hold = Hold { attempt: head.next, user: group.user, slots };
+        let told = |node: NodeId| head.ahead.filter(|a| a.node == node).map(|a| a.attempt);
+        let hold = |node| Hold { attempt: told(node).unwrap_or(head.next), user: group.user, slots: slots.clone(), over: false };
+        let reserve = |eligible: &dyn Fn(&Link) -> bool| {
+            let choose = |candidates: &[Candidate]| choose(head.id, group.named, group.select.as_ref(), candidates);
+            self.links.reserve(head.id, hold, eligible, choose, |_, _| Ok(()))
+        };
         let (eligible, reserved) = match rights {
-            Rights::Read(eligible) => (eligible, self.reserve(head.id, hold, group, eligible, |_, _| Ok(()))),
+            Rights::Read(eligible) => {
+                // The node that was told of it comes first: nobody else has to hear anything.
+                let there = head.ahead.and_then(|_| reserve(&|l| told(l.node).is_some() && eligible.allows(l)).ok());
+                (eligible, there.map_or_else(|| reserve(&|l| eligible.allows(l)), Ok))
+            }
             Rights::Old(eligible) => {
                 let choose = |candidates: &[Candidate]| choose(head.id, group.named, group.select.as_ref(), candidates);
                 match self.links.weigh(|l| eligible.allows(l), choose) {
@@ -539,7 +620,10 @@ impl Pool {
                 self.queue.blocked(group, why, eligible.clone());
                 return Ok(false);
             }
-            Ok(link) if self.queue.begin(head.id) => placed.push((head.id, head.next, link)),
+            Ok(link) if self.queue.begin(head.id) => placed.push(match told(link.node) {
+                Some(attempt) => Placement { id: head.id, attempt, link, how: How::Go },
+                None => Placement { id: head.id, attempt: head.next, link, how: How::Assign },
+            }),
             // It was cancelled in this moment.
             Ok(link) => self.give_back(link.node, head.id),
         }
@@ -584,29 +668,89 @@ impl Pool {
 
     /// Syncs the attempts, together, and only then sends their orders.
     async fn commit_placed(&self, placed: Placed) -> Result<()> {
-        let commits = placed.into_iter().map(|(id, attempt, link)| async move {
-            let event = Event::Assigned { attempt, node: link.node, granted: Some(link.spool) };
+        let commits = placed.into_iter().map(|Placement { id, attempt, link, how }| async move {
+            let event = match how {
+                How::Assign => Event::Assigned { attempt, node: link.node, granted: Some(link.spool) },
+                How::Go => Event::Granted { attempt, spool: link.spool },
+                How::Ahead => Event::Assigned { attempt, node: link.node, granted: None },
+            };
             let besides = Besides { signed: Some((self.keyring.key_id(), self.policy)), ..Default::default() };
-            match self.apply(id, &event, besides).await {
+            let applied = self.apply(id, &event, besides).await;
+            if !matches!(applied, Ok(Applied::Done(..))) && how != How::Ahead {
+                self.give_back(link.node, id);
+            }
+            match applied {
                 Ok(Applied::Done(task, actions)) => {
-                    self.queue.placed(id, attempt);
+                    if how == How::Ahead {
+                        let (generation, sent) = (link.generation, self.clock.steady());
+                        let ahead = Ahead { node: link.node, generation, attempt, sent, kept: false };
+                        self.queue.told(id, ahead, attempt.next(self.incarnation), sent);
+                    } else {
+                        self.queue.placed(id, attempt);
+                    }
                     self.perform(&task, &actions);
                     self.after_commit(*task).await;
                     Ok(())
                 }
                 // It ended or moved meanwhile.
-                Ok(Applied::Refused(_) | Applied::Unknown) => {
+                Ok(Applied::Refused(_) | Applied::Unknown) if how == How::Assign => {
                     self.queue.placed(id, attempt);
-                    self.give_back(link.node, id);
+                    Ok(())
+                }
+                Ok(Applied::Refused(_) | Applied::Unknown) => {
+                    self.queue.put_back(id, self.clock.steady());
+                    self.queue.doubt(id);
                     Ok(())
                 }
                 Err(e) => {
-                    self.give_back(link.node, id);
                     self.queue.put_back(id, self.clock.steady());
                     Err(e)
                 }
             }
         });
         futures::future::join_all(commits).await.into_iter().collect()
+    }
+
+    /// Takes back what a node was told ahead and does not have: its link went, it is drained, or it has
+    /// not said in time that it keeps it.
+    async fn withdraw_unkept(&self) -> Result<()> {
+        let now = self.clock.steady();
+        let unkept = |(_, a): &(TaskId, Ahead)| {
+            let Some(link) = self.links.get(a.node).filter(|l| l.generation == a.generation) else { return true };
+            let silent = !a.kept && now.saturating_sub(a.sent) >= KEPT_WITHIN;
+            if silent {
+                tracing::warn!(node = %a.node, "orders that were sent ahead are not acknowledged; this link gets no more of them");
+                self.links.keeps_none(a.node, a.generation);
+            }
+            silent || link.draining
+        };
+        let unkept: Vec<_> = self.queue.ahead().into_iter().filter(unkept).collect();
+        for some in unkept.chunks(PLACE_AT_ONCE) {
+            let withdrawn = some.iter().map(|(id, a)| async move {
+                if let Applied::Done(task, mut actions) =
+                    self.apply(*id, &Event::Withdrawn { attempt: a.attempt }, Besides::default()).await?
+                {
+                    // It waits where it waited; and what an older link was told, the node forgot with it.
+                    let told = self.links.is_current(a.node, a.generation);
+                    actions.retain(|action| *action != Action::Requeue && (told || !matches!(action, Action::Cancel { .. })));
+                    self.queue.taken_back(*id);
+                    self.perform(&task, &actions);
+                } else {
+                    self.queue.doubt(*id);
+                }
+                Ok(())
+            });
+            futures::future::join_all(withdrawn).await.into_iter().collect::<Result<()>>()?;
+        }
+        Ok(())
+    }
+
+    /// A node keeps what it was told ahead. False when it is to forget it: that was moved or has ended.
+    pub(crate) fn kept(&self, node: NodeId, task: TaskId, attempt: AttemptNo) -> bool {
+        self.queue.kept(node, task, attempt)
+    }
+    /// A node has a place free for what it was told ahead. Who gets it is decided as ever.
+    pub(crate) fn place_free(&self, node: NodeId) {
+        self.queue.changed_on(node);
     }
 }

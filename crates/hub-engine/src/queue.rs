@@ -4,8 +4,11 @@
 //! ```text
 //! resting (not_before, backoff, came late) ──► ready, by priority and age ──► placing ──► gone
 //!                                                 ▲                            │
-//!                                                 └──────── commit failed ─────┘
+//!                                                 └── ahead, or commit failed ─┘
 //! ```
+//! A task of which a node was told ahead waits on in its place here: who goes first is decided when a
+//! place is free, and not when an order is sent ahead.
+//!
 //! Kept in memory alone; [`crate::pool::Pool::recover`] rebuilds it from the journal.
 
 use crate::links::Link;
@@ -81,11 +84,24 @@ enum Place {
     Placing,
 }
 
+/// An attempt that is not granted, and the link that was told of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ahead {
+    pub node: NodeId,
+    pub generation: u64,
+    pub attempt: AttemptNo,
+    /// By the steady clock.
+    pub sent: Duration,
+    /// The node has said that it has it.
+    pub kept: bool,
+}
+
 #[derive(Debug)]
 struct Entry {
     group: Arc<Group>,
     priority: i32,
     next: AttemptNo,
+    ahead: Option<Ahead>,
     queue_secs: u64,
     place: Place,
     /// By the steady clock: since when it waits, and when it has waited too long for a node.
@@ -96,6 +112,8 @@ struct Entry {
 #[derive(Debug)]
 struct Members {
     ready: BTreeSet<(Reverse<i32>, TaskId)>,
+    /// Those of them of which no node was told ahead.
+    untold: BTreeSet<(Reverse<i32>, TaskId)>,
     /// Tasks of the group in any place.
     all: usize,
     why: Waiting,
@@ -127,6 +145,7 @@ pub(crate) struct Head {
     pub order: Reverse<i32>,
     pub id: TaskId,
     pub next: AttemptNo,
+    pub ahead: Option<Ahead>,
 }
 
 #[derive(Debug, Default)]
@@ -140,6 +159,8 @@ struct Line {
     deadlines: BTreeSet<(UnixMs, TaskId)>,
     deadline_of: BTreeMap<TaskId, UnixMs>,
     changed: Changed,
+    /// Tasks of which nodes were told ahead.
+    ahead: BTreeMap<NodeId, BTreeSet<TaskId>>,
     /// What was read of rights, and when.
     rights: BTreeMap<Holder, (Eligible, Duration)>,
     /// Those that are being read and did not change meanwhile.
@@ -170,7 +191,7 @@ pub struct PoolStanding {
 }
 
 /// May the group's tasks run on this node, whether or not it has room? `eligible` as far as it is known.
-fn usable(group: &Group, eligible: Option<&Eligible>, link: &Link) -> bool {
+pub(crate) fn usable(group: &Group, eligible: Option<&Eligible>, link: &Link) -> bool {
     match group.named {
         Some(node) => node == link.node,
         None => eligible.is_none_or(|e| e.allows(link)) && group.select.as_ref().is_none_or(|s| s.fits(&link.offers)),
@@ -178,7 +199,14 @@ fn usable(group: &Group, eligible: Option<&Eligible>, link: &Link) -> bool {
 }
 
 impl Line {
+    /// Ready, and to be looked at.
     fn ready(&mut self, id: TaskId, now: Duration) {
+        self.stand(id, now);
+        if let Some(members) = self.tasks.get(&id).and_then(|e| self.groups.get_mut(&e.group)) {
+            members.fresh = true;
+        }
+    }
+    fn stand(&mut self, id: TaskId, now: Duration) {
         let Some(entry) = self.tasks.get_mut(&id) else { return };
         entry.place = Place::Ready;
         if entry.queue_secs > 0 && entry.expires.is_none() {
@@ -188,11 +216,30 @@ impl Line {
         }
         if let Some(members) = self.groups.get_mut(&entry.group) {
             members.ready.insert((Reverse(entry.priority), id));
-            members.fresh = true;
+            if entry.ahead.is_none() {
+                members.untold.insert((Reverse(entry.priority), id));
+            }
+        }
+    }
+    /// No node knows of it any more.
+    fn take_back(&mut self, id: TaskId) {
+        let Some(entry) = self.tasks.get_mut(&id) else { return };
+        let Some(ahead) = entry.ahead.take() else { return };
+        if entry.place == Place::Ready
+            && let Some(members) = self.groups.get_mut(&entry.group)
+        {
+            members.untold.insert((Reverse(entry.priority), id));
+        }
+        if let Some(tasks) = self.ahead.get_mut(&ahead.node) {
+            tasks.remove(&id);
+            if tasks.is_empty() {
+                self.ahead.remove(&ahead.node);
+            }
         }
     }
 
     fn remove(&mut self, id: TaskId) {
+        self.take_back(id);
         let Some(entry) = self.tasks.remove(&id) else { return };
         match entry.place {
             Place::Resting(Until::Wall(at), _) => drop(self.rests.remove(&(at, id))),
@@ -204,11 +251,20 @@ impl Line {
         }
         if let Some(members) = self.groups.get_mut(&entry.group) {
             members.ready.remove(&(Reverse(entry.priority), id));
+            members.untold.remove(&(Reverse(entry.priority), id));
             members.all -= 1;
             if members.all == 0 {
                 self.groups.remove(&entry.group);
             }
         }
+    }
+}
+
+impl Line {
+    fn head(&self, first: Option<&(Reverse<i32>, TaskId)>) -> Option<Head> {
+        let (order, id) = *first?;
+        let entry = self.tasks.get(&id)?;
+        Some(Head { order, id, next: entry.next, ahead: entry.ahead })
     }
 }
 
@@ -232,6 +288,7 @@ impl Queue {
         let group = Arc::new(Group::of(task));
         let members = line.groups.entry(group.clone()).or_insert_with(|| Members {
             ready: BTreeSet::new(),
+            untold: BTreeSet::new(),
             all: 0,
             why,
             eligible: None,
@@ -242,7 +299,16 @@ impl Queue {
             members.why = why;
         }
         let place = rest.map_or(Place::Ready, |until| Place::Resting(until, why));
-        let entry = Entry { group, priority: task.terms.priority, next, queue_secs: task.queue_secs, place, since: now, expires: None };
+        let entry = Entry {
+            group,
+            priority: task.terms.priority,
+            next,
+            ahead: None,
+            queue_secs: task.queue_secs,
+            place,
+            since: now,
+            expires: None,
+        };
         line.tasks.insert(task.id, entry);
         match rest {
             None => line.ready(task.id, now),
@@ -277,7 +343,7 @@ impl Queue {
     /// Takes out a task whose attempt was committed; it may wait for a later one by now.
     pub(crate) fn placed(&self, id: TaskId, attempt: AttemptNo) {
         let mut line = self.line();
-        if line.tasks.get(&id).is_some_and(|e| e.next <= attempt) {
+        if line.tasks.get(&id).is_some_and(|e| e.next <= attempt || e.ahead.is_some_and(|a| a.attempt == attempt)) {
             line.remove(id);
         }
     }
@@ -370,6 +436,9 @@ impl Queue {
         by_wall.chain(by_steady).min()
     }
 
+    pub(crate) fn is_changed_everywhere(&self) -> bool {
+        self.line().changed.all
+    }
     /// What changed since the last call.
     pub(crate) fn take_changed(&self) -> Changed {
         std::mem::take(&mut self.line().changed)
@@ -385,9 +454,54 @@ impl Queue {
     }
     pub(crate) fn head(&self, group: &Arc<Group>) -> Option<Head> {
         let line = self.line();
-        let (order, id) = *line.groups.get(group)?.ready.first()?;
-        Some(Head { order, id, next: line.tasks.get(&id)?.next })
+        line.head(line.groups.get(group)?.ready.first())
     }
+
+    // ---- orders ahead ----
+
+    /// A node is told of it, and it waits on. False when it waits no longer.
+    pub(crate) fn told(&self, id: TaskId, ahead: Ahead, next: AttemptNo, now: Duration) -> bool {
+        let mut line = self.line();
+        line.take_back(id);
+        let Some(entry) = line.tasks.get_mut(&id).filter(|e| e.place == Place::Placing) else { return false };
+        (entry.ahead, entry.next) = (Some(ahead), next);
+        line.ahead.entry(ahead.node).or_default().insert(id);
+        line.stand(id, now);
+        true
+    }
+    /// The attempt was withdrawn, and the task waits on.
+    pub(crate) fn taken_back(&self, id: TaskId) {
+        self.line().take_back(id);
+    }
+    pub(crate) fn ahead(&self) -> Vec<(TaskId, Ahead)> {
+        let line = self.line();
+        let tasks = line.ahead.values().flatten();
+        tasks.filter_map(|id| Some((*id, line.tasks.get(id)?.ahead?))).collect()
+    }
+    pub(crate) fn ahead_on(&self, node: NodeId) -> u32 {
+        let line = self.line();
+        // Who is being given a place makes room for the next.
+        let waits = |id: &&TaskId| line.tasks.get(id).is_some_and(|e| e.place == Place::Ready);
+        line.ahead.get(&node).map_or(0, |tasks| tasks.iter().filter(waits).count() as u32)
+    }
+    /// The node says that it has it. False when it is not told of this attempt any more.
+    pub(crate) fn kept(&self, node: NodeId, id: TaskId, attempt: AttemptNo) -> bool {
+        let mut line = self.line();
+        let ahead = line.tasks.get_mut(&id).and_then(|e| e.ahead.as_mut());
+        ahead.filter(|a| a.node == node && a.attempt == attempt).map(|a| a.kept = true).is_some()
+    }
+    /// Groups that wait for a place and hold no slots, with the first of each of which no node was told.
+    pub(crate) fn untold(&self) -> Vec<(Arc<Group>, Eligible, Head)> {
+        let line = self.line();
+        let fit = |group: &Group, m: &Members| m.why == Waiting::NoSlot && group.select.as_ref().is_none_or(|s| s.slots.is_empty());
+        let found = line.groups.iter().filter(|(group, m)| fit(group, m));
+        found.filter_map(|(group, m)| Some((group.clone(), m.eligible.clone()?, line.head(m.untold.first())?))).collect()
+    }
+    pub(crate) fn next_untold(&self, group: &Arc<Group>) -> Option<Head> {
+        let line = self.line();
+        line.head(line.groups.get(group)?.untold.first())
+    }
+
     /// Begins to read rights.
     pub(crate) fn begin_reading(&self, holders: &BTreeSet<Holder>) {
         self.line().reading.extend(holders);
@@ -429,6 +543,7 @@ impl Queue {
         let (group, key) = (entry.group.clone(), (Reverse(entry.priority), id));
         if let Some(members) = line.groups.get_mut(&group) {
             members.ready.remove(&key);
+            members.untold.remove(&key);
         }
         true
     }

@@ -535,6 +535,7 @@ async fn a_change_of_nodes_counts_at_once_for_those_who_wait() {
         spool: sample::spool_id(1),
         own_tasks: 1,
         max_tasks: 1,
+        keeps: 0,
         offers: Arc::new(node.offers()),
         draining: false,
         epoch: 0,

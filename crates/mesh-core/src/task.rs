@@ -1,6 +1,7 @@
 //! The life of a task.
 //!
 //! ```text
+//!                        ┌─► moved, while not granted
 //! pending ──────────────► assigned ──► running ──► succeeded | failed | cancelled
 //!   │  ▲                    │  │          │
 //!   │  └── withdrawn, late ─┘  └──────────┴──► (the node's word ends it, or the hub's on a revoked node)
@@ -234,7 +235,8 @@ impl Default for Progress {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// The pool chose a node. With `granted` the node may start at once.
+    /// The pool chose a node. With `granted` the node may start at once. An attempt that was not granted
+    /// is moved by it, to its own node or another, in the same write.
     Assigned {
         attempt: AttemptNo,
         node: NodeId,
@@ -378,7 +380,8 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
     }
     match event {
         Event::Assigned { attempt, node, granted } => {
-            if p.state != Pending {
+            let left = ungranted(&p).cloned();
+            if p.state != Pending && left.is_none() {
                 return Err(Refused::Illegal);
             }
             if p.attempt.as_ref().is_some_and(|a| a.no >= *attempt) {
@@ -388,7 +391,9 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
             p.attempt = Some(Attempt { no: *attempt, node: *node, granted: *granted });
             p.assigned_at = Some(now);
             p.retry_at = None;
-            Ok((p, vec![Action::Order { node: *node, attempt: *attempt }]))
+            let mut actions = left.map_or(vec![], take_back);
+            actions.push(Action::Order { node: *node, attempt: *attempt });
+            Ok((p, actions))
         }
         Event::Granted { spool, .. } => {
             let a = p.attempt.as_mut().expect("checked above");
@@ -401,14 +406,11 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
             Ok((p, vec![action]))
         }
         Event::Withdrawn { .. } => {
-            let a = p.attempt.as_ref().expect("checked above");
-            if a.granted.is_some() || p.state != Assigned {
-                return Err(Refused::Illegal);
-            }
-            let node = a.node;
+            let mut actions = take_back(ungranted(&p).ok_or(Refused::Illegal)?.clone());
             p.state = Pending;
             p.assigned_at = None;
-            Ok((p, vec![Action::Release { node }, Action::Requeue]))
+            actions.push(Action::Requeue);
+            Ok((p, actions))
         }
         Event::Started { .. } => {
             if p.state == Running {
@@ -421,6 +423,8 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
             p.started_at = Some(now);
             Ok((p, vec![]))
         }
+        // What was not permitted to start cannot have run.
+        Event::Ended { outcome, .. } if ungranted(&p).is_some() && !matches!(outcome, Outcome::NeverStarted(_)) => Err(Refused::Illegal),
         Event::Ended { outcome, .. } => {
             let node = p.attempt.as_ref().expect("checked above").node;
             let late = matches!(outcome, Outcome::NeverStarted(NeverStarted::Late));
@@ -456,13 +460,26 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
         Event::CancelRequested { reason } => stop(p, *reason, now),
         Event::DeadlinePassed => stop(p, ReasonCode::Deadline, now),
         Event::Expired { detail } => {
-            if p.state != Pending {
+            let left = ungranted(&p).cloned();
+            if p.state != Pending && left.is_none() {
                 return Err(Refused::Illegal);
             }
             end(&mut p, Failed, Some(Reason::new(ReasonCode::NoNode, detail.clone())), now);
-            Ok((p, vec![Action::Finished]))
+            let mut actions = left.map_or(vec![], take_back);
+            actions.push(Action::Finished);
+            Ok((p, actions))
         }
     }
+}
+
+/// The attempt that a node was told of and may not start yet.
+fn ungranted(p: &Progress) -> Option<&Attempt> {
+    p.attempt.as_ref().filter(|a| p.state == TaskState::Assigned && a.granted.is_none())
+}
+
+/// Its node forgets an attempt that was not granted; a late word about it is not waited for.
+fn take_back(a: Attempt) -> Vec<Action> {
+    vec![Action::Cancel { node: a.node, attempt: a.no }, Action::Release { node: a.node }]
 }
 
 /// Asks for the end: waiting work has it at once, granted work when its node has answered.
@@ -477,11 +494,7 @@ fn stop(mut p: Progress, reason: ReasonCode, now: UnixMs) -> Result<(Progress, V
         other => {
             let (state, reason) = ended_by(p.cancel.as_ref());
             end(&mut p, state, reason, now);
-            let mut actions = vec![];
-            if let Some(a) = other {
-                actions.push(Action::Cancel { node: a.node, attempt: a.no });
-                actions.push(Action::Release { node: a.node });
-            }
+            let mut actions = other.map_or(vec![], take_back);
             actions.push(Action::Finished);
             Ok((p, actions))
         }

@@ -73,7 +73,8 @@ async fn a_whole_life(store: &dyn Journal) {
     assert_eq!(actions, [Action::Order { node: node_id(1), attempt: attempt(1) }]);
     let (t, actions) = done(store, 1, Event::Withdrawn { attempt: attempt(1) }, T0 + 11).await;
     assert_eq!((t.progress.state, t.progress.assigned_at), (Pending, None));
-    assert_eq!(actions, [Action::Release { node: node_id(1) }, Action::Requeue]);
+    let taken_back = [Action::Cancel { node: node_id(1), attempt: attempt(1) }, Action::Release { node: node_id(1) }];
+    assert_eq!(actions, [&taken_back[..], &[Action::Requeue]].concat());
     done(store, 1, assigned(2, false), T0 + 12).await;
     let (t, _) = done(store, 1, Event::Granted { attempt: attempt(2), spool: spool_id(7) }, T0 + 13).await;
     assert_eq!(t.progress.attempt, Some(Attempt { no: attempt(2), node: node_id(2), granted: Some(spool_id(7)) }));
@@ -118,8 +119,15 @@ async fn refusals(store: &dyn Journal) {
     store.accept(&task(1)).await.unwrap();
     assert_eq!(apply(store, 1, ended(1, Outcome::Done), T0).await, Applied::Refused(Illegal));
     done(store, 1, assigned(1, false), T0).await;
-    done(store, 1, Event::Withdrawn { attempt: attempt(1) }, T0).await;
-    done(store, 1, assigned(2, true), T0).await;
+    // Moved by one write.
+    let (moved, actions) = done(store, 1, assigned(2, true), T0).await;
+    let taken_back = [Action::Cancel { node: node_id(1), attempt: attempt(1) }, Action::Release { node: node_id(1) }];
+    assert_eq!(actions, [&taken_back[..], &[Action::Order { node: node_id(2), attempt: attempt(2) }]].concat());
+    assert_eq!(moved.spec, task(1).spec, "the order needs it");
+    for (node, found) in [(1, 0), (2, 1)] {
+        let there = TaskFilter { node: Some(node_id(node)), ..Default::default() };
+        assert_eq!(store.tasks(&there, all()).await.unwrap().len(), found);
+    }
     let (before, lines) = (store.task(task_id(1)).await.unwrap(), history(store, task_id(1)).await);
     let besides = Besides { result: Some(vec![1]), sandbox_applied: Some("x".into()), signed: Some(("k".into(), [1; 32])) };
     for late in [ended(1, Outcome::Done), Event::Started { attempt: attempt(1) }] {

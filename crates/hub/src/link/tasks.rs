@@ -40,6 +40,8 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// Something a node reports about an attempt.
 enum Report {
     Started(TaskId, AttemptNo),
+    /// With those that have ended.
+    Ready(TaskId, AttemptNo, Vec<(TaskId, AttemptNo)>),
     /// With its part of [`REPORT_BYTES`].
     Result(Box<Reported>, OwnedSemaphorePermit),
 }
@@ -246,6 +248,18 @@ impl Conversation {
             Some(node_frame::Kind::Started(s)) => {
                 Report::Started(id("started.task_id", &s.task_id).map_err(|e: BadMessage| e.to_string())?, AttemptNo(s.attempt))
             }
+            Some(node_frame::Kind::Kept(k)) => {
+                let caller = Caller::Node { node: self.peer.node, generation: self.generation };
+                let task = id("kept.task_id", &k.task_id).map_err(|e: BadMessage| e.to_string())?;
+                // Noted in memory alone, and at once: a slow store is no silence of the node.
+                let _ = self.context.delivery.kept(&caller, task, AttemptNo(k.attempt));
+                return Ok(());
+            }
+            Some(node_frame::Kind::Ready(r)) => {
+                let task = id("ready.task_id", &r.task_id).map_err(|e: BadMessage| e.to_string())?;
+                let ended = attempts("ready.ended", &r.ended[..r.ended.len().min(ORDERS_PER_ENVELOPE)]).map_err(|e| e.to_string())?;
+                Report::Ready(task, AttemptNo(r.attempt), ended)
+            }
             Some(node_frame::Kind::Result(r)) => {
                 let result = read_result(r).map_err(|e| e.to_string())?;
                 let bytes = result.result.as_ref().map_or(0, Vec::len) as u32;
@@ -266,6 +280,7 @@ async fn carry(context: Arc<LinkContext>, caller: Caller, mut queue: mpsc::Recei
         let reports = round.drain(..).map(|report| async move {
             match report {
                 Report::Started(t, a) => delivery.started(caller, t, a).await,
+                Report::Ready(t, a, ended) => delivery.ready(caller, t, a, &ended).await,
                 Report::Result(r, _room) => delivery.result(caller, *r).await,
             }
         });
@@ -283,12 +298,12 @@ async fn carry(context: Arc<LinkContext>, caller: Caller, mut queue: mpsc::Recei
 }
 
 fn read_hello(h: wire::Hello) -> Result<Hello, BadMessage> {
-    let attempts = h
-        .attempts
-        .iter()
-        .map(|a| Ok((id("hello.attempts.task_id", &a.task_id)?, AttemptNo(a.attempt))))
-        .collect::<Result<_, BadMessage>>()?;
-    Ok(Hello { spool: id("hello.spool_id", &h.spool_id)?, max_tasks: h.max_tasks, attempts })
+    let attempts = attempts("hello.attempts", &h.attempts)?;
+    Ok(Hello { spool: id("hello.spool_id", &h.spool_id)?, max_tasks: h.max_tasks, keeps: h.keeps, attempts })
+}
+
+fn attempts(field: &'static str, named: &[wire::KnownAttempt]) -> Result<Vec<(TaskId, AttemptNo)>, BadMessage> {
+    named.iter().map(|a| Ok((id(field, &a.task_id)?, AttemptNo(a.attempt)))).collect()
 }
 
 fn read_answer(a: &wire::InputAnswer) -> Result<Option<Answer>, BadMessage> {

@@ -72,6 +72,37 @@ fn only_a_granted_attempt_starts() {
 }
 
 #[test]
+fn what_is_not_granted_is_moved_by_one_step_and_its_old_node_has_no_word() {
+    const OTHER: NodeId = NodeId::from_bytes([3; 16]);
+    let ahead = |n| Event::Assigned { attempt: a(n), node: NODE, granted: None };
+    let moved = Event::Assigned { attempt: a(2), node: OTHER, granted: Some(SPOOL) };
+    let before = run(&[ahead(1)]).unwrap();
+    let (p, actions) = step(&Terms::default(), &before, &moved, 5).unwrap();
+    assert_eq!((p.state, p.attempt), (TaskState::Assigned, Some(Attempt { no: a(2), node: OTHER, granted: Some(SPOOL) })));
+    let taken_back = [Action::Cancel { node: NODE, attempt: a(1) }, Action::Release { node: NODE }];
+    assert_eq!(actions, [&taken_back[..], &[Action::Order { node: OTHER, attempt: a(2) }]].concat());
+    for late in
+        [Event::Granted { attempt: a(1), spool: SPOOL }, started(1), ended(1, Outcome::Exited(0)), Event::Withdrawn { attempt: a(1) }]
+    {
+        assert_eq!(run(&[ahead(1), moved.clone(), late]), Err(Refused::Superseded));
+    }
+    // Only upwards, and never once it was granted.
+    assert_eq!(run(&[ahead(2), Event::Assigned { attempt: a(2), node: OTHER, granted: None }]), Err(Refused::Superseded));
+    let granted = Event::Granted { attempt: a(1), spool: SPOOL };
+    assert_eq!(run(&[ahead(1), granted.clone(), moved]), Err(Refused::Illegal));
+    // It cannot have run, but it can have been refused; and its wait can be over.
+    for forged in [Outcome::Exited(0), Outcome::Done, Outcome::Lost { detail: String::new() }] {
+        assert_eq!(run(&[ahead(1), ended(1, forged)]), Err(Refused::Illegal));
+    }
+    assert_eq!(run(&[ahead(1), ended(1, refused(ReasonCode::PolicyDenied))]).unwrap().state, TaskState::Failed);
+    for (last, state) in [(Event::Expired { detail: String::new() }, TaskState::Failed), (cancel(), TaskState::Cancelled)] {
+        let (p, actions) = step(&Terms::default(), &before, &last, 5).unwrap();
+        assert_eq!((p.state, actions), (state, [&taken_back[..], &[Action::Finished]].concat()));
+    }
+    assert_eq!(run(&[ahead(1), granted, Event::Expired { detail: String::new() }]), Err(Refused::Illegal));
+}
+
+#[test]
 fn cancel_in_every_state() {
     let p = run(&[cancel()]).unwrap();
     assert_eq!((p.state, p.reason.unwrap().code), (TaskState::Cancelled, ReasonCode::CancelledByUser));

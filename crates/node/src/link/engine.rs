@@ -4,6 +4,7 @@ mod input;
 mod intake;
 mod uplink;
 
+use super::ahead::Ahead;
 use super::attempts::Attempts;
 use super::backoff::Backoff;
 use super::connect::{DialError, Dialed};
@@ -41,6 +42,8 @@ const SILENCE: Duration = Duration::from_secs(limits::SILENCE_SECS);
 const HEALTH: Duration = Duration::from_secs(15);
 /// A result that was not acknowledged is told again.
 const REPEAT: Duration = Duration::from_secs(15);
+/// The hub has not answered that there is a place for an order: say it again.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// Another machine has this node's identity: stay away for a while.
 const SUPERSEDED_WAIT: Duration = Duration::from_secs(300);
 /// A link that stood so long was a good one.
@@ -135,6 +138,7 @@ pub struct Engine {
     attempts: Attempts,
     outflow: Outflow,
     pulls: Pulls,
+    ahead: Ahead,
     /// Given to the warden, which has not answered yet.
     starting: BTreeMap<Key, Box<Grant>>,
     /// Cancels that the warden has not answered with an end yet.
@@ -181,6 +185,7 @@ impl Engine {
             spool: None,
             attempts: Attempts::default(),
             pulls: Pulls::default(),
+            ahead: Ahead::default(),
             starting: BTreeMap::new(),
             cancelling: BTreeSet::new(),
             to_warden: VecDeque::new(),
@@ -276,6 +281,7 @@ impl Engine {
                     self.report_health();
                 }
                 self.repeat(now);
+                self.ask_for_next(now);
                 self.renew(now);
                 if self.pulls.timed_out(now) {
                     self.lost("a payload did not come", true);

@@ -10,6 +10,7 @@
 //! and whatever it wants to send lies in a queue of its own until the transport has room. Control
 //! frames have their own stream, and their own queue ahead of output.
 
+pub mod ahead;
 pub mod attempts;
 pub mod backoff;
 pub mod connect;

@@ -2,6 +2,7 @@
 
 use super::{CALL_TIMEOUT, Ending, Engine, GOOD_LINK, News, RENEW_RETRY, REPEAT, SUPERSEDED_WAIT, Up, key};
 use crate::enrolment::{self, words};
+use crate::link::ahead;
 use crate::link::connect::{Dial, DialError, Dialed, says_revoked};
 use crate::link::orders::{Checker, Key, RejectionWindow};
 use crate::link::{GOODBYE_CERTIFICATE_EXPIRED, GOODBYE_REVOKED, GOODBYE_SUPERSEDED};
@@ -33,7 +34,12 @@ impl Engine {
             dir: self.p.dir.clone(),
             time: self.p.time.clone(),
             capabilities: self.p.capabilities.clone(),
-            hello: wire::Hello { spool_id: spool.to_string(), attempts: self.attempts.known(), max_tasks: self.p.settings.max_tasks },
+            hello: wire::Hello {
+                spool_id: spool.to_string(),
+                attempts: self.attempts.known(),
+                max_tasks: self.p.settings.max_tasks,
+                keeps: ahead::MOST as u32,
+            },
         };
         let news = self.news.clone();
         self.p.tasks.spawn_until_cancelled("dial", async move {
@@ -70,6 +76,7 @@ impl Engine {
             // Calls of this link ended with it.
             self.renewing = false;
             self.pulls.clear();
+            self.ahead.clear();
             self.store_time();
         }
     }
