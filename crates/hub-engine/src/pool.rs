@@ -142,7 +142,10 @@ impl Pool {
             (TaskState::Assigned | TaskState::Running, Some(a)) if a.granted.is_some() => self.links.hold(a.node, task, a.no),
             (TaskState::Assigned, Some(a)) => {
                 let event = Event::Withdrawn { attempt: a.no };
-                if let Applied::Done(t, actions) = self.apply(task.id, &event, Besides::default()).await? {
+                if let Applied::Done(t, mut actions) = self.apply(task.id, &event, Besides::default()).await? {
+                    // It waits from now on, in its turn, and has nothing to rest from.
+                    actions.retain(|action| *action != Action::Requeue);
+                    self.enqueue(&t, Waiting::HubStarting, Duration::ZERO);
                     self.perform(&t, &actions);
                 }
             }
@@ -422,7 +425,8 @@ impl Pool {
         }
     }
 
-    /// Hands an attempt to its node's link, with leave to start it if it is granted. A row that no longer fits its seal is never signed.
+    /// Hands an attempt to its node's link, with leave to start it if it is granted. A row that no longer
+    /// fits its seal is never signed.
     pub fn send_order(&self, task: &Task, node: NodeId, attempt: AttemptNo) {
         let granted = task.progress.attempt.as_ref().and_then(|a| a.granted);
         let takes = |l: Link| granted.map_or(l.keeps > 0, |spool| l.spool == spool);

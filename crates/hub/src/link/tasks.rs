@@ -41,7 +41,6 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// Something a node reports about an attempt.
 enum Report {
     Started(TaskId, AttemptNo),
-    Kept(TaskId, AttemptNo),
     /// With those that have ended.
     Ready(TaskId, AttemptNo, Vec<(TaskId, AttemptNo)>),
     /// With its part of [`REPORT_BYTES`].
@@ -287,7 +286,11 @@ impl Conversation {
                 Report::Started(id("started.task_id", &s.task_id).map_err(|e: BadMessage| e.to_string())?, AttemptNo(s.attempt))
             }
             Some(node_frame::Kind::Kept(k)) => {
-                Report::Kept(id("kept.task_id", &k.task_id).map_err(|e: BadMessage| e.to_string())?, AttemptNo(k.attempt))
+                let caller = Caller::Node { node: self.peer.node, generation: self.generation };
+                let task = id("kept.task_id", &k.task_id).map_err(|e: BadMessage| e.to_string())?;
+                // Noted in memory alone, and at once: a slow store is no silence of the node.
+                let _ = self.context.delivery.kept(&caller, task, AttemptNo(k.attempt));
+                return Ok(());
             }
             Some(node_frame::Kind::Ready(r)) => {
                 let task = id("ready.task_id", &r.task_id).map_err(|e: BadMessage| e.to_string())?;
@@ -318,7 +321,6 @@ async fn carry(context: Arc<LinkContext>, caller: Caller, mut queue: mpsc::Recei
         let reports = round.drain(..).map(|report| async move {
             match report {
                 Report::Started(t, a) => delivery.started(caller, t, a).await,
-                Report::Kept(t, a) => delivery.kept(caller, t, a),
                 Report::Ready(t, a, ended) => delivery.ready(caller, t, a, &ended).await,
                 Report::Result(r, _room) => delivery.result(caller, *r).await,
             }

@@ -95,7 +95,7 @@ impl Engine {
         if self.ahead.is_empty() || !matches!(self.ending, super::Ending::No) {
             return;
         }
-        let taken = self.attempts.running().count() + self.starting.len() + self.pulls.len();
+        let taken = self.attempts.running().count() + self.starting.len() + self.pulls.count();
         let free = (self.p.settings.max_tasks as usize).saturating_sub(taken);
         let asked = self.ahead.ready(free, now, ASK_AGAIN);
         let Some(up) = self.up.as_mut().filter(|_| !asked.is_empty()) else { return };
