@@ -94,7 +94,7 @@ impl Engine {
             Step::Start(grant) => {
                 self.to_warden.push_back(Request::Start { grant: (*grant).clone() });
                 self.starting.insert(o.key, grant);
-                self.note_running();
+                self.status_stale = true;
             }
         }
     }
@@ -226,7 +226,7 @@ impl Engine {
                 self.conflict(key);
             }
         }
-        self.note_running();
+        self.status_stale = true;
     }
 
     /// The warden knows of this attempt: its memory counts from here on.

@@ -286,6 +286,7 @@ impl Engine {
         self.p.certificate = validity;
         self.renew_retry = Duration::ZERO;
         self.status.certificate_not_after = convert::rfc3339(validity.not_after_ms);
+        self.status_stale = true;
         tracing::info!(counter = reply.counter, not_after = %self.status.certificate_not_after, "certificate renewed");
         // The new link stands before the old one goes; the hub then supersedes the old one.
         self.swapping = true;
