@@ -284,6 +284,10 @@ impl Links {
     pub fn get(&self, node: NodeId) -> Option<Link> {
         self.state().links.get(&node).cloned()
     }
+    /// Of the link that is here.
+    pub fn spool(&self, node: NodeId) -> Option<SpoolId> {
+        self.state().links.get(&node).map(|l| l.spool)
+    }
     pub fn is_current(&self, node: NodeId, generation: u64) -> bool {
         self.state().links.get(&node).is_some_and(|l| l.generation == generation)
     }
@@ -360,13 +364,13 @@ impl Links {
     /// Hands a command to the node's link. A link whose queue is full is closed: what it missed is
     /// said again when the node is back.
     pub fn send(&self, node: NodeId, command: LinkCommand) -> bool {
-        let Some(link) = self.get(node) else { return false };
-        match link.commands.try_send(command) {
-            Ok(()) => true,
-            Err(_) => {
-                self.close(node, link.generation);
-                false
-            }
+        let (sent, generation) = match self.state().links.get(&node) {
+            None => return false,
+            Some(link) => (link.commands.try_send(command).is_ok(), link.generation),
+        };
+        if !sent {
+            self.close(node, generation);
         }
+        sent
     }
 }

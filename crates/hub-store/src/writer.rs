@@ -102,10 +102,11 @@ impl<A: Send + Sync, T: Send> Work for Job<A, T> {
     }
 }
 
+/// Boxed, so that the queue and the futures on the way to it stay small.
 pub(crate) enum Request {
-    Accept(Asked<Accept>),
-    Apply(Asked<Apply>),
-    Raise(Asked<Raise>),
+    Accept(Box<Asked<Accept>>),
+    Apply(Box<Asked<Apply>>),
+    Raise(Box<Asked<Raise>>),
     Other(Box<dyn Work>),
 }
 
@@ -126,17 +127,17 @@ impl Request {
 
 impl From<Asked<Accept>> for Request {
     fn from(asked: Asked<Accept>) -> Self {
-        Self::Accept(asked)
+        Self::Accept(Box::new(asked))
     }
 }
 impl From<Asked<Apply>> for Request {
     fn from(asked: Asked<Apply>) -> Self {
-        Self::Apply(asked)
+        Self::Apply(Box::new(asked))
     }
 }
 impl From<Asked<Raise>> for Request {
     fn from(asked: Asked<Raise>) -> Self {
-        Self::Raise(asked)
+        Self::Raise(Box::new(asked))
     }
 }
 
@@ -360,9 +361,9 @@ async fn transaction(conn: &mut Conn, connector: &Connector, group: &mut [Reques
     let (mut accepts, mut raises, mut applies, mut others) = (vec![], vec![], vec![], vec![]);
     for request in group {
         match request {
-            Request::Accept(a) => accepts.push(a),
-            Request::Raise(a) => raises.push(a),
-            Request::Apply(a) => applies.push(a),
+            Request::Accept(a) => accepts.push(&mut **a),
+            Request::Raise(a) => raises.push(&mut **a),
+            Request::Apply(a) => applies.push(&mut **a),
             Request::Other(work) => others.push(work),
         }
     }
@@ -542,9 +543,9 @@ mod tests {
             let Some(Conn::Sqlite(conn)) = &link.conn else { panic!("no connection") };
             conn.query_row("PRAGMA synchronous", [], |row| row.get::<_, i64>(0)).unwrap()
         };
-        let apply = |n, event| {
+        let apply = |n, event| -> Request {
             let (reply, _) = Reply::new("test");
-            Request::Apply(Asked { job: Apply::new(task_id(n), event, Besides::default(), 5), reply })
+            Asked { job: Apply::new(task_id(n), event, Besides::default(), 5), reply }.into()
         };
         let started = || Event::Started { attempt: attempt(1) };
         let ended = || Event::Ended { attempt: attempt(1), outcome: Outcome::Exited(0) };
