@@ -375,6 +375,10 @@ impl Links {
     pub fn get(&self, node: NodeId) -> Option<Link> {
         self.state().links.get(&node).cloned()
     }
+    /// Can an order go to this node: granted to the memory that it has, or not granted and it keeps such?
+    pub fn takes(&self, node: NodeId, granted: Option<SpoolId>) -> bool {
+        self.state().links.get(&node).is_some_and(|l| granted.map_or(l.keeps > 0, |spool| l.spool == spool))
+    }
     pub fn is_current(&self, node: NodeId, generation: u64) -> bool {
         self.state().links.get(&node).is_some_and(|l| l.generation == generation)
     }
@@ -496,13 +500,13 @@ impl Links {
     /// Hands a command to the node's link. A link whose queue is full is closed: what it missed is
     /// said again when the node is back.
     pub fn send(&self, node: NodeId, command: LinkCommand) -> bool {
-        let Some(link) = self.get(node) else { return false };
-        match link.commands.try_send(command) {
-            Ok(()) => true,
-            Err(_) => {
-                self.close(node, link.generation);
-                false
-            }
+        let (sent, generation) = match self.state().links.get(&node) {
+            None => return false,
+            Some(link) => (link.commands.try_send(command).is_ok(), link.generation),
+        };
+        if !sent {
+            self.close(node, generation);
         }
+        sent
     }
 }

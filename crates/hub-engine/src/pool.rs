@@ -185,7 +185,7 @@ impl Pool {
                 if p.cancel.is_some() {
                     self.links.send(a.node, LinkCommand::Cancel { task: task.id, attempt: a.no });
                 }
-                self.after_commit(task.clone()).await;
+                self.after_commit(Box::new(task.clone())).await;
             }
             Some(_) => self.take_up(task).await?,
             None if self.queue.why(task.id).is_some() => self.queue.taken_back(task.id),
@@ -211,14 +211,14 @@ impl Pool {
     /// Writes a new task, already with a granted attempt if a node has a slot for it now.
     /// Gives it as it was written.
     pub async fn accept(&self, task: Task, role: Role, session: Option<&Session>) -> Result<Task> {
-        match self.accept_once(task, role, session, None).await? {
+        match self.accept_once(Box::new(task), role, session, None).await? {
             Accepted::New(task) => Ok(*task),
             Accepted::Before(id) => Err(Error::conflict("bad_state", format!("{id} came without a key"))),
         }
     }
 
     /// As [`Pool::accept`]; under a key only if that has made nothing before.
-    pub async fn accept_once(&self, mut task: Task, role: Role, session: Option<&Session>, keyed: Option<&Keyed>) -> Result<Accepted> {
+    pub async fn accept_once(&self, mut task: Box<Task>, role: Role, session: Option<&Session>, keyed: Option<&Keyed>) -> Result<Accepted> {
         let eligible = match session {
             Some(s) => Eligible::Attached(s.nodes.clone()),
             None => Eligible::of(role, task.actor.user),
@@ -250,7 +250,7 @@ impl Pool {
             self.enqueue(&task, placed.err().unwrap_or(Waiting::NoSlot), Duration::ZERO);
             self.queue.seed_rights(&group, &eligible);
             self.queue.watch_deadline(&task);
-            return Ok(Accepted::New(Box::new(self.after_commit(task).await)));
+            return Ok(Accepted::New(self.after_commit(task).await));
         };
         let event = Event::Assigned { attempt, node: link.node, granted: Some(link.spool) };
         let written = match step(&task.terms, &task.progress, &event, now) {
@@ -267,7 +267,7 @@ impl Pool {
                 self.tracks().accepted(&task);
                 self.queue.watch_deadline(&task);
                 self.perform(&task, &actions);
-                Ok(Accepted::New(Box::new(self.after_commit(task).await)))
+                Ok(Accepted::New(self.after_commit(task).await))
             }
             Ok((Some(before), _)) => {
                 self.give_back(link.node, task.id);
@@ -429,8 +429,7 @@ impl Pool {
     /// fits its seal is never signed.
     pub fn send_order(&self, task: &Task, node: NodeId, attempt: AttemptNo) {
         let granted = task.progress.attempt.as_ref().and_then(|a| a.granted);
-        let takes = |l: Link| granted.map_or(l.keeps > 0, |spool| l.spool == spool);
-        if !self.links.get(node).is_some_and(takes) {
+        if !self.links.takes(node, granted) {
             // Not here, or with another memory than the one it was granted to: the next hello settles it.
             return;
         }
@@ -725,7 +724,7 @@ impl Pool {
                         self.queue.placed(id, attempt);
                     }
                     self.perform(&task, &actions);
-                    self.after_commit(*task).await;
+                    self.after_commit(task).await;
                     Ok(())
                 }
                 // It ended or moved meanwhile.

@@ -77,7 +77,8 @@ pub trait Journal: Send + Sync {
     /// all in one commit.
     async fn accept(&self, task: &Task) -> Stored<()>;
     /// Runs `mesh_core::task::step` on the stored state and writes what it decides, with a line of
-    /// history, in one commit; concurrent events on one task are serialised.
+    /// history, in one commit; concurrent events on one task are serialised. A start may be seen before
+    /// it is synced: it is durable with the next write.
     ///
     /// The task that it answers with is narrow, except when an order must follow.
     async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied>;

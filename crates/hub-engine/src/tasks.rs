@@ -111,7 +111,8 @@ impl TaskService {
         let id = TaskId::from_parts(now, entropy::bytes());
         let spec = d.spec.encode();
         let digest = mesh_core::sha256(&spec);
-        let mut task = Task {
+        // Boxed, since a future that is given it and gives it on would hold it twice.
+        let mut task = Box::new(Task {
             id,
             session: d.session,
             named_node,
@@ -130,7 +131,7 @@ impl TaskService {
             result: None,
             sandbox_applied: None,
             signed: None,
-        };
+        });
         task.seal = self.keyring.seal(&task.intent());
         let mut watch = self.watchers.subscribe(id);
         if let Some(request) = d.request_id {
@@ -140,12 +141,12 @@ impl TaskService {
         let role = caller.role();
         let accepted = async move { own.accept(task, role, session, d.keyed).await };
         let accepted = match self.work.complete("dispatch", accepted).await.ok_or_else(stopped)?? {
-            Accepted::New(task) => *task,
+            Accepted::New(task) => task,
             // Another request with the same key was there first, a moment ago.
             Accepted::Before(made) => return self.awaited(made, d.wait_secs).await,
         };
         if d.wait_secs == 0 {
-            return Ok(accepted);
+            return Ok(*accepted);
         }
         self.end_of(accepted, &mut watch, d.wait_secs).await
     }
@@ -157,10 +158,10 @@ impl TaskService {
         if wait_secs == 0 || task.progress.state.is_final() {
             return Ok(task);
         }
-        self.end_of(task, &mut watch, wait_secs).await
+        self.end_of(Box::new(task), &mut watch, wait_secs).await
     }
 
-    async fn end_of(&self, task: Task, watch: &mut Watch, wait_secs: u64) -> Result<Task> {
+    async fn end_of(&self, task: Box<Task>, watch: &mut Watch, wait_secs: u64) -> Result<Task> {
         let id = task.id;
         tokio::select! {
             biased;
@@ -172,7 +173,7 @@ impl TaskService {
         self.journal.task(id).await?.ok_or(Error::NotFound("task"))
     }
 
-    async fn accept(&self, task: Task, role: Role, session: Option<Session>, keyed: Option<Keyed>) -> Result<Accepted> {
+    async fn accept(&self, task: Box<Task>, role: Role, session: Option<Session>, keyed: Option<Keyed>) -> Result<Accepted> {
         let id = task.id;
         let accepted = self.pool.accept_once(task, role, session.as_ref(), keyed.as_ref()).await?;
         if let (Some(s), Accepted::New(_)) = (session, &accepted)

@@ -699,7 +699,7 @@ async fn one_key_makes_one_task_whatever_comes_between() {
     let accept = async |n: u16, keyed: Keyed| {
         let mut task = hub.task(n, 1, Terms::default());
         task.seal = TestKeys.seal(&task.intent());
-        hub.pool.accept_once(task, Role::Admin, None, Some(&keyed)).await
+        hub.pool.accept_once(Box::new(task), Role::Admin, None, Some(&keyed)).await
     };
     let Ok(Accepted::New(first)) = accept(1, keyed(1)).await else { panic!() };
     assert!(matches!(accept(2, keyed(1)).await, Ok(Accepted::Before(id)) if id == first.id));

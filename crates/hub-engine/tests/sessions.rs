@@ -337,6 +337,10 @@ async fn a_dispatch_that_comes_with_the_end_ends_too() {
         door: "rest",
         request_id: None,
     };
+    // What is dispatched crosses several boxes and threads, and is copied each time.
+    let (me, asked) = (user(1), size_of::<hub_engine::tasks::Dispatch>());
+    let size = size_of_val(&w.tasks.dispatch(&me, dispatch()));
+    assert!(size < 3 * asked + 1024, "the future of a dispatch takes {size} bytes, what it is given {asked}");
     let t = w.tasks.dispatch(&user(1), dispatch()).await.unwrap();
     assert_eq!(w.status(s.id).await, "expired");
     assert_eq!(w.task_state(t.id).await, CANCELLED, "the end did not see it, so it saw the end");

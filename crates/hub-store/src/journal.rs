@@ -25,7 +25,7 @@ impl Journal for Store {
     }
 
     async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
-        self.writer.bulk(Apply { id, event: event.clone(), besides, now }).await
+        self.writer.bulk(Apply::new(id, event.clone(), besides, now)).await
     }
 
     async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
@@ -178,6 +178,14 @@ async fn bring_specs(conn: &mut Conn, outcomes: &mut [Applied]) -> Result<(), Fa
 }
 
 impl Apply {
+    pub(crate) fn new(id: TaskId, event: Event, besides: Besides, now: UnixMs) -> Self {
+        Self { id, event, besides, now }
+    }
+    /// A start is acknowledged to nobody, and its node says it again on each new link.
+    pub(crate) fn may_lag(&self) -> bool {
+        matches!(self.event, Event::Started { .. })
+    }
+
     fn step(&self, held: &mut Held, lines: &mut Vec<(TaskId, TaskEvent)>) -> Applied {
         let task = &mut held.task;
         let (progress, actions) = match step(&task.terms, &task.progress, &self.event, self.now) {

@@ -18,6 +18,8 @@ use hub_store::Store;
 use mesh_process::Tasks;
 use metrics::{Unit, counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -195,6 +197,19 @@ fn begin() {
     }
 }
 
+/// What is counted of one route, by method and class of status; there are few of each.
+struct OfRoute {
+    method: &'static str,
+    class: &'static str,
+    answers: metrics::Counter,
+    time: metrics::Histogram,
+}
+
+thread_local! {
+    /// Looked up once a thread: three labels are dearer to find than to count.
+    static ROUTES: RefCell<HashMap<Arc<str>, Vec<OfRoute>>> = RefCell::default();
+}
+
 /// Notes an answer of the doors.
 pub fn answered(method: &'static str, route: &Arc<str>, status: StatusCode, took: Duration) {
     let class = match status.as_u16() {
@@ -204,8 +219,17 @@ pub fn answered(method: &'static str, route: &Arc<str>, status: StatusCode, took
         400..500 => "4xx",
         _ => "5xx",
     };
-    counter!("cortex_http_requests_total", "method" => method, "route" => route.clone(), "status" => class).increment(1);
-    histogram!("cortex_http_request_duration_seconds", "method" => method, "route" => route.clone()).record(took.as_secs_f64());
+    ROUTES.with_borrow_mut(|known| {
+        let of_route = known.entry(route.clone()).or_default();
+        let at = of_route.iter().position(|r| (r.method, r.class) == (method, class)).unwrap_or_else(|| {
+            let answers = counter!("cortex_http_requests_total", "method" => method, "route" => route.clone(), "status" => class);
+            let time = histogram!("cortex_http_request_duration_seconds", "method" => method, "route" => route.clone());
+            of_route.push(OfRoute { method, class, answers, time });
+            of_route.len() - 1
+        });
+        of_route[at].answers.increment(1);
+        of_route[at].time.record(took.as_secs_f64());
+    });
     if status == StatusCode::UNAUTHORIZED {
         let kind = match &**route {
             "/api/v1/auth/login" => "password",

@@ -39,8 +39,9 @@ use std::time::{Duration, Instant};
 const MAX_KNOWN: usize = 50_000;
 /// Connections at once; more than one is a daemon that is being replaced.
 const MAX_CONNS: usize = 16;
-/// Acknowledged output is freed in steps of at least so many bytes.
-const FREE_STEP: u64 = 1 << 20;
+/// Acknowledged output is freed in steps of such a part of what an attempt may hold: each costs a sync of
+/// the journal, which others wait for.
+const FREE_PART: u64 = 16;
 /// After a failed write, until it is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 /// How long a pipe is read on after everything in the task's namespace is dead. Only a descriptor

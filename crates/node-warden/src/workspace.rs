@@ -68,8 +68,14 @@ fn open_workspace(place: &Place) -> io::Result<OwnedFd> {
     };
     // The way to a workspace must be open to the task's user, the workspace to nobody else.
     let _open_way = Umask::set(0o022);
-    std::fs::DirBuilder::new().recursive(true).mode(0o711).create(parent)?;
-    let parent = rustix::fs::open(parent, OFlags::RDONLY | DIR, Mode::empty())?;
+    let open_parent = || rustix::fs::open(parent, OFlags::RDONLY | DIR, Mode::empty());
+    let parent = match open_parent() {
+        Err(Errno::NOENT) => {
+            std::fs::DirBuilder::new().recursive(true).mode(0o711).create(parent)?;
+            open_parent()?
+        }
+        there => there?,
+    };
     match rustix::fs::mkdirat(&parent, name, Mode::RWXU) {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(e) => return Err(e.into()),

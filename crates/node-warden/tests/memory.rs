@@ -263,7 +263,8 @@ fn a_full_spool_pauses_the_task_and_an_ack_lets_it_go_on() {
 
 #[test]
 fn freed_output_is_not_asked_for_after_a_kill() {
-    let mut p = Node::new(&[]);
+    // It is freed in steps of a sixteenth of this.
+    let mut p = Node::new(&["--attempt-bytes", "16777216"]);
     let mut c = p.connect();
     let o = p.sh("head -c 6000000 /dev/zero; echo; sleep 4000");
     let key = c.start(&o);

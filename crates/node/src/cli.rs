@@ -182,7 +182,8 @@ pub fn main(cli: Cli) -> Result<ExitCode, Error> {
         return Err(Error::NotYet(not_yet));
     }
     telemetry::init(&cli.log, cli.log_json).map_err(|e| BadSetting::new("command line", "--log", e))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(io("the runtime"))?;
+    // One thread: whatever one part of the daemon tells another would else wake a thread of its own.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(io("the runtime"))?;
     let code = runtime.block_on(async {
         match cli.command {
             Command::Join { invite, enroll_only } => {

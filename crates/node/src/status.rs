@@ -35,7 +35,7 @@ pub struct Status {
 impl Status {
     pub fn write(&self, dir: &DataDir) {
         let json = serde_json::to_vec_pretty(self).unwrap_or_default();
-        if let Err(error) = mesh_process::files::write_private(&dir.status(), &json) {
+        if let Err(error) = mesh_process::files::show_private(&dir.status(), &json) {
             tracing::warn!(%error, "the status file cannot be written");
         }
     }

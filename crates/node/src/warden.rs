@@ -24,6 +24,8 @@ const REQUESTS: usize = 64;
 const EVENTS: usize = 256;
 const RETRY: Duration = Duration::from_secs(1);
 const READ_BYTES: usize = 64 << 10;
+/// Requests that are written together, but for the last of them.
+const WRITE_BYTES: usize = 64 << 10;
 
 #[derive(Debug, thiserror::Error)]
 pub enum WardenError {
@@ -295,8 +297,19 @@ async fn read_events(mut read: OwnedReadHalf, seat: usize, told: &mpsc::Sender<(
 
 async fn write_requests(mut write: OwnedWriteHalf, mut requests: mpsc::Receiver<Request>) -> std::io::Result<()> {
     write.write_all(&Request::Hello { version: VERSION }.encode()).await?;
-    while let Some(request) = requests.recv().await {
-        write.write_all(&request.encode()).await?;
+    let (mut waiting, mut bytes) = (Vec::with_capacity(REQUESTS), vec![]);
+    // What waits goes together, so that the warden hears it in one turn and syncs once for it.
+    while requests.recv_many(&mut waiting, REQUESTS).await > 0 {
+        for request in waiting.drain(..) {
+            bytes.extend_from_slice(&request.encode());
+            if bytes.len() >= WRITE_BYTES {
+                write.write_all(&bytes).await?;
+                bytes.clear();
+            }
+        }
+        write.write_all(&bytes).await?;
+        bytes.clear();
+        bytes.shrink_to(WRITE_BYTES);
     }
     Ok(())
 }

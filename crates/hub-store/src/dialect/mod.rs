@@ -95,12 +95,6 @@ impl Dialect {
             }
         }
     }
-    fn begin(self) -> &'static str {
-        match self {
-            Self::Sqlite => "BEGIN IMMEDIATE",
-            Self::Postgres => "BEGIN",
-        }
-    }
 }
 
 /// What an error within a transaction is about.
@@ -261,9 +255,18 @@ impl Conn {
         }
     }
 
-    /// Begins a transaction and its first job.
-    pub(crate) async fn begin(&mut self) -> Result<(), Failed> {
-        self.control([self.dialect().begin(), "SAVEPOINT job"]).await
+    /// Begins a transaction and its first job. One that is not `synced` is seen by all once it is
+    /// committed, and durable with the next one that is.
+    pub(crate) async fn begin(&mut self, synced: bool) -> Result<(), Failed> {
+        match self {
+            Self::Sqlite(c) => {
+                // It counts when it is compiled, so it is never one of the prepared statements.
+                c.execute_batch(if synced { "PRAGMA synchronous = FULL" } else { "PRAGMA synchronous = NORMAL" })?;
+                self.control(["BEGIN IMMEDIATE", "SAVEPOINT job"]).await
+            }
+            Self::Postgres(_) if synced => self.control(["BEGIN", "SAVEPOINT job"]).await,
+            Self::Postgres(_) => self.control(["BEGIN", "SET LOCAL synchronous_commit = off", "SAVEPOINT job"]).await,
+        }
     }
     /// What was done so far stays, whatever becomes of the next job.
     pub(crate) async fn next_job(&mut self) -> Result<(), Failed> {

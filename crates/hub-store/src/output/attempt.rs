@@ -17,6 +17,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// The index has about one mark in this many bytes.
 const STRIDE: u64 = 256 * 1024;
 
+/// Bytes of a file that are synced at once. Whoever syncs meanwhile, the journal above all, waits for the
+/// disk to take what is before it.
+const SYNC_AT_ONCE: usize = 1 << 20;
+
 /// What the row says.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Kept {
@@ -139,8 +143,12 @@ pub(super) fn write(open: Option<OpenFile>, path: &Path, at: u64, bytes: &[u8], 
             OpenFile(file, count)
         }
     };
-    open.0.write_all_at(bytes, at).map_err(named)?;
-    open.0.sync_data().map_err(named)?;
+    let mut at = at;
+    for part in bytes.chunks(SYNC_AT_ONCE) {
+        open.0.write_all_at(part, at).map_err(named)?;
+        open.0.sync_data().map_err(named)?;
+        at += part.len() as u64;
+    }
     Ok(open)
 }
 

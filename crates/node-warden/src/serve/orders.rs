@@ -102,7 +102,7 @@ impl Warden {
         self.unacked -= offset - a.acked;
         a.acked = offset;
         if let State::Running(slot) = a.state
-            && offset - a.freed >= FREE_STEP
+            && offset - a.freed >= self.config.spool_attempt_bytes / FREE_PART
             && let Some(output) = self.runs[slot].as_ref().and_then(|r| r.output.as_ref())
             && let Some(seq) = output.frame_at(offset)
         {

@@ -170,7 +170,9 @@ pub struct Engine {
     store_time_due: Duration,
     health: Health,
     status: Status,
-    status_written: Option<(Status, Duration)>,
+    /// Something that the status shows has changed since it was written; what runs is listed then.
+    status_stale: bool,
+    status_written: Option<Duration>,
     ending: Ending,
 }
 
@@ -215,6 +217,7 @@ impl Engine {
             renew_retry: Duration::ZERO,
             store_time_due: p.clock.steady() + STORE_TIME,
             status,
+            status_stale: false,
             status_written: None,
             ending: Ending::No,
             p,
@@ -236,6 +239,7 @@ impl Engine {
                 self.write_status();
                 return exit;
             }
+            self.hand_on();
             let sleep = self.next_due().saturating_sub(self.now());
             let up = self.up.as_ref();
             let control = up.filter(|u| u.heartbeat.is_some() || !u.control.is_empty()).map(|u| u.task_frames.clone());
@@ -331,10 +335,8 @@ impl Engine {
         if let Ending::Tasks { until, .. } | Ending::Results { until, .. } = self.ending {
             also(until);
         }
-        if let Some((written, at)) = &self.status_written
-            && *written != self.status
-        {
-            also(*at + STATUS_EVERY);
+        if let Some(at) = self.status_written.filter(|_| self.status_stale) {
+            also(at + STATUS_EVERY);
         }
         due
     }
@@ -420,6 +422,23 @@ impl Engine {
         }
     }
 
+    /// Gives away at once what there is room for; what is left waits for room beside all else.
+    fn hand_on(&mut self) {
+        while !self.to_warden.is_empty()
+            && let Ok(permit) = self.p.warden.requests.try_reserve()
+            && let Some(request) = self.to_warden.pop_front()
+        {
+            permit.send(request);
+        }
+        let Some(up) = &mut self.up else { return };
+        while (up.heartbeat.is_some() || !up.control.is_empty())
+            && let Ok(permit) = up.task_frames.try_reserve()
+        {
+            let kind = up.heartbeat.take().map(node_frame::Kind::Heartbeat).or_else(|| up.control.pop_front());
+            permit.send(NodeFrame { kind });
+        }
+    }
+
     fn next_control(&mut self) -> Option<node_frame::Kind> {
         let up = self.up.as_mut()?;
         up.heartbeat.take().map(node_frame::Kind::Heartbeat).or_else(|| up.control.pop_front())
@@ -465,23 +484,16 @@ impl Engine {
         self.status_written = None;
     }
 
-    fn note_running(&mut self) {
-        self.status.running = self.attempts.running().chain(self.starting.keys().copied()).map(|k| k.to_string()).collect();
-    }
-
     fn write_status_sometimes(&mut self, now: Duration) {
-        let due = match &self.status_written {
-            None => true,
-            Some((written, at)) => *written != self.status && now >= *at + STATUS_EVERY,
-        };
-        if due {
+        if self.status_written.is_none_or(|at| self.status_stale && now >= at + STATUS_EVERY) {
             self.write_status();
         }
     }
 
     fn write_status(&mut self) {
+        self.status.running = self.attempts.running().chain(self.starting.keys().copied()).map(|k| k.to_string()).collect();
         self.status.write(&self.p.dir);
-        self.status_written = Some((self.status.clone(), self.now()));
+        (self.status_stale, self.status_written) = (false, Some(self.now()));
     }
 }
 

@@ -41,7 +41,8 @@ type Dispatched = (StatusCode, [(HeaderName, String); 1], Json<TaskView>);
     ),
 )]
 pub async fn dispatch(State(app): State<App>, who: Who, asked: Creating<DispatchRequest>) -> Answer<Dispatched> {
-    run(app, who, None, asked).await
+    let d = asked_for(&app, &who, None, asked)?;
+    run(app, who, d).await
 }
 
 /// Run a task in a session's workspace
@@ -68,14 +69,20 @@ pub async fn dispatch_in_session(
     PathId(session): PathId<SessionId>,
     asked: Creating<DispatchRequest>,
 ) -> Answer<Dispatched> {
-    run(app, who, Some(session), asked).await
+    let d = asked_for(&app, &who, Some(session), asked)?;
+    run(app, who, d).await
 }
 
-async fn run(app: App, who: Who, session: Option<SessionId>, asked: Creating<DispatchRequest>) -> Answer<Dispatched> {
-    let (r, keyed) = asked.split(&app, &who);
+/// Boxed, since each future on the way would hold it twice.
+fn asked_for(app: &App, who: &Who, session: Option<SessionId>, asked: Creating<DispatchRequest>) -> Answer<Box<Dispatch>> {
+    let (r, keyed) = asked.split(app, who);
     let d = Dispatch { keyed, request_id: Some(who.asked.request_id.clone()), ..read(r, session, who.door)? };
     who.asked.may_wait(d.wait_secs.min(MAX_WAIT_SECS));
-    let task = app.tasks.dispatch(who.caller(), d).await?;
+    Ok(Box::new(d))
+}
+
+async fn run(app: App, who: Who, d: Box<Dispatch>) -> Answer<Dispatched> {
+    let task = app.tasks.dispatch(who.caller(), *d).await?;
     let location = [(header::LOCATION, format!("/api/v1/tasks/{}", task.id))];
     let status = if task.progress.state.is_final() { StatusCode::OK } else { StatusCode::ACCEPTED };
     let detail = app.tasks.detail(task).await?;

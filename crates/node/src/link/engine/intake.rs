@@ -139,7 +139,7 @@ impl Engine {
                 self.record.start(o, grant.argv(), self.p.clock.now_ms());
                 self.to_warden.push_back(Request::Start { grant: (*grant).clone() });
                 self.starting.insert(o.key, grant);
-                self.note_running();
+                self.status_stale = true;
             }
         }
     }
@@ -283,7 +283,7 @@ impl Engine {
                 self.conflict(key);
             }
         }
-        self.note_running();
+        self.status_stale = true;
     }
 
     /// The warden knows of this attempt: its memory counts from here on.

@@ -180,6 +180,7 @@ impl Engine {
             },
             News::Renewed(result) => self.on_renewed(result),
             News::Health(ack, report) => {
+                self.status_stale = true;
                 self.status.unschedulable = ack.unschedulable;
                 (self.status.spool_bytes, self.status.spool_limit) = (report.spool_bytes, report.spool_limit);
                 // To the second, so that a clock that is right does not change the file.
@@ -386,6 +387,7 @@ impl Engine {
         self.p.certificate = validity;
         self.renew_retry = Duration::ZERO;
         self.status.certificate_not_after = convert::rfc3339(validity.not_after_ms);
+        self.status_stale = true;
         tracing::info!(counter = reply.counter, not_after = %self.status.certificate_not_after, "a new certificate");
         true
     }
