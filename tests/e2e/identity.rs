@@ -167,7 +167,7 @@ async fn a_stream_ends_with_its_certificate() {
     let short = certify(&issuer, key, &uri, time::Duration::seconds(3), ExtendedKeyUsagePurpose::ClientAuth);
     let mut link = link(&hub, Some(short)).await.unwrap();
     let spool = mesh_core::SpoolId::from_bytes([1; 16]).to_string();
-    let hello = NodeFrame { kind: Some(node_frame::Kind::Hello(Hello { spool_id: spool, attempts: vec![], max_tasks: 1 })) };
+    let hello = NodeFrame { kind: Some(node_frame::Kind::Hello(Hello { spool_id: spool, max_tasks: 1, ..Default::default() })) };
     // The stream stays open on this side: it is the hub that ends it.
     let (keep, frames) = tokio::sync::mpsc::channel(1);
     keep.send(hello).await.unwrap();

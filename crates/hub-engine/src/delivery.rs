@@ -147,7 +147,12 @@ impl Delivery {
             let outcome = Outcome::Lost { detail: "maybe_ran".into() };
             return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
         }
-        if !known {
+        if !known && !self.links.copies().is_foreign(node) {
+            if task.progress.state == TaskState::Running {
+                // It was started there, and that memory has not been released from it: this is an older copy.
+                let outcome = Outcome::Lost { detail: "maybe_ran".into() };
+                return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
+            }
             self.pool.send_order(&task, node, attempt);
         }
         if task.progress.cancel.is_some() {
@@ -162,11 +167,17 @@ impl Delivery {
         if self.links.holds(node, task, attempt) {
             return Ok(true);
         }
-        let Some(t) = self.journal.task(task).await? else { return Ok(false) };
+        let Some(t) = self.journal.task(task).await? else {
+            self.links.refuse(node, "unknown", &format_args!("{task} is not known"));
+            return Ok(false);
+        };
         let open = !t.progress.state.is_final() && t.progress.state != TaskState::Pending;
         let ours = open && t.progress.attempt.as_ref().is_some_and(|a| a.no == attempt && a.node == node);
         if ours {
             self.links.hold(node, &t, attempt);
+        } else if t.progress.attempt.as_ref().is_none_or(|a| a.no < attempt || (a.no == attempt && a.node != node)) {
+            // Anything else is a late word about what was once the node's.
+            self.links.refuse(node, "foreign", &format_args!("{task} attempt {} was never this node's", attempt.0));
         }
         Ok(ours)
     }
@@ -196,6 +207,9 @@ impl Delivery {
             return Ok(Some(last));
         }
         let totals = self.output.append(task, attempt, frames, self.output_bytes).await?;
+        if totals.is_none() {
+            self.links.refuse(node, "gap", &format_args!("output of {task} has a gap before {last}"));
+        }
         self.pool.watchers.notify(task);
         Ok(totals.map(|t| t.durable_seq))
     }
@@ -206,6 +220,7 @@ impl Delivery {
         if self.holds(node, r.task, r.attempt).await? {
             let durable = if r.last_seq == 0 { 0 } else { self.output.totals(r.task, r.attempt).await?.durable_seq };
             if r.last_seq > durable {
+                self.links.refuse(node, "output_missing", &format_args!("{} names output {} and {durable} is here", r.task, r.last_seq));
                 return Err(Error::invalid("output_missing", format!("the result names output {} and {durable} is here", r.last_seq)));
             }
             let besides = Besides { result: r.result, sandbox_applied: r.sandbox_applied, signed: None };

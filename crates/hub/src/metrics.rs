@@ -65,6 +65,7 @@ pub const NAMES: &[(&str, Kind, &str)] = &[
     ("cortex_links_opened_total", Counter, "Links that were accepted."),
     ("cortex_links_closed_total", Counter, "Links that ended."),
     ("cortex_envelopes_rejected_total", Counter, "Envelopes that a node refused."),
+    ("cortex_refused_reports_total", Counter, "Reports of nodes that cannot be true, and were not recorded."),
     ("cortex_output_received_bytes_total", Counter, "Output of tasks that came from nodes, repeats included."),
     ("cortex_store_up", Gauge, "1 when the database answers."),
     ("cortex_store_commits_total", Counter, "Transactions that were committed."),
@@ -150,6 +151,9 @@ fn begin() {
         counter!("cortex_link_handshakes_total", "result" => result).absolute(0);
     }
     counter!("cortex_links_closed_total", "code" => "closed").absolute(0);
+    for what in ["bad_frame", "foreign", "gap", "output_missing", "unknown"] {
+        counter!("cortex_refused_reports_total", "what" => what).absolute(0);
+    }
     for reason in ["forged", "malformed", "stale", "repeated"] {
         counter!("cortex_bus_rejected_total", "reason" => reason).absolute(0);
     }
@@ -161,7 +165,10 @@ fn begin() {
                 Counter,
                 "cortex_http_connections_accepted_total" | "cortex_http_connections_refused_total" | "cortex_http_connections_cut_total",
             )
-            | (Counter, "cortex_link_handshakes_total" | "cortex_links_closed_total" | "cortex_bus_rejected_total")
+            | (
+                Counter,
+                "cortex_link_handshakes_total" | "cortex_links_closed_total" | "cortex_bus_rejected_total" | "cortex_refused_reports_total",
+            )
             | (Histogram(_), "cortex_http_request_duration_seconds") => {}
             (Counter, name) => counter!(name).absolute(0),
             (Histogram(_), name) => drop(histogram!(name)),

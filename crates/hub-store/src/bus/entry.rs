@@ -117,6 +117,7 @@ mod kind {
     pub const RESUMED: u8 = 10;
     pub const REVOKED: u8 = 11;
     pub const REMOVED: u8 = 12;
+    pub const SUPERSEDED: u8 = 13;
     pub const TASK: u8 = 16;
     pub const CREATED: u8 = 32;
     pub const CLOSED: u8 = 33;
@@ -179,6 +180,7 @@ fn write(w: &mut Writer, event: &Event) {
                 NodeNews::Resumed => of(kind::RESUMED),
                 NodeNews::Revoked => of(kind::REVOKED),
                 NodeNews::Removed => of(kind::REMOVED),
+                NodeNews::Superseded => of(kind::SUPERSEDED),
             }
         }
         Data::Task(news) => write_task(head(kind::TASK), news),
@@ -254,7 +256,7 @@ fn read(body: &[u8]) -> Result<Option<Entry>, Malformed> {
 
 /// None where a later version wrote it.
 fn read_event(kind: u8, r: &mut Reader<'_>) -> Result<Option<Word>, Malformed> {
-    if !(kind::ENROLLED..=kind::REMOVED).contains(&kind)
+    if !(kind::ENROLLED..=kind::SUPERSEDED).contains(&kind)
         && kind != kind::TASK
         && !(kind::CREATED..=kind::MESSAGE).contains(&kind)
         && !(kind::RIGHTS_USER..=kind::RIGHTS_LOGIN).contains(&kind)
@@ -325,6 +327,7 @@ fn read_node(kind: u8, r: &mut Reader<'_>) -> Result<NodeNews, Malformed> {
         kind::RESUMED => NodeNews::Resumed,
         kind::REVOKED => NodeNews::Revoked,
         kind::REMOVED => NodeNews::Removed,
+        kind::SUPERSEDED => NodeNews::Superseded,
         _ => NodeNews::Health(Health {
             cpu_percent: f64::from_bits(r.u64()?),
             memory_used: r.u64()?,
@@ -399,6 +402,7 @@ mod tests {
             NodeNews::Resumed,
             NodeNews::Revoked,
             NodeNews::Removed,
+            NodeNews::Superseded,
         ];
         let sessions = [
             SessionNews::Created { name: String::new() },

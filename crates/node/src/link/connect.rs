@@ -55,6 +55,13 @@ pub fn says_revoked(s: &Status) -> bool {
 }
 
 impl DialError {
+    /// The hub's words when another machine uses this identity.
+    pub fn superseded(&self) -> Option<&str> {
+        match self {
+            Self::Answer { status, .. } if status.code() == Code::FailedPrecondition => status.message().strip_prefix("superseded: "),
+            _ => None,
+        }
+    }
     pub fn revoked(&self) -> bool {
         match self {
             Self::Answer { status, .. } => says_revoked(status),

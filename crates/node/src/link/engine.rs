@@ -147,6 +147,8 @@ pub struct Engine {
     dialling: Option<u64>,
     dial_due: Option<Duration>,
     next_no: u64,
+    /// Of the newest welcome.
+    link_session: Vec<u8>,
     backoff: Backoff,
     /// The next link replaces the present one under a new certificate.
     swapping: bool,
@@ -190,6 +192,7 @@ impl Engine {
             dialling: None,
             dial_due: None,
             next_no: 1,
+            link_session: p.state.link_session().unwrap_or_default(),
             backoff: Backoff::default(),
             swapping: false,
             renewing: false,
@@ -326,6 +329,13 @@ impl Engine {
         }
         up.repeat_due = now + REPEAT;
         self.tell_all();
+    }
+
+    fn store_welcome(&self) {
+        let Some(ms) = self.p.time.now() else { return };
+        if let Err(error) = self.p.state.set_linked(&self.link_session, ms) {
+            tracing::warn!(%error, "the welcome cannot be stored");
+        }
     }
 
     fn store_time(&self) {

@@ -283,7 +283,7 @@ fn data(data: &Data) -> Value {
                 NodeNews::Enrolled { name } => v["name"] = json!(name),
                 NodeNews::Registered { version } => v["version"] = json!(version),
                 NodeNews::Renewed { not_after } => v["certificate_not_after"] = json!(rfc3339(*not_after)),
-                NodeNews::Online | NodeNews::Offline => {}
+                NodeNews::Online | NodeNews::Offline | NodeNews::Superseded => {}
                 NodeNews::Draining | NodeNews::Resumed | NodeNews::Revoked | NodeNews::Removed => {}
                 NodeNews::Renamed { name } => v["name"] = json!(name),
                 NodeNews::Changed { labels, slots, task_limit } => {

@@ -33,7 +33,12 @@ impl Engine {
             dir: self.p.dir.clone(),
             time: self.p.time.clone(),
             capabilities: self.p.capabilities.clone(),
-            hello: wire::Hello { spool_id: spool.to_string(), attempts: self.attempts.known(), max_tasks: self.p.settings.max_tasks },
+            hello: wire::Hello {
+                spool_id: spool.to_string(),
+                attempts: self.attempts.known(),
+                max_tasks: self.p.settings.max_tasks,
+                last_link_session: self.link_session.clone(),
+            },
         };
         let news = self.news.clone();
         self.p.tasks.spawn_until_cancelled("dial", async move {
@@ -125,7 +130,12 @@ impl Engine {
             // The old link is still there: let it be, and try the swap with the next loss.
             Err(e) if self.up.is_some() => return tracing::warn!(error = %e, "the link under the new certificate was not made"),
             Err(DialError::Goodbye { code, detail }) => return self.on_goodbye(Goodbye { code, detail }),
-            Err(e) => return self.lost(&e.to_string(), true),
+            Err(e) => {
+                return match e.superseded() {
+                    Some(words) => self.superseded(words),
+                    None => self.lost(&e.to_string(), true),
+                };
+            }
         };
         if !matches!(self.ending, Ending::No) {
             return;
@@ -135,6 +145,7 @@ impl Engine {
         let readers = self.p.tasks.child();
         self.spawn_readers(no, &readers, d.client.clone(), d.from_hub, d.data_source);
         let s = &self.p.settings;
+        self.link_session = d.link_session.to_vec();
         let checker = Checker::new(s.hub, s.node, self.p.identity.spki_sha256(), s.task_keys.clone(), d.link_session);
         let policy_problem = (d.policy.mode != "permissive" || d.policy.network != "full")
             .then(|| format!("sandbox {:?} with network {:?} is not built on this node", d.policy.mode, d.policy.network));
@@ -165,7 +176,7 @@ impl Engine {
         self.tell_all();
         self.dial_due = None;
         self.link_state("up", "");
-        self.store_time();
+        self.store_welcome();
         tracing::info!(generation = d.welcome.generation, renewed = swap, "link up");
         if !swap {
             let s = &self.p.settings;
@@ -217,18 +228,19 @@ impl Engine {
             GOODBYE_REVOKED => self.revoked(if g.detail.is_empty() { "revoked" } else { &g.detail }),
             // Our own newer link took the place of this one.
             GOODBYE_SUPERSEDED if self.swapping => self.drop_link(),
-            GOODBYE_SUPERSEDED => {
-                self.drop_link();
-                tracing::warn!(
-                    wait_s = SUPERSEDED_WAIT.as_secs(),
-                    "superseded: another machine linked with this node's identity; waiting before the next try"
-                );
-                self.link_state("superseded", "another machine uses this node's identity; the next try comes in 5 minutes");
-                self.dial_later(SUPERSEDED_WAIT);
-            }
+            GOODBYE_SUPERSEDED => self.superseded(&g.detail),
             GOODBYE_CERTIFICATE_EXPIRED => self.lost("the certificate of this link has ended", false),
             code => self.lost(&format!("the hub said goodbye: {code} {}", g.detail), true),
         }
+    }
+
+    /// Another machine linked with this node's identity.
+    fn superseded(&mut self, words: &str) {
+        self.drop_link();
+        tracing::warn!(wait_s = SUPERSEDED_WAIT.as_secs(), words, "superseded: another machine uses this node's identity; waiting");
+        let detail = "another machine uses this node's identity; the next try comes in 5 minutes";
+        self.link_state("superseded", &if words.is_empty() { detail.to_owned() } else { format!("{detail} ({words})") });
+        self.dial_later(SUPERSEDED_WAIT);
     }
 
     pub(super) fn report_health(&mut self) {
