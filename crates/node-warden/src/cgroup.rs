@@ -42,7 +42,7 @@ pub(crate) fn make(spool: SpoolId, slot: usize, generation: u32) -> io::Result<(
 /// Ends every process of the group.
 pub(crate) fn kill(path: &Path) {
     if let Err(e) = std::fs::write(path.join("cgroup.kill"), "1") {
-        eprintln!("warden: control group {}: {e}", path.display());
+        say!("warden: control group {}: {e}", path.display());
     }
 }
 

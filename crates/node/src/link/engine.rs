@@ -29,6 +29,7 @@ use mesh_wire::node::{node_data, node_frame};
 use mesh_wire::{convert, limits};
 use node_warden::frames::Request;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io::Write as _;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tonic::Status as Refusal;
@@ -376,7 +377,7 @@ impl Engine {
         }
         let text = revoked_text(words, self.p.root.path());
         tracing::error!("{text}");
-        println!("{text}");
+        tell(&text);
         self.drop_link();
         self.dial_due = None;
         self.link_state("revoked", words);
@@ -475,6 +476,11 @@ impl Engine {
 /// What a revoked node says, at that moment and at each start after it.
 pub fn revoked_text(words: &str, workspace: &str) -> String {
     format!("this node was revoked by its hub ({words}); its tasks are ended, its workspace stays in {workspace}")
+}
+
+/// A line for who started the daemon, if anybody still listens.
+pub(super) fn tell(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 fn key(task: &str, attempt: u64) -> Option<Key> {

@@ -1,6 +1,6 @@
 //! The link's life: dialling, welcome, loss, goodbye, renewal.
 
-use super::{CALL_TIMEOUT, Ending, Engine, GOOD_LINK, News, RENEW_RETRY, REPEAT, SUPERSEDED_WAIT, Up, key};
+use super::{CALL_TIMEOUT, Ending, Engine, GOOD_LINK, News, RENEW_RETRY, REPEAT, SUPERSEDED_WAIT, Up, key, tell};
 use crate::enrolment::{self, words};
 use crate::link::connect::{Dial, DialError, Dialed, says_revoked};
 use crate::link::orders::{Checker, Key, RejectionWindow};
@@ -180,7 +180,7 @@ impl Engine {
         tracing::info!(generation = d.welcome.generation, renewed = swap, "link up");
         if !swap {
             let s = &self.p.settings;
-            println!("link up: node {} ({}) on hub {}", s.node_name, s.node, s.hub);
+            tell(&format!("link up: node {} ({}) on hub {}", s.node_name, s.node, s.hub));
         }
     }
 
