@@ -54,11 +54,15 @@ pub fn says_revoked(s: &Status) -> bool {
     matches!(s.code(), Code::Unauthenticated | Code::PermissionDenied) && s.message().to_lowercase().contains("revoked")
 }
 
+/// The hub's words when another machine uses this identity.
+pub fn says_superseded(s: &Status) -> Option<&str> {
+    if s.code() == Code::FailedPrecondition { s.message().strip_prefix("superseded: ") } else { None }
+}
+
 impl DialError {
-    /// The hub's words when another machine uses this identity.
     pub fn superseded(&self) -> Option<&str> {
         match self {
-            Self::Answer { status, .. } if status.code() == Code::FailedPrecondition => status.message().strip_prefix("superseded: "),
+            Self::Answer { status, .. } => says_superseded(status),
             _ => None,
         }
     }
@@ -157,5 +161,12 @@ mod tests {
         assert!(!says_revoked(&Status::unauthenticated("no client certificate")));
         assert!(DialError::Goodbye { code: "revoked".into(), detail: String::new() }.revoked());
         assert!(!DialError::NoWelcome.revoked());
+    }
+
+    #[test]
+    fn another_machine_is_told_from_other_refusals() {
+        assert_eq!(says_superseded(&Status::failed_precondition("superseded: two machines")), Some("two machines"));
+        assert_eq!(says_superseded(&Status::failed_precondition("open the task stream first")), None);
+        assert_eq!(says_superseded(&Status::unavailable("superseded: x")), None);
     }
 }

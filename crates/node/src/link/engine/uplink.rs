@@ -2,7 +2,7 @@
 
 use super::{CALL_TIMEOUT, Ending, Engine, GOOD_LINK, News, RENEW_RETRY, REPEAT, SUPERSEDED_WAIT, Up, key, tell};
 use crate::enrolment::{self, words};
-use crate::link::connect::{Dial, DialError, Dialed, says_revoked};
+use crate::link::connect::{Dial, DialError, Dialed, says_revoked, says_superseded};
 use crate::link::orders::{Checker, Key, RejectionWindow};
 use crate::link::{GOODBYE_CERTIFICATE_EXPIRED, GOODBYE_REVOKED, GOODBYE_SUPERSEDED};
 use mesh_process::{Tasks, entropy};
@@ -115,7 +115,11 @@ impl Engine {
             },
             News::Closed(refusal) => match refusal {
                 Some(r) if says_revoked(&r) => self.revoked(&words(&r)),
-                Some(r) => self.lost(&format!("the stream broke: {}", words(&r)), true),
+                Some(r) => match says_superseded(&r) {
+                    // The second stream may hear it before the first one's goodbye comes.
+                    Some(why) => self.on_goodbye(Goodbye { code: GOODBYE_SUPERSEDED.into(), detail: why.into() }),
+                    None => self.lost(&format!("the stream broke: {}", words(&r)), true),
+                },
                 None => self.lost("the hub closed the stream", true),
             },
             News::Renewed(result) => self.on_renewed(result),
