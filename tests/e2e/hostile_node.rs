@@ -1,4 +1,5 @@
 //! A node with a true certificate that lies: refused, counted, and nobody else's harm.
+#![expect(clippy::disallowed_methods, reason = "a test reads its streams beside")]
 
 use mesh_tests::{Hub, Node, text, until};
 use mesh_wire::node::{
