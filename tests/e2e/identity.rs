@@ -168,7 +168,7 @@ async fn a_stream_ends_with_its_certificate() {
     let short = certify(&issuer, key, &uri, time::Duration::seconds(3), ExtendedKeyUsagePurpose::ClientAuth);
     let mut link = link(&hub, Some(short)).await.unwrap();
     let spool = mesh_core::SpoolId::from_bytes([1; 16]).to_string();
-    let hello = NodeFrame { kind: Some(node_frame::Kind::Hello(Hello { spool_id: spool, attempts: vec![], max_tasks: 1, keeps: 0 })) };
+    let hello = NodeFrame { kind: Some(node_frame::Kind::Hello(Hello { spool_id: spool, max_tasks: 1, ..Default::default() })) };
     // The stream stays open on this side: it is the hub that ends it.
     let (keep, frames) = tokio::sync::mpsc::channel(1);
     keep.send(hello).await.unwrap();
@@ -193,7 +193,9 @@ async fn report(hub: &Hub, identity: Identity, spool: &str, digest: mesh_core::D
     link.sync_configuration(RegistrationRequest::default()).await.map_err(status).unwrap();
     let frame = |kind| NodeFrame { kind: Some(kind) };
     let (say, frames) = tokio::sync::mpsc::channel(8);
-    say.send(frame(node_frame::Kind::Hello(Hello { spool_id: spool.into(), attempts: vec![], max_tasks: 1, keeps: 0 }))).await.unwrap();
+    say.send(frame(node_frame::Kind::Hello(Hello { spool_id: spool.into(), attempts: vec![], max_tasks: 1, ..Default::default() })))
+        .await
+        .unwrap();
     let frames = futures::stream::unfold(frames, async |mut f| f.recv().await.map(|x| (x, f)));
     let mut stream = link.task_stream(Box::pin(frames)).await.unwrap().into_inner();
     loop {

@@ -111,7 +111,7 @@ impl Linked {
         link.sync_configuration(registration).await.unwrap();
         let (to_hub, frames) = mpsc::channel(8);
         let spool_id = mesh_core::SpoolId::from_bytes([1; 16]).to_string();
-        let hello = wire::Hello { spool_id, attempts: vec![], max_tasks: 4, keeps: 0 };
+        let hello = wire::Hello { spool_id, max_tasks: 4, ..Default::default() };
         to_hub.send(wire::NodeFrame { kind: Some(node_frame::Kind::Hello(hello)) }).await.unwrap();
         let frames = futures::stream::unfold(frames, async |mut f| f.recv().await.map(|x| (x, f)));
         let from_hub = link.task_stream(Box::pin(frames)).await.unwrap().into_inner();

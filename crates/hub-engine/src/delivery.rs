@@ -84,6 +84,12 @@ pub struct Delivery {
     pub output_bytes: u64,
 }
 
+/// Is this the newest attempt of an open task, and the node's?
+fn is_ours(task: &Task, node: NodeId, attempt: AttemptNo) -> bool {
+    let open = !task.progress.state.is_final() && task.progress.state != TaskState::Pending;
+    open && task.progress.attempt.as_ref().is_some_and(|a| a.no == attempt && a.node == node)
+}
+
 impl Delivery {
     /// Accepts a link: raises the generation, puts it in place of an older one, and brings the node and
     /// the journal to the same view: what the node does not know is sent (again), what it should not
@@ -129,7 +135,8 @@ impl Delivery {
         if held_back {
             let mut told = vec![];
             for (task, attempt) in hello.attempts {
-                told.push(Told { task, attempt, known: self.ours(node.id, task, attempt).await?.is_some() });
+                let known = self.journal.narrow(task).await?;
+                told.push(Told { task, attempt, known: known.is_some_and(|t| is_ours(&t, node.id, attempt)) });
             }
             if !self.links.note_told(node.id, told) {
                 return Err(Error::Unavailable { code: "restored", detail: "the hub goes on at this moment; connect again".into() });
@@ -173,7 +180,12 @@ impl Delivery {
             let outcome = Outcome::Lost { detail: MAYBE_RAN.into() };
             return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
         }
-        if !known {
+        if !known && !self.links.copies().is_foreign(node) {
+            if task.progress.state == TaskState::Running {
+                // It was started there, and that memory has not been released from it: this is an older copy.
+                let outcome = Outcome::Lost { detail: MAYBE_RAN.into() };
+                return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
+            }
             self.pool.send_order(&task, node, attempt);
         }
         if task.progress.cancel.is_some() {
@@ -188,18 +200,22 @@ impl Delivery {
         if self.links.holds(node, task, attempt) {
             return Ok(true);
         }
-        let Some(t) = self.ours(node, task, attempt).await? else { return Ok(false) };
-        if t.progress.attempt.as_ref().is_some_and(|a| a.granted.is_some()) {
-            self.links.hold(node, &t, attempt);
+        let Some(t) = self.journal.task(task).await? else {
+            self.links.refuse(node, "unknown", &format_args!("{task} is not known"));
+            return Ok(false);
+        };
+        let newest = t.progress.attempt.as_ref();
+        if is_ours(&t, node, attempt) {
+            if newest.is_some_and(|a| a.granted.is_some()) {
+                self.links.hold(node, &t, attempt);
+            }
+            return Ok(true);
         }
-        Ok(true)
-    }
-
-    async fn ours(&self, node: NodeId, task: TaskId, attempt: AttemptNo) -> Result<Option<Task>> {
-        let Some(t) = self.journal.task(task).await? else { return Ok(None) };
-        let open = !t.progress.state.is_final() && t.progress.state != TaskState::Pending;
-        let ours = open && t.progress.attempt.as_ref().is_some_and(|a| a.no == attempt && a.node == node);
-        Ok(ours.then_some(t))
+        if newest.is_none_or(|a| a.no < attempt || (a.no == attempt && a.node != node)) {
+            // Anything else is a late word about what was once the node's.
+            self.links.refuse(node, "foreign", &format_args!("{task} attempt {} was never this node's", attempt.0));
+        }
+        Ok(false)
     }
 
     pub(crate) fn fence(&self, caller: &Caller) -> Result<NodeId> {
@@ -271,6 +287,9 @@ impl Delivery {
             self.output.give_up(task, attempt, first.seq.saturating_sub(1)).await?;
         }
         let totals = self.output.append(task, attempt, frames, self.output_bytes).await?;
+        if totals.is_none() {
+            self.links.refuse(node, "gap", &format_args!("output of {task} has a gap before {last}"));
+        }
         self.pool.watchers.notify(task);
         Ok(totals.map(|t| t.durable_seq))
     }
@@ -289,6 +308,7 @@ impl Delivery {
             }
             let durable = if r.last_seq == 0 { 0 } else { self.output.totals(r.task, r.attempt).await?.durable_seq };
             if r.last_seq > durable {
+                self.links.refuse(node, "output_missing", &format_args!("{} names output {} and {durable} is here", r.task, r.last_seq));
                 return Err(Error::invalid("output_missing", format!("the result names output {} and {durable} is here", r.last_seq)));
             }
             if let Some(told) = &r.digests {

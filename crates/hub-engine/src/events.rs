@@ -116,6 +116,8 @@ pub enum NodeNews {
     Resumed,
     Revoked,
     Removed,
+    /// Two machines use its identity, and neither is given a link.
+    Superseded,
 }
 
 /// What a task's event tells: the task as it was after it.
@@ -212,6 +214,7 @@ impl Event {
                 NodeNews::Resumed => "resumed",
                 NodeNews::Revoked => "revoked",
                 NodeNews::Removed => "removed",
+                NodeNews::Superseded => "superseded",
             },
             Data::Task(t) => match t.kind {
                 TaskKind::Accepted => "accepted",

@@ -2,9 +2,11 @@
 //!
 //! Kept in memory alone; the store's generation says which link is the true one.
 
-use crate::events::Events;
+use crate::copies::Copies;
+use crate::events::{Events, NodeNews};
 use crate::input::{Input, Inputs};
 use crate::records::{Node, Task};
+use crate::refusals::Refusals;
 use mesh_core::placement::Candidate;
 use mesh_core::select::Offers;
 use mesh_core::task::AttemptNo;
@@ -255,12 +257,12 @@ impl State {
 }
 
 #[derive(Debug, Default)]
-pub struct Links(Mutex<State>, Option<Events>, Inputs);
+pub struct Links(Mutex<State>, Option<Events>, Inputs, Copies, Refusals);
 
 impl Links {
     /// Links that tell who comes and goes.
     pub fn telling(events: Events) -> Self {
-        Self(Mutex::default(), Some(events), Inputs::default())
+        Self(Mutex::default(), Some(events), Inputs::default(), Copies::default(), Refusals::default())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -305,6 +307,26 @@ impl Links {
     /// The callers that wait for a word about their input.
     pub(crate) fn inputs(&self) -> &Inputs {
         &self.2
+    }
+    pub fn copies(&self) -> &Copies {
+        &self.3
+    }
+    /// Counts a word of a node that cannot be true; a link that says too many is closed.
+    pub fn refuse(&self, node: NodeId, what: &'static str, detail: &dyn std::fmt::Display) {
+        metrics::counter!("cortex_refused_reports_total", "what" => what).increment(1);
+        let generation = self.get(node).map_or(0, |l| l.generation);
+        let noted = self.4.note(node, generation);
+        if noted.tell {
+            tracing::warn!(%node, what, %detail, "a report of a node cannot be true; it is refused");
+        }
+        if noted.too_many {
+            self.send(node, LinkCommand::Close { code: "refused", detail: "too many reports of this link cannot be true".into() });
+        }
+    }
+    pub(crate) fn tell(&self, node: &Node, news: NodeNews) {
+        if let Some(events) = &self.1 {
+            events.node(node, news);
+        }
     }
     /// Takes over what the registry says of a node; an older row than the one that is known changes nothing.
     pub fn set(&self, node: &Node) {

@@ -411,6 +411,7 @@ impl Nodes {
         let (link, running) = self.links.look(node.id);
         let (status, unschedulable) = match (&node.revoked_at, &link) {
             (Some(_), _) => ("revoked", Some("revoked")),
+            (None, None) if self.links.copies().holds(node.id) => ("offline", Some("superseded")),
             (None, None) => ("offline", Some("offline")),
             (None, Some(l)) => (if l.draining { "draining" } else { "online" }, l.refuses(running)),
         };

@@ -185,6 +185,8 @@ pub trait NodeDirectory: Send + Sync {
     /// Raises and returns the generation; notes the time as seen. None when it is unknown or revoked.
     async fn raise_generation(&self, id: NodeId, now: UnixMs) -> Stored<Option<u64>>;
     async fn seen(&self, ids: &[NodeId], now: UnixMs) -> Stored<()>;
+    /// Adds a line for people to its entry, with the time behind it; beyond a fixed number none.
+    async fn add_notice(&self, id: NodeId, words: &str, now: UnixMs) -> Stored<()>;
     /// Replaces the certificate when its counter is one above the stored and the node is not revoked;
     /// false otherwise.
     async fn renew(&self, id: NodeId, certificate: &NodeCertificate) -> Stored<bool>;

@@ -398,3 +398,41 @@ async fn while_the_hub_holds_back_nothing_is_sent_ended_or_acknowledged() {
     w.report(&again, known.0, known.1, Outcome::Exited(0)).await;
     assert_eq!(w.state(known.0).await, TaskState::Succeeded);
 }
+
+#[tokio::test]
+async fn what_a_spool_has_started_and_does_not_know_is_not_sent_again() {
+    let w = World::new().await;
+    let (first, mut queue) = w.hello(1).await;
+    let task = w.task(1);
+    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    let (id, attempt) = orders(&mut queue)[0];
+    w.delivery.started(&w.caller(&first), id, attempt).await.unwrap();
+    drop(first);
+    // The same spool, as it was before: a folder from a backup.
+    let (_second, mut queue) = w.hello(1).await;
+    assert_eq!(orders(&mut queue), []);
+    let ended = w.store.task(id).await.unwrap().unwrap().progress;
+    assert_eq!((ended.state, ended.reason.unwrap().detail), (TaskState::Failed, "maybe_ran".into()));
+}
+
+#[tokio::test]
+async fn a_copy_of_a_node_is_sent_nothing_of_its_twins_and_both_are_held() {
+    let w = World::new().await;
+    let (first, mut queue) = w.hello(1).await;
+    w.links.copies().linked(w.node.id, b"", b"a");
+    let task = w.task(1);
+    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    let (id, _) = orders(&mut queue)[0];
+    w.delivery.tell_copies_apart(&w.node, b"b").await.unwrap();
+    let (_second, mut copys) = w.hello(1).await;
+    w.links.copies().linked(w.node.id, b"b", b"b2");
+    assert_eq!(orders(&mut copys), [], "the first may have started it");
+    assert_eq!(w.state(id).await, TaskState::Assigned, "and may still say so");
+    drop(first);
+    let refused = w.delivery.tell_copies_apart(&w.node, b"a").await.unwrap_err();
+    assert!(matches!(refused, hub_engine::Error::Conflict { code: "superseded", .. }), "{refused}");
+    assert!(std::iter::from_fn(|| copys.try_recv().ok()).any(|c| matches!(c, LinkCommand::Close { code: "superseded", .. })));
+    assert!(w.links.copies().holds(w.node.id));
+    let notices = w.store.node(w.node.id).await.unwrap().unwrap().notices;
+    assert!(notices.last().is_some_and(|n| n.contains("two machines")), "{notices:?}");
+}

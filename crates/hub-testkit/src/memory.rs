@@ -359,6 +359,12 @@ impl NodeDirectory for MemoryStore {
         }
         Ok(())
     }
+    async fn add_notice(&self, id: NodeId, words: &str, now: UnixMs) -> Stored<()> {
+        if let Some(node) = self.state().nodes.get_mut(&id).filter(|n| n.notices.len() < MAX_NOTICES) {
+            node.notices.push(format!("{words} at {now}"));
+        }
+        Ok(())
+    }
     async fn raise_generation(&self, id: NodeId, now: UnixMs) -> Stored<Option<u64>> {
         let mut state = self.state();
         let Some(node) = state.nodes.get_mut(&id).filter(|n| n.revoked_at.is_none()) else { return Ok(None) };

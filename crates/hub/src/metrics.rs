@@ -164,9 +164,11 @@ fn begin() {
         counter!("cortex_link_handshakes_total", "result" => result).absolute(0);
     }
     counter!("cortex_links_closed_total", "code" => "closed").absolute(0);
-    counter!("cortex_refused_reports_total", "what" => "digest").absolute(0);
     for what in ["output", "tasks"] {
         counter!("cortex_retention_erased_total", "what" => what).absolute(0);
+    }
+    for what in ["bad_frame", "digest", "foreign", "gap", "output_missing", "unknown"] {
+        counter!("cortex_refused_reports_total", "what" => what).absolute(0);
     }
     for reason in ["forged", "malformed", "stale", "repeated"] {
         counter!("cortex_bus_rejected_total", "reason" => reason).absolute(0);

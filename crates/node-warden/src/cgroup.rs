@@ -41,7 +41,7 @@ pub(crate) fn make(spool: &str, slot: usize, generation: u32) -> io::Result<(Pat
 /// Ends every process of the group.
 pub(crate) fn kill(path: &Path) {
     if let Err(e) = std::fs::write(path.join("cgroup.kill"), "1") {
-        eprintln!("warden: control group {}: {e}", path.display());
+        say!("warden: control group {}: {e}", path.display());
     }
 }
 

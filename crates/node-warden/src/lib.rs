@@ -16,6 +16,15 @@
 //!
 //! It does *not* know networks, skills or policy, and decides nothing about what may run.
 
+/// A line in the log. It may lie on a disk that is full, and nothing may hang on it: `eprintln!` would
+/// end the warden, and with it every task.
+macro_rules! say {
+    ($($line:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($line)*);
+    }};
+}
+
 mod cgroup;
 mod child;
 mod clock;

@@ -206,7 +206,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     let tree = sandbox::enter();
     sandbox::hide();
     if tree == TreeKill::None {
-        eprintln!("warden: neither pid namespaces nor control groups work here; every start is refused");
+        say!("warden: neither pid namespaces nor control groups work here; every start is refused");
     }
     let mut warden = Warden::open(config, lock, signal, tree)?;
     let result = warden.serve();
@@ -460,7 +460,7 @@ impl Warden {
             }
         }
         if !self.stopping && !self.has_daemon() && now.duration_since(self.alone_since) >= self.config.orphan_after {
-            eprintln!("warden: no daemon for {} s; ending", self.config.orphan_after.as_secs());
+            say!("warden: no daemon for {} s; ending", self.config.orphan_after.as_secs());
             self.stop();
         }
     }

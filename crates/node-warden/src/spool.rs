@@ -76,7 +76,7 @@ impl Spool {
                 text.trim().parse().map_err(|e| Error::Spool { path: dir.clone(), why: format!("id: {e}") })?
             }
             Ok(_) => {
-                eprintln!("warden: the journal is gone; the spool gets a new id");
+                say!("warden: the journal is gone; the spool gets a new id");
                 make_id(&dir).map_err(bad("make an id in"))?
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
@@ -104,7 +104,7 @@ impl Spool {
 
     pub fn remove_output(&self, key: &Key) {
         match std::fs::remove_file(self.output_path(key)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => eprintln!("warden: remove output of {}: {e}", key.0),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => say!("warden: remove output of {}: {e}", key.0),
             _ => {}
         }
     }

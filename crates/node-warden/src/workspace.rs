@@ -134,7 +134,7 @@ impl Remover {
         if let Err(e) = std::fs::rename(path, &doomed)
             && e.kind() != io::ErrorKind::NotFound
         {
-            eprintln!("warden: workspace {}: {e}", path.display());
+            say!("warden: workspace {}: {e}", path.display());
             return;
         }
         if doomed.symlink_metadata().is_err() {
@@ -145,7 +145,7 @@ impl Remover {
             let thread = std::thread::Builder::new().name("workspace-remover".into()).spawn(move || {
                 for path in orders {
                     if let Err(e) = remove_tree(&path) {
-                        eprintln!("warden: remove {}: {e}", path.display());
+                        say!("warden: remove {}: {e}", path.display());
                     }
                 }
             });
@@ -153,7 +153,7 @@ impl Remover {
             (self.work, self.thread) = (Some(work), Some(thread));
         }
         if let Some(Err(e)) = self.work.as_ref().map(|w| w.try_send(doomed)) {
-            eprintln!("warden: a workspace stays for now: {e}");
+            say!("warden: a workspace stays for now: {e}");
         }
     }
 }

@@ -16,6 +16,8 @@ const UIDS: TableDefinition<'static, &[u8], u32> = TableDefinition::new("session
 
 const SETTINGS: &str = "settings";
 const HUB_TIME: &str = "hub_time_ms";
+/// Of the newest welcome.
+const LINK_SESSION: &str = "link_session";
 const COUNTER: &str = "renewal_counter";
 /// The hub's words, once it has said that this node is revoked.
 const REVOKED: &str = "revoked";
@@ -217,6 +219,19 @@ impl State {
     pub fn set_hub_time_ms(&self, ms: i64) -> Result<(), StateError> {
         self.write(|tx| {
             tx.open_table(VALUES)?.insert(HUB_TIME, ms.to_be_bytes().as_slice())?;
+            Ok(())
+        })
+    }
+    /// The link session of the newest welcome; empty before the first.
+    pub fn link_session(&self) -> Result<Vec<u8>, StateError> {
+        Ok(self.value(LINK_SESSION)?.unwrap_or_default())
+    }
+    /// Notes a welcome: its session, and the hub's time.
+    pub fn set_linked(&self, session: &[u8], hub_time_ms: i64) -> Result<(), StateError> {
+        self.write(|tx| {
+            let mut t = tx.open_table(VALUES)?;
+            t.insert(LINK_SESSION, session)?;
+            t.insert(HUB_TIME, hub_time_ms.to_be_bytes().as_slice())?;
             Ok(())
         })
     }

@@ -66,8 +66,13 @@ async fn serve(context: &LinkContext, caller: &Caller, mut inbound: Streaming<wi
                 None => {}
                 Some(node_data::Kind::Output(o)) => {
                     metrics::counter!("cortex_output_received_bytes_total").increment(o.data.len() as u64);
+                    let frame = read_output(o).inspect_err(|e| {
+                        if let Caller::Node { node, .. } = caller {
+                            context.delivery.links.refuse(*node, "bad_frame", &e.message());
+                        }
+                    })?;
                     // The other side is gone only when keeping has failed, which says why.
-                    let _ = ready.send(read_output(o)?).await;
+                    let _ = ready.send(frame).await;
                 }
                 Some(node_data::Kind::Payload(p)) => send_payload(context, caller, p, out).await?,
             }

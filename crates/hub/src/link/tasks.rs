@@ -36,6 +36,9 @@ const REPORTS_AT_ONCE: usize = 256;
 const GOODBYE_REVOKED: &str = "revoked";
 /// Bytes of results on that way; what goes beyond ends the link, and the node says it again on the next.
 const REPORT_BYTES: usize = 32 << 20;
+const LINK_SESSION_BYTES: usize = 16;
+/// A node refuses a few envelopes and then drops the link itself.
+const MOST_REJECTED: u32 = 100;
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Something a node reports about an attempt.
@@ -52,7 +55,12 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
     let Some(wire::NodeFrame { kind: Some(node_frame::Kind::Hello(hello)) }) = first else {
         return Err(Status::failed_precondition("the first frame is a hello"));
     };
+    let named = hello.last_link_session.clone();
+    if named.len() > LINK_SESSION_BYTES {
+        return Err(bad_message(BadMessage::new("hello.last_link_session", "too long")));
+    }
     let hello = read_hello(hello).map_err(bad_message)?;
+    context.delivery.tell_copies_apart(&node, &named).await.map_err(|e| status(&e))?;
     let (commands, queue) = mpsc::channel(LINK_QUEUE);
     let (own, its_node) = (context.clone(), node.clone());
     // To its end even if the node hangs up: a link half in place would be a ghost.
@@ -60,7 +68,8 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
     let welcome = opened.ok_or_else(|| Status::unavailable("the hub is stopping"))?.map_err(|e| status(&e))?;
     tracing::info!(node = %node.id, name = %node.name, generation = welcome.generation, "node online");
     metrics::counter!("cortex_links_opened_total").increment(1);
-    let link_session: [u8; 16] = entropy::bytes();
+    let link_session: [u8; LINK_SESSION_BYTES] = entropy::bytes();
+    context.delivery.links.copies().linked(node.id, &named, &link_session);
     let (out, frames) = mpsc::channel(OUT_QUEUE);
     let frame = hub_frame::Kind::Welcome(wire::Welcome {
         hub_id: context.keys.hub.to_string(),
@@ -96,6 +105,7 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
         reports: Some(reports),
         settled,
         room: Arc::new(Semaphore::new(REPORT_BYTES)),
+        rejected: 0,
     };
     tasks.spawn("link", conversation.run(inbound));
     Ok(ReceiverStream::new(frames).boxed())
@@ -115,6 +125,7 @@ struct Conversation {
     /// The worker has recorded all that it was given.
     settled: oneshot::Receiver<()>,
     room: Arc<Semaphore>,
+    rejected: u32,
 }
 
 impl Conversation {
@@ -191,6 +202,7 @@ impl Conversation {
                     };
                     silence.as_mut().reset(tokio::time::Instant::now() + Duration::from_secs(SILENCE_SECS));
                     if let Err(e) = self.hear(frame, &mut heard) {
+                        context.delivery.links.refuse(self.peer.node, "bad_frame", &e);
                         return ("bad_frame", e);
                     }
                 }
@@ -254,7 +266,7 @@ impl Conversation {
         None
     }
 
-    fn hear(&self, frame: wire::NodeFrame, heard: &mut Option<(UnixMs, Duration)>) -> Result<(), String> {
+    fn hear(&mut self, frame: wire::NodeFrame, heard: &mut Option<(UnixMs, Duration)>) -> Result<(), String> {
         let now = self.context.clock.steady();
         let report = match frame.kind {
             None => return Ok(()), // a kind of a later version
@@ -271,8 +283,14 @@ impl Conversation {
                 metrics::counter!("cortex_envelopes_rejected_total").increment(1);
                 let detail: String = r.detail.chars().take(200).collect();
                 let code: String = r.code.chars().take(64).collect();
-                tracing::error!(node = %self.peer.node, seq = r.seq, ?code, ?detail, "the node refused an envelope");
-                return Ok(());
+                self.rejected += 1;
+                match self.rejected {
+                    ..=MOST_REJECTED => {
+                        tracing::error!(node = %self.peer.node, seq = r.seq, ?code, ?detail, "the node refused an envelope");
+                        return Ok(());
+                    }
+                    _ => return Err("more refusals than envelopes".into()),
+                }
             }
             Some(node_frame::Kind::Input(a)) => {
                 let caller = Caller::Node { node: self.peer.node, generation: self.generation };

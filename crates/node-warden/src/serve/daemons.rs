@@ -58,7 +58,7 @@ impl Warden {
                 Ok(None) => break,
                 Ok(Some(_)) => return self.hang_up(slot),
                 Err(e) => {
-                    eprintln!("warden: a daemon is cut off: {e}");
+                    say!("warden: a daemon is cut off: {e}");
                     return self.hang_up(slot);
                 }
             }
@@ -70,7 +70,7 @@ impl Warden {
 
     pub(super) fn on_hello(&mut self, slot: usize, version: u32) {
         if version != VERSION {
-            eprintln!("warden: a daemon speaks version {version}, this warden {VERSION}");
+            say!("warden: a daemon speaks version {version}, this warden {VERSION}");
         }
         for other in 0..self.conns.len() {
             if other != slot && self.conns[other].as_ref().is_some_and(|c| c.greeted) {
@@ -124,7 +124,7 @@ impl Warden {
     /// Gives a daemon that reads a second to hear the last ends; they are kept if it does not.
     pub(super) fn say_goodbye(&mut self) {
         if let Err(e) = self.spool.journal.commit() {
-            eprintln!("warden: the journal cannot be written: {e}");
+            say!("warden: the journal cannot be written: {e}");
         }
         let begun = clock::now();
         while begun.elapsed() < Duration::from_secs(1) {

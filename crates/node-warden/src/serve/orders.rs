@@ -140,7 +140,7 @@ impl Warden {
             }
             if let Err(e) = self.spool.journal.commit() {
                 // Nothing was promised: neither a start nor an end is acted upon until this works.
-                eprintln!("warden: the journal cannot be written: {e}");
+                say!("warden: the journal cannot be written: {e}");
                 self.retry_at = Some(clock::now() + RETRY);
                 return;
             }
@@ -175,12 +175,12 @@ impl Warden {
         let mut failed = false;
         for output in ended.iter_mut().filter_map(|r| r.output.as_mut()) {
             if let Err(e) = output.sync() {
-                eprintln!("warden: output cannot be synced: {e}");
+                say!("warden: output cannot be synced: {e}");
                 failed = true;
             }
         }
         if any && let Err(e) = self.spool.sync_names() {
-            eprintln!("warden: output cannot be synced: {e}");
+            say!("warden: output cannot be synced: {e}");
             failed = true;
         }
         // A disk that fails must not keep an end from being told for ever; it is still in the cache.
@@ -210,7 +210,7 @@ impl Warden {
         if let Some(output) = self.runs[*slot].as_mut().and_then(|r| r.output.as_mut())
             && let Err(e) = output.free(offset, seq)
         {
-            eprintln!("warden: space cannot be given back: {e}");
+            say!("warden: space cannot be given back: {e}");
         }
     }
 
@@ -293,7 +293,7 @@ impl Warden {
         let watched = self.watch_run(&mut run, slot);
         if let Err(e) = watched {
             // A child that cannot be watched must not go on; it is collected when the warden ends.
-            eprintln!("warden: a child cannot be watched: {e}");
+            say!("warden: a child cannot be watched: {e}");
             if let Some(child) = &run.child {
                 child.kill();
             }

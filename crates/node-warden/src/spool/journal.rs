@@ -166,7 +166,7 @@ fn scan(mut bytes: &[u8]) -> Vec<Record> {
         // what follows.
         match Record::decode(body) {
             Ok(r) => records.push(r),
-            Err(e) => eprintln!("warden: a journal record is skipped: {e}"),
+            Err(e) => say!("warden: a journal record is skipped: {e}"),
         }
         bytes = &bytes[HEAD + n..];
     }
@@ -270,7 +270,7 @@ impl Journal {
         if self.at > COMPACT_FROM.max(self.base * 4) {
             // A failed rewrite leaves the old file in use.
             if let Err(e) = self.compact() {
-                eprintln!("warden: the journal cannot be rewritten: {e}");
+                say!("warden: the journal cannot be rewritten: {e}");
                 self.base = self.at;
             }
         }

@@ -56,6 +56,11 @@ pub fn says_revoked(s: &Status) -> bool {
     matches!(s.code(), Code::Unauthenticated | Code::PermissionDenied) && s.message().to_lowercase().contains("revoked")
 }
 
+/// The hub's words when another machine uses this identity.
+pub fn says_superseded(s: &Status) -> Option<&str> {
+    if s.code() == Code::FailedPrecondition { s.message().strip_prefix("superseded: ") } else { None }
+}
+
 impl DialError {
     /// The hub, or its TLS, says that this certificate has ended.
     pub fn certificate_ended(&self) -> bool {
@@ -72,6 +77,12 @@ impl DialError {
     pub fn too_late(&self) -> bool {
         matches!(self, Self::Answer { status, .. }
             if status.code() == Code::FailedPrecondition && status.message().starts_with("recover_too_late"))
+    }
+    pub fn superseded(&self) -> Option<&str> {
+        match self {
+            Self::Answer { status, .. } => says_superseded(status),
+            _ => None,
+        }
     }
     pub fn revoked(&self) -> bool {
         match self {
@@ -181,5 +192,11 @@ mod tests {
         let late = Status::failed_precondition("recover_too_late: the certificate ended");
         assert!(answer(late.clone()).too_late() && !answer(late).certificate_ended());
         assert!(!answer(Status::unavailable("recover_too_late")).too_late());
+    }
+    #[test]
+    fn another_machine_is_told_from_other_refusals() {
+        assert_eq!(says_superseded(&Status::failed_precondition("superseded: two machines")), Some("two machines"));
+        assert_eq!(says_superseded(&Status::failed_precondition("open the task stream first")), None);
+        assert_eq!(says_superseded(&Status::unavailable("superseded: x")), None);
     }
 }

@@ -31,6 +31,7 @@ use mesh_wire::node::{node_data, node_frame};
 use mesh_wire::{convert, limits};
 use node_warden::frames::Request;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io::Write as _;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tonic::Status as Refusal;
@@ -160,6 +161,8 @@ pub struct Engine {
     dialling: Option<u64>,
     dial_due: Option<Duration>,
     next_no: u64,
+    /// Of the newest welcome.
+    link_session: Vec<u8>,
     backoff: Backoff,
     /// The next link replaces the present one under a new certificate.
     swapping: bool,
@@ -210,6 +213,7 @@ impl Engine {
             dialling: None,
             dial_due: None,
             next_no: 1,
+            link_session: p.state.link_session().unwrap_or_default(),
             backoff: Backoff::default(),
             swapping: false,
             certificate_ended: false,
@@ -350,6 +354,13 @@ impl Engine {
         self.tell_all();
     }
 
+    fn store_welcome(&self) {
+        let Some(ms) = self.p.time.now() else { return };
+        if let Err(error) = self.p.state.set_linked(&self.link_session, ms) {
+            tracing::warn!(%error, "the welcome cannot be stored");
+        }
+    }
+
     fn store_time(&self) {
         if let Some(ms) = self.p.time.now()
             && let Err(error) = self.p.state.set_hub_time_ms(ms)
@@ -388,7 +399,7 @@ impl Engine {
         }
         let text = revoked_text(words, self.p.root.path());
         tracing::error!("{text}");
-        println!("{text}");
+        tell(&text);
         self.drop_link();
         self.dial_due = None;
         self.link_state("revoked", words);
@@ -500,6 +511,11 @@ impl Engine {
 /// What a revoked node says, at that moment and at each start after it.
 pub fn revoked_text(words: &str, workspace: &str) -> String {
     format!("this node was revoked by its hub ({words}); its tasks are ended, its workspace stays in {workspace}")
+}
+
+/// A line for who started the daemon, if anybody still listens.
+pub(super) fn tell(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 fn key(task: &str, attempt: u64) -> Option<Key> {

@@ -285,7 +285,7 @@ fn data(data: &Data) -> Value {
                 NodeNews::Renewed { not_after } | NodeNews::Recovered { not_after } => {
                     v["certificate_not_after"] = json!(rfc3339(*not_after))
                 }
-                NodeNews::Online | NodeNews::Offline => {}
+                NodeNews::Online | NodeNews::Offline | NodeNews::Superseded => {}
                 NodeNews::Draining | NodeNews::Resumed | NodeNews::Revoked | NodeNews::Removed => {}
                 NodeNews::Renamed { name } => v["name"] = json!(name),
                 NodeNews::Changed { labels, slots, task_limit } => {

@@ -1,9 +1,9 @@
 //! The link's life: dialling, welcome, loss, goodbye, renewal.
 
-use super::{CALL_TIMEOUT, EXPIRED_WAIT, Ending, Engine, GOOD_LINK, LAST_WORD, News, RENEW_RETRY, REPEAT, SUPERSEDED_WAIT, Up, key};
+use super::{CALL_TIMEOUT, EXPIRED_WAIT, Ending, Engine, GOOD_LINK, LAST_WORD, News, RENEW_RETRY, REPEAT, SUPERSEDED_WAIT, Up, key, tell};
 use crate::enrolment::{self, words};
 use crate::link::ahead;
-use crate::link::connect::{Dial, DialError, Dialed, says_revoked};
+use crate::link::connect::{Dial, DialError, Dialed, says_revoked, says_superseded};
 use crate::link::orders::{Checker, Key, RejectionWindow};
 use crate::link::recover::Recover;
 use crate::link::{GOODBYE_CERTIFICATE_EXPIRED, GOODBYE_REVOKED, GOODBYE_SUPERSEDED};
@@ -44,6 +44,7 @@ impl Engine {
                 attempts: self.attempts.known(),
                 max_tasks: self.p.settings.max_tasks,
                 keeps: ahead::MOST as u32,
+                last_link_session: self.link_session.clone(),
             },
         };
         let news = self.news.clone();
@@ -175,7 +176,11 @@ impl Engine {
             },
             News::Closed(refusal) => match refusal {
                 Some(r) if says_revoked(&r) => self.revoked(&words(&r)),
-                Some(r) => self.lost(&format!("the stream broke: {}", words(&r)), true),
+                Some(r) => match says_superseded(&r) {
+                    // The second stream may hear it before the first one's goodbye comes.
+                    Some(why) => self.on_goodbye(Goodbye { code: GOODBYE_SUPERSEDED.into(), detail: why.into() }),
+                    None => self.lost(&format!("the stream broke: {}", words(&r)), true),
+                },
                 None => self.lost("the hub closed the stream", true),
             },
             News::Renewed(result) => self.on_renewed(result),
@@ -200,7 +205,10 @@ impl Engine {
             Err(DialError::Goodbye { code, detail }) => return self.on_goodbye(Goodbye { code, detail }),
             Err(e) => {
                 self.certificate_ended = e.certificate_ended();
-                return self.lost(&e.to_string(), true);
+                return match e.superseded() {
+                    Some(words) => self.superseded(words),
+                    None => self.lost(&e.to_string(), true),
+                };
             }
         };
         if !matches!(self.ending, Ending::No) {
@@ -211,6 +219,7 @@ impl Engine {
         let readers = self.p.tasks.child();
         self.spawn_readers(no, &readers, d.client.clone(), d.from_hub, d.data_source);
         let s = &self.p.settings;
+        self.link_session = d.link_session.to_vec();
         let checker = Checker::new(s.hub, s.node, self.p.identity.spki_sha256(), s.task_keys.clone(), d.link_session);
         let policy_problem = (d.policy.mode != "permissive" || d.policy.network != "full")
             .then(|| format!("sandbox {:?} with network {:?} is not built on this node", d.policy.mode, d.policy.network));
@@ -241,11 +250,11 @@ impl Engine {
         self.tell_all();
         self.dial_due = None;
         self.link_state("up", "");
-        self.store_time();
+        self.store_welcome();
         tracing::info!(generation = d.welcome.generation, renewed = swap, "link up");
         if !swap {
             let s = &self.p.settings;
-            println!("link up: node {} ({}) on hub {}", s.node_name, s.node, s.hub);
+            tell(&format!("link up: node {} ({}) on hub {}", s.node_name, s.node, s.hub));
         }
     }
 
@@ -297,21 +306,22 @@ impl Engine {
             GOODBYE_REVOKED => self.revoked(if g.detail.is_empty() { "revoked" } else { &g.detail }),
             // Our own newer link took the place of this one.
             GOODBYE_SUPERSEDED if self.swapping => self.drop_link(),
-            GOODBYE_SUPERSEDED => {
-                self.drop_link();
-                tracing::warn!(
-                    wait_s = SUPERSEDED_WAIT.as_secs(),
-                    "superseded: another machine linked with this node's identity; waiting before the next try"
-                );
-                self.link_state("superseded", "another machine uses this node's identity; the next try comes in 5 minutes");
-                self.dial_later(SUPERSEDED_WAIT);
-            }
+            GOODBYE_SUPERSEDED => self.superseded(&g.detail),
             GOODBYE_CERTIFICATE_EXPIRED => {
                 self.certificate_ended = true;
                 self.lost("the certificate of this link has ended", false);
             }
             code => self.lost(&format!("the hub said goodbye: {code} {}", g.detail), true),
         }
+    }
+
+    /// Another machine linked with this node's identity.
+    fn superseded(&mut self, words: &str) {
+        self.drop_link();
+        tracing::warn!(wait_s = SUPERSEDED_WAIT.as_secs(), words, "superseded: another machine uses this node's identity; waiting");
+        let detail = "another machine uses this node's identity; the next try comes in 5 minutes";
+        self.link_state("superseded", &if words.is_empty() { detail.to_owned() } else { format!("{detail} ({words})") });
+        self.dial_later(SUPERSEDED_WAIT);
     }
 
     pub(super) fn report_health(&mut self) {
