@@ -1,5 +1,6 @@
 //! Back-up and restore with real programs: whole while the hub works, closed to others, and after the
 //! restore of an older one nothing runs twice.
+#![expect(clippy::disallowed_methods, reason = "tests start the real binaries")]
 
 use mesh_tests::{Hub, Node, Process, alive, folder, program, shown, text, until};
 use serde_json::{Value, json};
