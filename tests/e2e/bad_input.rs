@@ -52,7 +52,8 @@ async fn bodies_paths_and_queries() {
         (json_kind, r#"{"shell": {"argv": ["ls"], "pty": {"rows": 1, "cols": 1}}}"#.to_owned(), (422, "not_yet")),
         (json_kind, r#"{"shell": {"argv": ["ls"]}, "limits": {"pids": 1}}"#.to_owned(), (422, "not_yet")),
         (json_kind, r#"{"shell": {"argv": ["ls"]}, "all": true}"#.to_owned(), (422, "not_yet")),
-        (json_kind, r#"{"shell": {"argv": ["ls"]}, "on_lost": "requeue"}"#.to_owned(), (422, "not_yet")),
+        (json_kind, r#"{"shell": {"argv": ["ls"]}, "on_lost": "never"}"#.to_owned(), (422, "bad_value")),
+        (json_kind, r#"{"shell": {"argv": ["ls"]}, "lost_after_secs": -1}"#.to_owned(), (400, "bad_field")),
         (json_kind, r#"{"browser": {}}"#.to_owned(), (422, "not_yet")),
     ] {
         let answer = raw(kind, body.clone()).await;
@@ -292,7 +293,7 @@ async fn settings_and_folders() {
     assert!(String::from_utf8_lossy(&out.stderr).contains("environment CORTEX_HTTP_ADDR: http.addr"), "{}", shown(&out));
     let out = hub(&["serve"], &[("CORTEX_HTTP_ADDR", "0.0.0.0:0")]);
     assert!(out.status.code() == Some(2) && String::from_utf8_lossy(&out.stderr).contains("--insecure-http"), "{}", shown(&out));
-    let out = hub(&["backup", "x"], &[]);
+    let out = hub(&["audit", "verify", "x"], &[]);
     assert!(out.status.code() == Some(2) && String::from_utf8_lossy(&out.stderr).contains("not yet"), "{}", shown(&out));
 
     // A port that is taken, and a folder that is in use.

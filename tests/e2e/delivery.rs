@@ -3,6 +3,7 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as B64;
+use mesh_core::output::Hashing;
 use mesh_tests::{Hub, Node, alive, text, until};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -19,6 +20,20 @@ fn events(body: &[u8]) -> Vec<(String, Option<u64>, Value)> {
         .collect()
 }
 
+fn hex(digest: mesh_core::Digest) -> Option<String> {
+    Some(digest.iter().map(|b| format!("{b:02x}")).collect())
+}
+fn sum(bytes: &[u8]) -> Option<String> {
+    hex(mesh_core::sha256(bytes))
+}
+/// Of stdout and stderr, as the task says them.
+fn digests(task: &Value) -> [Option<String>; 2] {
+    ["stdout_sha256", "stderr_sha256"].map(|key| {
+        assert!(task.get(key).is_some(), "{key} is missing in {task}");
+        task[key].as_str().map(str::to_owned)
+    })
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn output_is_byte_for_byte_and_replayable() {
     let hub = Hub::start().await;
@@ -31,6 +46,11 @@ async fn output_is_byte_for_byte_and_replayable() {
     assert_eq!(hub.output(&id, "?stream=stdout&from_byte=2").await, b"b\xff\xfe");
     assert_eq!((t["stdout_lossy"].as_bool(), t["stderr_lossy"].as_bool()), (Some(true), Some(true)));
     assert_eq!((t["stdout_bytes"].as_u64(), t["stderr_bytes"].as_u64()), (Some(5), Some(2)));
+    assert_eq!(digests(&t), [sum(b"a\0b\xff\xfe"), sum(b"e\x80")]);
+    let silent = hub.sh("exit 3").await;
+    assert_eq!(digests(&silent), [sum(b""), sum(b"")]);
+    let missing = hub.dispatch(json!({"shell": {"argv": ["/no/such/program"]}})).await;
+    assert_eq!(digests(&hub.finished(&text(&missing, "id")).await), [None, None], "what never ran has none");
 
     let t = hub.sh("for i in 1 2 3 4 5; do echo line $i; sleep 0.05; done").await;
     let path = format!("/api/v1/tasks/{}/output", text(&t, "id"));
@@ -64,6 +84,11 @@ async fn a_hundred_mebibytes_are_cut_and_said_so() {
     assert_eq!(t["state"], "succeeded", "the program goes on behind the cut: {}", t["reason"]);
     assert_eq!(t["stdout_bytes"].as_u64(), Some(104_857_600));
     assert_eq!(t["truncated"], true);
+    let mut whole = Hashing::default();
+    (0..100).for_each(|_| whole.stdout(&[0; 1 << 20]));
+    whole.stderr(b"done\n");
+    let whole = whole.digests();
+    assert_eq!(digests(&t), [hex(whole.stdout), hex(whole.stderr)], "of all that was written, kept or not");
     let kept = hub.output(&id, "?stream=stdout").await;
     assert!(kept.len() <= 64 << 20 && kept.len() > 60 << 20, "{}", kept.len());
     let sse = hub.request("GET", &format!("/api/v1/tasks/{id}/output?from_seq=100000000")).header("accept", "text/event-stream");
@@ -109,7 +134,7 @@ async fn a_task_lives_through_kills_of_daemon_and_hub() {
     std::fs::write(&runs, "").unwrap();
     std::fs::set_permissions(&runs, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
     let script = format!(
-        "echo run >> {runs}; i=0; while [ ! -e {gate} ]; do i=$((i+1)); echo $i; sleep 0.05; done; echo last $i",
+        "echo run >> {runs}; i=0; while [ ! -e {gate} ]; do i=$((i+1)); echo $i; echo e$i >&2; sleep 0.05; done; echo last $i",
         runs = runs.display(),
         gate = mark.display()
     );
@@ -121,6 +146,7 @@ async fn a_task_lives_through_kills_of_daemon_and_hub() {
     node.offline(&hub).await;
     let t = hub.task(&id).await;
     assert_eq!((t["state"].as_str(), t["waiting"]["code"].as_str()), (Some("running"), Some("in_doubt")));
+    assert_eq!(digests(&t), [None, None], "not before the end");
     node.run();
     node.online(&hub).await;
     let before = lines(&hub).await;
@@ -139,6 +165,9 @@ async fn a_task_lives_through_kills_of_daemon_and_hub() {
     let last = numbers.len() - 1;
     assert_eq!(numbers[last], format!("last {last}"));
     assert!(numbers[..last].iter().enumerate().all(|(i, n)| *n == (i + 1).to_string()), "whole, once, in order");
+    let errors = hub.output(&id, "?stream=stderr").await;
+    assert_eq!(errors.iter().filter(|b| **b == b'\n').count(), last);
+    assert_eq!(digests(&t), [sum(out.as_bytes()), sum(&errors)], "over all of it, whoever was there to carry it");
     assert_eq!(std::fs::read_to_string(&runs).unwrap(), "run\n", "it ran once");
 }
 

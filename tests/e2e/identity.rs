@@ -4,7 +4,8 @@
 use mesh_core::{HubId, NodeId, enrol};
 use mesh_tests::{Hub, Node, folder, program, shown, text, until};
 use mesh_wire::node::node_link_client::NodeLinkClient;
-use mesh_wire::node::{HealthReport, Hello, NodeFrame, RegistrationRequest, hub_frame, node_frame};
+use mesh_wire::node::{HealthReport, Hello, NodeFrame, OrdersBody, RegistrationRequest, TaskResult, TaskStarted, hub_frame, node_frame};
+use prost::Message;
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde_json::json;
@@ -167,7 +168,7 @@ async fn a_stream_ends_with_its_certificate() {
     let short = certify(&issuer, key, &uri, time::Duration::seconds(3), ExtendedKeyUsagePurpose::ClientAuth);
     let mut link = link(&hub, Some(short)).await.unwrap();
     let spool = mesh_core::SpoolId::from_bytes([1; 16]).to_string();
-    let hello = NodeFrame { kind: Some(node_frame::Kind::Hello(Hello { spool_id: spool, attempts: vec![], max_tasks: 1 })) };
+    let hello = NodeFrame { kind: Some(node_frame::Kind::Hello(Hello { spool_id: spool, max_tasks: 1, ..Default::default() })) };
     // The stream stays open on this side: it is the hub that ends it.
     let (keep, frames) = tokio::sync::mpsc::channel(1);
     keep.send(hello).await.unwrap();
@@ -184,6 +185,64 @@ async fn a_stream_ends_with_its_certificate() {
     assert_eq!(kinds, ["welcome", "certificate_expired"]);
     let late = link.report_health(HealthReport::default()).await.map_err(status).expect_err("the connection lived on");
     assert!(late.contains("certificate_expired"), "{late}");
+}
+
+/// The node's part of one link, spoken by hand: what the hub says until it hangs up, or has acknowledged.
+async fn report(hub: &Hub, identity: Identity, spool: &str, digest: mesh_core::Digest) -> String {
+    let mut link = link(hub, Some(identity)).await.unwrap();
+    link.sync_configuration(RegistrationRequest::default()).await.map_err(status).unwrap();
+    let frame = |kind| NodeFrame { kind: Some(kind) };
+    let (say, frames) = tokio::sync::mpsc::channel(8);
+    say.send(frame(node_frame::Kind::Hello(Hello { spool_id: spool.into(), attempts: vec![], max_tasks: 1, ..Default::default() })))
+        .await
+        .unwrap();
+    let frames = futures::stream::unfold(frames, async |mut f| f.recv().await.map(|x| (x, f)));
+    let mut stream = link.task_stream(Box::pin(frames)).await.unwrap().into_inner();
+    loop {
+        match stream.message().await.unwrap().and_then(|f| f.kind) {
+            Some(hub_frame::Kind::Envelope(e)) => {
+                let order = OrdersBody::decode(&e.body[..]).unwrap().orders.remove(0);
+                let (task_id, attempt) = (order.task_id, order.attempt);
+                let started = TaskStarted { task_id: task_id.clone(), attempt, at_ms: 1 };
+                say.send(frame(node_frame::Kind::Started(started))).await.unwrap();
+                let outcome = Some((&mesh_core::task::Outcome::Exited(0)).into());
+                let (stdout_sha256, stderr_sha256) = (digest.to_vec(), mesh_core::sha256(b"").to_vec());
+                let result = TaskResult { task_id, attempt, outcome, stdout_sha256, stderr_sha256, ..Default::default() };
+                say.send(frame(node_frame::Kind::Result(result))).await.unwrap();
+            }
+            Some(hub_frame::Kind::ResultAck(_)) => return "acknowledged".into(),
+            Some(hub_frame::Kind::Goodbye(g)) => return g.code,
+            Some(_) => {}
+            None => return "nothing".into(),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_whose_digests_are_wrong_is_refused() {
+    let hub = Hub::start().await;
+    let mut node = Node::join(&hub, "n").await;
+    let spool = std::fs::read_to_string(node.data().join("spool/id")).unwrap().trim().to_owned();
+    node.daemon().terminate().await;
+    node.offline(&hub).await;
+    let identity = || {
+        let key = KeyPair::from_pem(&std::fs::read_to_string(node.data().join("identity.key")).unwrap()).unwrap();
+        let (hub_id, issuer) = root(&hub);
+        let uri = enrol::node_uri(hub_id, node.id.parse().unwrap());
+        certify(&issuer, key, &uri, time::Duration::days(1), ExtendedKeyUsagePurpose::ClientAuth)
+    };
+    let id = text(&hub.dispatch(json!({"shell": {"argv": ["true"]}})).await, "id");
+    assert_eq!(report(&hub, identity(), &spool, [7; 32]).await, "digest_mismatch");
+    let t = hub.task(&id).await;
+    assert_eq!((t["state"].as_str(), t["stdout_sha256"].as_str()), (Some("running"), None), "{t}");
+    let facts: serde_json::Value = serde_json::from_slice(&std::fs::read(hub.data().join("hub.json")).unwrap()).unwrap();
+    let web = reqwest::Client::builder().no_proxy().build().unwrap();
+    let metrics = web.get(format!("http://{}/metrics", text(&facts, "metrics"))).send().await.unwrap().text().await.unwrap();
+    assert!(metrics.contains("cortex_refused_reports_total{what=\"digest\"} 1\n"), "{metrics}");
+    assert!(hub.process.log().contains(&id), "it says which task");
+    // The hub goes on, and takes the end that fits.
+    assert_eq!(report(&hub, identity(), &spool, mesh_core::sha256(b"")).await, "acknowledged");
+    assert_eq!(hub.task(&id).await["state"], "succeeded");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -351,7 +351,7 @@ async fn state_and_statistics() {
     let states = ["pending", "awaiting_approval", "assigned", "running", "succeeded", "failed", "cancelled"];
     let counts: Vec<_> = states.iter().map(|s| stats["tasks"]["by_state"][s].as_u64().unwrap()).collect();
     assert_eq!(counts, [0, 0, 0, 0, 0, 0, 1], "{stats}");
-    assert_eq!((&stats["pool"]["waiting"], &stats["storage"]["limit_bytes"]), (&json!(0), &Value::Null), "{stats}");
+    assert_eq!((&stats["pool"]["waiting"], &stats["storage"]["limit_bytes"]), (&json!(0), &json!(40_u64 << 30)), "{stats}");
     assert!(stats["storage"]["database_bytes"].as_u64().unwrap() > 4096, "{stats}");
     assert!(stats["pool"]["per_second"].is_number() && stats["pool"]["oldest_secs"].is_u64(), "{stats}");
     let sample = &stats["history"].as_array().unwrap()[0];

@@ -315,3 +315,80 @@ async fn requests_at_once_and_callers_who_hang_up_make_one_task() {
     assert!(answers.iter().all(|a| *a == answers[0] && a.0 == 200), "{answers:?}");
     assert_eq!(hub.get("/api/v1/tasks").await["items"].as_array().unwrap().len(), 2);
 }
+
+/// A machine dies in the middle of its work, and comes back as it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_lost_ends_as_its_caller_asked() {
+    let hub = Hub::start().await;
+    let mut old = machine(&hub, "old", 8, json!({})).await;
+    let count = shared(&old, "count");
+    let gate = old.dir.path().join("gate");
+    let script = format!("echo x >> {}; while [ ! -e {} ]; do sleep 0.1; done; echo done", count.display(), gate.display());
+    let ask = async |terms: Value| {
+        let mut body = json!({"shell": sh(&script)});
+        body.as_object_mut().unwrap().extend(terms.as_object().unwrap().clone());
+        text(&hub.dispatch(body).await, "id")
+    };
+    let fails = ask(json!({"on_lost": "fail", "lost_after_secs": 1})).await;
+    let again = ask(json!({"on_lost": "requeue", "lost_after_secs": 1, "retries": {"max": 0, "backoff_ms": 1}})).await;
+    let waits = ask(json!({})).await;
+    let t = hub.task(&again).await;
+    assert_eq!((t["on_lost"].as_str(), t["lost_after_secs"].as_u64()), (Some("requeue"), Some(1)));
+    assert_eq!(hub.task(&waits).await["on_lost"], Value::Null);
+    let runs = || std::fs::read_to_string(&count).unwrap().lines().count();
+    until("all three to run", async || (runs() == 3).then_some(())).await;
+
+    // The daemon is gone; its warden and the tasks go on, and nobody can know.
+    old.daemon().kill9();
+    let t = hub.finished(&fails).await;
+    assert_eq!(
+        (t["state"].as_str(), t["reason"]["code"].as_str(), t["reason"]["detail"].as_str()),
+        (Some("failed"), Some("lost"), Some("maybe_ran"))
+    );
+    let _other = machine(&hub, "other", 1, json!({})).await;
+    hub.task_when(&again, "to run elsewhere", |t| t["state"] == "running" && t["attempt"] == 2).await;
+    until("the second run", async || (runs() == 4).then_some(())).await;
+    let t = hub.task(&waits).await;
+    assert_eq!((t["state"].as_str(), t["waiting"]["code"].as_str()), (Some("running"), Some("in_doubt")));
+
+    // The first machine is back with all three: it ends what is no longer wanted of it.
+    old.run();
+    old.online(&hub).await;
+    until("the old runs to end", async || (alive(&count.display().to_string()).len() == 2).then_some(())).await;
+    assert_eq!(hub.task(&again).await["state"], "running");
+    std::fs::write(&gate, "").unwrap();
+    for (id, attempt) in [(&again, 2), (&waits, 1)] {
+        let t = hub.finished(id).await;
+        assert_eq!(
+            (t["state"].as_str(), t["stdout"].as_str(), t["attempt"].as_u64()),
+            (Some("succeeded"), Some("done\n"), Some(attempt)),
+            "{t}"
+        );
+    }
+    assert_eq!(hub.task(&fails).await["state"], "failed", "a late word changes nothing");
+    assert_eq!(runs(), 4, "only what was asked to be run again ran twice");
+}
+
+/// The warden dies with its tasks, and its successor says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_warden_loses_its_tasks_and_says_so() {
+    let hub = Hub::start().await;
+    let node = machine(&hub, "n", 4, json!({})).await;
+    let count = shared(&node, "count");
+    let script = format!("echo x >> {f}; [ $(wc -l < {f}) -ge 3 ] || sleep 600", f = count.display());
+    let once = text(&hub.dispatch(json!({"shell": sh(&script)})).await, "id");
+    hub.task_when(&once, "to run", |t| t["state"] == "running").await;
+    let again = text(&hub.dispatch(json!({"shell": sh(&script), "on_lost": "requeue"})).await, "id");
+    until("both to run", async || (std::fs::read_to_string(&count).unwrap().lines().count() == 2).then_some(())).await;
+    let data = node.data().display().to_string();
+    let wardens = alive(&data).into_iter().filter(|pid| *pid != node.process.as_ref().unwrap().id());
+    for pid in wardens {
+        let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
+    let t = hub.finished(&once).await;
+    assert_eq!((t["state"].as_str(), t["reason"]["code"].as_str()), (Some("failed"), Some("lost")), "{t}");
+    let t = hub.finished(&again).await;
+    assert_eq!((t["state"].as_str(), t["attempt"].as_u64()), (Some("succeeded"), Some(2)), "{t}");
+    assert_eq!(std::fs::read_to_string(&count).unwrap().lines().count(), 3);
+}

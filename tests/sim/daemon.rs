@@ -262,7 +262,7 @@ impl Daemon {
             return;
         }
         let random = self.m.world.rng(|r| r.word());
-        let wait = if wait_by_backoff { self.backoff.next(random) } else { Duration::ZERO };
+        let wait = if wait_by_backoff { self.backoff.next(mesh_process::Clock::steady(&*self.m.world.clock()), random) } else { Duration::ZERO };
         self.dial_due = Some(Instant::now() + wait);
     }
     fn drop_link(&mut self) {
@@ -518,7 +518,7 @@ impl Daemon {
                 let key = Key { task, attempt };
                 self.cancelling.remove(&key);
                 self.grown(key, last_seq);
-                self.attempts.ended(key, outcome, last_seq, at_ms);
+                self.attempts.ended(key, outcome, last_seq, at_ms, None);
                 self.answered(&key);
                 self.tell(&key);
             }

@@ -120,15 +120,9 @@ impl Hub {
             links: links.clone(),
             events: events.clone(),
             history: Default::default(),
+            recoveries: Default::default(),
             clock: clock.clone(),
             lifetimes: Lifetimes { certificate_ms: 86_400_000, invite_secs: 3600 },
-        });
-        let sessions = Arc::new(Sessions {
-            store: disk.clone(),
-            nodes: nodes.clone(),
-            events: events.clone(),
-            clock: clock.clone(),
-            session_hours: 24,
         });
         let pool = Arc::new(Pool {
             journal: port.clone(),
@@ -137,11 +131,19 @@ impl Hub {
             keyring: keys.clone(),
             links: links.clone(),
             watchers: watchers.clone(),
-            events,
+            events: events.clone(),
             clock: clock.clone(),
             incarnation,
             policy: POLICY,
             queue: Queue::default(),
+        });
+        let sessions = Arc::new(Sessions {
+            store: disk.clone(),
+            nodes: nodes.clone(),
+            pool: pool.clone(),
+            events,
+            clock: clock.clone(),
+            session_hours: 24,
         });
         let delivery = Arc::new(Delivery {
             journal: port.clone(),
@@ -223,7 +225,7 @@ impl Hub {
         // A hello that names just what the hub holds leaves nothing to reconcile.
         let skip = self.world.is(Break::SkipReconcile);
         let attempts = if skip { self.links.held(node) } else { hello.attempts };
-        let hello = hub_engine::delivery::Hello { spool: hello.spool, max_tasks: hello.max_tasks, attempts };
+        let hello = hub_engine::delivery::Hello { spool: hello.spool, max_tasks: hello.max_tasks, keeps: 0, attempts };
         let hub = self.clone();
         let opening = async move { hub.delivery.open_link(&row, hello, commands).await };
         let opened = match self.life.tasks.complete("link open", opening).await {
@@ -337,6 +339,7 @@ impl Hub {
                             last_seq,
                             result: None,
                             sandbox_applied: Some(r.sandbox_applied),
+                            digests: None,
                         };
                         self.delivery.result(&caller, reported).await
                     }

@@ -5,7 +5,7 @@ use crate::world::{World, lock};
 use hub_engine::ports::{Applied, Journal, Output, Window};
 use hub_engine::records::{OutputFrame, Stream, Task, TaskFilter};
 use hub_testkit::MemoryStore;
-use mesh_core::task::{AttemptNo, Event, Outcome, Progress, Refused, TaskState, Terms, step};
+use mesh_core::task::{AttemptNo, Event, OnLost, Outcome, Progress, Refused, TaskState, Terms, step};
 use mesh_core::{NodeId, SpoolId, TaskId};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -167,7 +167,8 @@ impl World {
         if times > 1 {
             self.violated("never_twice", format_args!("{} attempt {:#x} was started again", key.0, key.1.0));
         }
-        if !restored && terms.is_some_and(|t| of_task > t.retries + 1) {
+        let once_each = |t: &Terms| t.on_lost != OnLost::Requeue && of_task > t.retries + 1;
+        if !restored && terms.as_ref().is_some_and(once_each) {
             self.violated("never_twice", format_args!("{} was started {of_task} times", key.0));
         }
         // After a restore a node ends what its hub knows nothing of; until then it has more. And a slot

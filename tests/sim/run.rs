@@ -13,7 +13,7 @@ use hub_testkit::MemoryStore;
 use hub_testkit::contract::sample;
 use mesh_core::permission::{Caller, Role};
 use mesh_core::spec::{Program, Shell, Spec};
-use mesh_core::task::{Progress, TaskState, Terms};
+use mesh_core::task::{OnLost, Progress, TaskState, Terms};
 use mesh_core::{NodeId, TaskId, UserId};
 use mesh_process::Clock;
 use std::cell::Cell;
@@ -448,8 +448,10 @@ impl Sim {
             let retries = if r.chance(30) { r.between(1, 2) as u32 } else { 0 };
             let not_before = r.chance(8).then(|| now + r.between(100, 20_000) as i64);
             let deadline = r.chance(15).then(|| not_before.unwrap_or(now) + r.between(500, 30_000) as i64);
-            let terms =
-                Terms { retries, backoff_ms: r.between(0, 2000), not_before, deadline, priority: r.between(0, 2) as i32, select: None };
+            let on_lost = if r.chance(30) { r.pick(&[OnLost::Fail, OnLost::Requeue]) } else { OnLost::Wait };
+            let lost_after = (on_lost != OnLost::Wait).then(|| r.between(0, 20));
+            let (backoff_ms, priority) = (r.between(0, 2000), r.between(0, 2) as i32);
+            let terms = Terms { retries, backoff_ms, not_before, deadline, priority, select: None, on_lost, lost_after };
             let spec = spec.encode();
             let mut task = Task {
                 id,
@@ -469,6 +471,7 @@ impl Sim {
                 result: None,
                 sandbox_applied: None,
                 signed: None,
+                digests: None,
             };
             task.seal = SimKeys::default().seal(&task.intent());
             task
@@ -620,7 +623,7 @@ async fn ask(world: &World, hub: &watch::Receiver<Option<Arc<Hub>>>, task: Task,
         if let Some(made) = hub_engine::idempotency::before::<TaskId>(keyed.as_ref()).await? {
             return Ok(Accepted::Before(made));
         }
-        own.pool.accept_once(task, Role::Admin, None, keyed.as_ref()).await
+        own.pool.accept_once(Box::new(task), Role::Admin, None, keyed.as_ref()).await
     });
     let answer = tokio::select! {
         biased;

@@ -9,6 +9,7 @@ use hub_engine::ports::*;
 use hub_engine::records::*;
 use hub_testkit::MemoryStore;
 use mesh_core::capability::Capabilities;
+use mesh_core::output::Digests;
 use mesh_core::task::{Action, AttemptNo, Event, Outcome, TaskState, step};
 use mesh_core::{Digest, InviteId, NodeId, SessionId, TaskId, UnixMs};
 use mesh_process::Tasks;
@@ -129,9 +130,9 @@ fn kind(event: &Event) -> Option<Write> {
     match event {
         Event::Assigned { .. } => Some(Write::Assigned),
         Event::Started { .. } => Some(Write::Started),
-        Event::Ended { .. } | Event::NodeRevoked { .. } => Some(Write::Ended),
+        Event::Ended { .. } | Event::NodeRevoked { .. } | Event::NodeSilent { .. } => Some(Write::Ended),
         Event::CancelRequested { .. } | Event::DeadlinePassed => Some(Write::CancelRequested),
-        Event::Granted { .. } | Event::Withdrawn { .. } | Event::Expired { .. } => None,
+        Event::Granted { .. } | Event::Withdrawn { .. } | Event::Expired { .. } | Event::Restored => None,
     }
 }
 
@@ -182,6 +183,9 @@ impl Journal for SimStore {
 
     async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
         self.read("journal.task", self.disk.task(id)).await
+    }
+    async fn narrow(&self, id: TaskId) -> Stored<Option<Task>> {
+        self.read("journal.narrow", self.disk.narrow(id)).await
     }
     async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
         self.read("journal.tasks", self.disk.tasks(filter, window)).await
@@ -235,6 +239,12 @@ impl Output for SimStore {
     }
     async fn totals(&self, task: TaskId, no: AttemptNo) -> Stored<OutputTotals> {
         self.read("output.totals", self.disk.totals(task, no)).await
+    }
+    async fn digests(&self, task: TaskId, no: AttemptNo) -> Stored<Option<Digests>> {
+        SimStore::read(self, "output.digests", self.disk.digests(task, no)).await
+    }
+    async fn give_up(&self, task: TaskId, no: AttemptNo, to_seq: u64) -> Stored<()> {
+        self.write("output.give_up", None, self.disk.give_up(task, no, to_seq)).await
     }
     async fn read(&self, task: TaskId, no: AttemptNo, after_seq: u64, max_bytes: usize) -> Stored<Vec<OutputFrame>> {
         SimStore::read(self, "output.read", self.disk.read(task, no, after_seq, max_bytes)).await
@@ -302,6 +312,9 @@ impl NodeDirectory for SimStore {
     }
     async fn changed_since(&self, epoch: u64) -> Stored<RegistryChanges> {
         SimStore::read(self, "nodes.changed_since", self.disk.changed_since(epoch)).await
+    }
+    async fn add_notice(&self, id: NodeId, notice: &str, epoch: i64) -> Stored<()> {
+        self.write("nodes.add_notice", None, self.disk.add_notice(id, notice, epoch)).await
     }
     async fn registry_epoch(&self) -> Stored<u64> {
         SimStore::read(self, "nodes.registry_epoch", self.disk.registry_epoch()).await

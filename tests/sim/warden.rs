@@ -195,7 +195,7 @@ impl Warden {
             (_, State::Deciding) => return None,
             _ => (KnownState::Running, last),
         };
-        Some(Known { task: key.0, attempt: key.1, state, output_end: last_seq, last_seq, started_at_ms: record.started_at })
+        Some(Known { task: key.0, attempt: key.1, state, output_end: last_seq, last_seq, started_at_ms: record.started_at, digests: None })
     }
 
     fn on_start(&mut self, grant: Grant) {
@@ -429,5 +429,5 @@ impl Warden {
 }
 
 fn ended((task, attempt): Key, outcome: Outcome, last: u64, at_ms: i64) -> Event {
-    Event::Ended { task, attempt, outcome, output_end: last, last_seq: last, at_ms, leftover: 0 }
+    Event::Ended { task, attempt, outcome, output_end: last, last_seq: last, at_ms, leftover: 0, digests: None }
 }

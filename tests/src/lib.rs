@@ -335,6 +335,12 @@ impl Node {
         until("the node to be offline", async || (hub.get(&path).await["status"] == "offline").then_some(())).await;
     }
 
+    /// The warden's process. Those that begin its tasks look like it, and are its children.
+    pub fn warden(&self) -> Option<u32> {
+        let all = alive(&format!("warden\0--data-dir\0{}\0", self.data().display()));
+        all.iter().copied().find(|p| parent(*p).is_some_and(|of| !all.contains(&of)))
+    }
+
     pub fn daemon(&mut self) -> &mut Process {
         self.process.as_mut().expect("the daemon was started")
     }
@@ -366,6 +372,18 @@ pub fn text(v: &Value, key: &str) -> String {
 /// What a program said, for a failing test.
 pub fn shown(out: &Output) -> String {
     format!("{}\n{}{}", out.status, String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
+}
+
+/// Sends a signal to a process by the id that was kept; one that has ended is none the worse.
+pub fn signal(pid: u32, signal: rustix::process::Signal) {
+    if let Some(pid) = rustix::process::Pid::from_raw(pid as i32) {
+        let _ = rustix::process::kill_process(pid, signal);
+    }
+}
+
+fn parent(pid: u32) -> Option<u32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
 }
 
 /// Is any process alive whose command line holds this mark?

@@ -146,6 +146,18 @@ impl Client {
     pub async fn post_message(&self, id: &str, message: &MessageRequest) -> Result<MessageView, Error> {
         self.fetch(self.call(Method::POST, &["sessions", id, "messages"]).json(message)).await
     }
+    /// Does the process live; needs no credentials.
+    pub async fn healthz(&self) -> Result<Health, Error> {
+        self.fetch(self.outside(Method::GET, &["healthz"]).anonymous()).await
+    }
+    /// Can it serve; needs no credentials.
+    pub async fn readyz(&self) -> Result<Ready, Error> {
+        self.fetch(self.outside(Method::GET, &["readyz"]).anonymous()).await
+    }
+    /// What the server is; needs no credentials.
+    pub async fn server_info(&self) -> Result<ServerInfo, Error> {
+        self.fetch(self.outside(Method::GET, &[""]).anonymous()).await
+    }
     pub async fn stats(&self) -> Result<StatsView, Error> {
         self.fetch(self.call(Method::GET, &["system", "stats"])).await
     }

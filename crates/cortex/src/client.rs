@@ -191,9 +191,13 @@ impl Client {
 
     /// Begins a call of `/api/v1`; each segment is one part of the path and is escaped.
     pub(crate) fn call(&self, method: Method, segments: &[&str]) -> Call {
+        self.outside(method, &[&["api", "v1"], segments].concat())
+    }
+    /// The same outside `/api/v1`.
+    pub(crate) fn outside(&self, method: Method, segments: &[&str]) -> Call {
         let mut url = self.inner.base.clone();
         if let Ok(mut path) = url.path_segments_mut() {
-            path.pop_if_empty().extend(["api", "v1"]).extend(segments);
+            path.pop_if_empty().extend(segments);
         }
         Call {
             method,

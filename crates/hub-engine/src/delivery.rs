@@ -4,13 +4,14 @@
 //! for an attempt that another took over, changes nothing and is acknowledged all the same.
 
 use crate::error::{Error, Result};
-use crate::links::{Link, LinkCommand, Links};
+use crate::links::{Link, LinkCommand, Links, Told};
 use crate::nodes;
 use crate::pool::Pool;
 use crate::ports::{Applied, Besides, Journal, NodeDirectory, Output};
-use crate::records::{Node, OutputFrame};
+use crate::records::{Node, OutputFrame, Task};
+use mesh_core::output::Digests;
 use mesh_core::permission::Caller;
-use mesh_core::task::{Action, AttemptNo, Event, Outcome, TaskState};
+use mesh_core::task::{Action, AttemptNo, Event, MAYBE_RAN, Outcome, TaskState};
 use mesh_core::{NodeId, SpoolId, TaskId};
 use mesh_process::{CancellationToken, SharedClock};
 use std::sync::Arc;
@@ -21,6 +22,8 @@ use tokio::sync::mpsc;
 pub struct Hello {
     pub spool: SpoolId,
     pub max_tasks: u32,
+    /// Orders that it keeps without leave to start them.
+    pub keeps: u32,
     pub attempts: Vec<(TaskId, AttemptNo)>,
 }
 
@@ -61,7 +64,12 @@ pub struct Reported {
     pub last_seq: u64,
     pub result: Option<Vec<u8>>,
     pub sandbox_applied: Option<String>,
+    /// None from an older node, and where nobody knows the whole output.
+    pub digests: Option<Digests>,
 }
+
+/// The code of a result whose digests are not those of the output that came.
+pub const DIGEST_MISMATCH: &str = "digest_mismatch";
 
 /// Attempts that one hello may name; more than a node can hold.
 const MAX_KNOWN: usize = 10_000;
@@ -76,6 +84,12 @@ pub struct Delivery {
     pub output_bytes: u64,
 }
 
+/// Is this the newest attempt of an open task, and the node's?
+fn is_ours(task: &Task, node: NodeId, attempt: AttemptNo) -> bool {
+    let open = !task.progress.state.is_final() && task.progress.state != TaskState::Pending;
+    open && task.progress.attempt.as_ref().is_some_and(|a| a.no == attempt && a.node == node)
+}
+
 impl Delivery {
     /// Accepts a link: raises the generation, puts it in place of an older one, and brings the node and
     /// the journal to the same view: what the node does not know is sent (again), what it should not
@@ -84,6 +98,7 @@ impl Delivery {
         if hello.attempts.len() > MAX_KNOWN {
             return Err(Error::invalid("too_many", "a hello names more attempts than a node can hold"));
         }
+        let held_back = self.links.holds_back();
         let generation = self.nodes.raise_generation(node.id, self.clock.now_ms()).await?.ok_or_else(nodes::revoked)?;
         let mut marks = vec![];
         for (task, attempt) in &hello.attempts {
@@ -100,6 +115,7 @@ impl Delivery {
             spool: hello.spool,
             own_tasks,
             max_tasks: own_tasks,
+            keeps: hello.keeps,
             offers: Arc::new(node.offers()),
             // Until the registry was asked below: people may have changed the node since it was read.
             draining: true,
@@ -116,6 +132,18 @@ impl Delivery {
         let presence = Presence { links: self.links.clone(), node: node.id, generation };
         let now = self.nodes.node(node.id).await?.filter(|n| n.revoked_at.is_none()).ok_or_else(nodes::revoked)?;
         self.links.set(&now);
+        if held_back {
+            let mut told = vec![];
+            for (task, attempt) in hello.attempts {
+                let known = self.journal.narrow(task).await?;
+                told.push(Told { task, attempt, known: known.is_some_and(|t| is_ours(&t, node.id, attempt)) });
+            }
+            if !self.links.note_told(node.id, told) {
+                return Err(Error::Unavailable { code: "restored", detail: "the hub goes on at this moment; connect again".into() });
+            }
+            tracing::info!(node = %node.id, "the hub was restored and holds back: the link is accepted and nothing is done with it");
+            return Ok(Welcome { generation, presence, cut, marks });
+        }
         for (id, attempt) in self.links.held(node.id) {
             let known = hello.attempts.contains(&(id, attempt));
             self.reconcile(node.id, id, attempt, hello.spool, known).await?;
@@ -134,7 +162,7 @@ impl Delivery {
         let Some(task) = self.journal.task(id).await? else { return Ok(()) };
         let open = !task.progress.state.is_final();
         let newest = task.progress.attempt.as_ref();
-        if open && newest.is_none_or(|a| a.no < attempt) {
+        if open && newest.is_none_or(|a| a.no < attempt || (a.no == attempt && a.granted.is_none())) {
             // Its commit is under way; the order follows it to whichever link is here then.
             return Ok(());
         }
@@ -144,15 +172,20 @@ impl Delivery {
         };
         if a.granted != Some(spool) {
             // The memory that this attempt was granted to is gone: nobody can say that it never ran.
-            let outcome = Outcome::Lost { detail: "maybe_ran".into() };
+            let outcome = Outcome::Lost { detail: MAYBE_RAN.into() };
             return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
         }
-        if !known && self.is_of_before(attempt) {
-            // A restore has brought this attempt back: it may have run, ended and been acknowledged since.
-            let outcome = Outcome::Lost { detail: "maybe_ran".into() };
+        if !known && self.pool.is_of_before(attempt) {
+            // Granted before a restore. The node may have run and forgotten it since: it is not sent again.
+            let outcome = Outcome::Lost { detail: MAYBE_RAN.into() };
             return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
         }
-        if !known {
+        if !known && !self.links.copies().is_foreign(node) {
+            if task.progress.state == TaskState::Running {
+                // It was started there, and that memory has not been released from it: this is an older copy.
+                let outcome = Outcome::Lost { detail: MAYBE_RAN.into() };
+                return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
+            }
             self.pool.send_order(&task, node, attempt);
         }
         if task.progress.cancel.is_some() {
@@ -161,24 +194,28 @@ impl Delivery {
         Ok(())
     }
 
-    /// Was this number handed out before the database was restored?
-    fn is_of_before(&self, attempt: AttemptNo) -> bool {
-        attempt < AttemptNo::first(self.pool.incarnation)
-    }
-
     /// Is this the newest attempt, open, and of this node? What is not known here is asked of the
     /// journal, which alone may call a word of a node late.
     async fn holds(&self, node: NodeId, task: TaskId, attempt: AttemptNo) -> Result<bool> {
         if self.links.holds(node, task, attempt) {
             return Ok(true);
         }
-        let Some(t) = self.journal.task(task).await? else { return Ok(false) };
-        let open = !t.progress.state.is_final() && t.progress.state != TaskState::Pending;
-        let ours = open && t.progress.attempt.as_ref().is_some_and(|a| a.no == attempt && a.node == node);
-        if ours {
-            self.links.hold(node, &t, attempt);
+        let Some(t) = self.journal.task(task).await? else {
+            self.links.refuse(node, "unknown", &format_args!("{task} is not known"));
+            return Ok(false);
+        };
+        let newest = t.progress.attempt.as_ref();
+        if is_ours(&t, node, attempt) {
+            if newest.is_some_and(|a| a.granted.is_some()) {
+                self.links.hold(node, &t, attempt);
+            }
+            return Ok(true);
         }
-        Ok(ours)
+        if newest.is_none_or(|a| a.no < attempt || (a.no == attempt && a.node != node)) {
+            // Anything else is a late word about what was once the node's.
+            self.links.refuse(node, "foreign", &format_args!("{task} attempt {} was never this node's", attempt.0));
+        }
+        Ok(false)
     }
 
     pub(crate) fn fence(&self, caller: &Caller) -> Result<NodeId> {
@@ -191,9 +228,45 @@ impl Delivery {
 
     pub async fn started(&self, caller: &Caller, task: TaskId, attempt: AttemptNo) -> Result<()> {
         let node = self.fence(caller)?;
-        if self.holds(node, task, attempt).await? {
+        // Said again on the next link.
+        if !self.links.holds_back() && self.holds(node, task, attempt).await? {
             // A repeated start is refused by the transition, and changes nothing.
             self.pool.apply(task, &Event::Started { attempt }, Besides::default()).await?;
+        }
+        Ok(())
+    }
+
+    /// The node keeps an attempt that is not granted.
+    pub fn kept(&self, caller: &Caller, task: TaskId, attempt: AttemptNo) -> Result<()> {
+        let node = self.fence(caller)?;
+        if self.links.holds_back() {
+            return Ok(());
+        }
+        if !self.pool.kept(node, task, attempt) && !self.links.holds(node, task, attempt) {
+            self.links.send(node, LinkCommand::Cancel { task, attempt });
+        }
+        Ok(())
+    }
+
+    /// The node has a place for an attempt that it keeps; `ended` are over there, though their results
+    /// are not here yet. Whoever is next gets the place; it need not be this one.
+    pub async fn ready(&self, caller: &Caller, task: TaskId, attempt: AttemptNo, ended: &[(TaskId, AttemptNo)]) -> Result<()> {
+        let node = self.fence(caller)?;
+        if self.links.holds_back() {
+            return Ok(());
+        }
+        for (task, attempt) in ended {
+            self.links.over(node, *task, *attempt);
+        }
+        if self.pool.kept(node, task, attempt) {
+            self.pool.place_free(node);
+        } else if self.links.holds(node, task, attempt) {
+            // It may start, and the word of that crossed with this one.
+            if let Some(t) = self.journal.task(task).await? {
+                self.pool.send_order(&t, node, attempt);
+            }
+        } else {
+            self.links.send(node, LinkCommand::Cancel { task, attempt });
         }
         Ok(())
     }
@@ -202,15 +275,20 @@ impl Delivery {
     pub async fn append(&self, caller: &Caller, task: TaskId, attempt: AttemptNo, frames: Vec<OutputFrame>) -> Result<Option<u64>> {
         let node = self.fence(caller)?;
         let last = frames.last().map_or(0, |f| f.seq);
+        if self.links.holds_back() {
+            // Nothing may be forgotten by the node: another backup may know this attempt.
+            return Ok(Some(0));
+        }
         if !self.holds(node, task, attempt).await? {
             return Ok(Some(last));
         }
+        if let Some(first) = frames.first().filter(|_| self.pool.is_of_before(attempt)) {
+            // What the hub had taken after the backup is gone on both sides.
+            self.output.give_up(task, attempt, first.seq.saturating_sub(1)).await?;
+        }
         let totals = self.output.append(task, attempt, frames, self.output_bytes).await?;
-        if totals.is_none() && self.is_of_before(attempt) {
-            // What is missing was acknowledged before a restore, and its node has forgotten it.
-            self.end(task, Event::Ended { attempt, outcome: lost_by_restore() }, Besides::default()).await?;
-            self.links.send(node, LinkCommand::Cancel { task, attempt });
-            return Ok(Some(last));
+        if totals.is_none() {
+            self.links.refuse(node, "gap", &format_args!("output of {task} has a gap before {last}"));
         }
         self.pool.watchers.notify(task);
         Ok(totals.map(|t| t.durable_seq))
@@ -219,19 +297,39 @@ impl Delivery {
     /// Records the end of an attempt and acknowledges it.
     pub async fn result(&self, caller: &Caller, r: Reported) -> Result<()> {
         let node = self.fence(caller)?;
+        if self.links.holds_back() {
+            // Not acknowledged, so that the node says it again when the hub goes on.
+            return Ok(());
+        }
         if self.holds(node, r.task, r.attempt).await? {
+            if self.pool.is_of_before(r.attempt) {
+                // A node gives its result when all of its output was taken: what is missing is gone.
+                self.output.give_up(r.task, r.attempt, r.last_seq).await?;
+            }
             let durable = if r.last_seq == 0 { 0 } else { self.output.totals(r.task, r.attempt).await?.durable_seq };
-            let missing = r.last_seq > durable;
-            if missing && !self.is_of_before(r.attempt) {
+            if r.last_seq > durable {
+                self.links.refuse(node, "output_missing", &format_args!("{} names output {} and {durable} is here", r.task, r.last_seq));
                 return Err(Error::invalid("output_missing", format!("the result names output {} and {durable} is here", r.last_seq)));
             }
-            let besides = Besides { result: r.result, sandbox_applied: r.sandbox_applied, signed: None };
-            // The node had been told that its output is durable, by a hub that was rolled back since.
-            let outcome = if missing { lost_by_restore() } else { r.outcome };
-            self.end(r.task, Event::Ended { attempt: r.attempt, outcome }, besides).await?;
+            if let Some(told) = &r.digests {
+                self.compare(node, &r, told).await?;
+            }
+            let besides = Besides { result: r.result, sandbox_applied: r.sandbox_applied, digests: r.digests, signed: None };
+            self.end(r.task, Event::Ended { attempt: r.attempt, outcome: r.outcome }, besides).await?;
         }
         self.links.send(node, LinkCommand::ResultAck { task: r.task, attempt: r.attempt });
         Ok(())
+    }
+
+    /// Is the output that came the one that was written? Of what is not kept nobody can say.
+    async fn compare(&self, node: NodeId, r: &Reported, told: &Digests) -> Result<()> {
+        let came = if r.last_seq == 0 { Some(Digests::of_nothing()) } else { self.output.digests(r.task, r.attempt).await? };
+        if came.is_none_or(|came| came == *told) {
+            return Ok(());
+        }
+        metrics::counter!("cortex_refused_reports_total", "what" => "digest").increment(1);
+        tracing::error!(%node, task = %r.task, attempt = r.attempt.0, "a result was refused: its digests are not those of the output that came");
+        Err(Error::invalid(DIGEST_MISMATCH, format!("the output of {} that came is not the one that its result speaks of", r.task)))
     }
 
     async fn end(&self, id: TaskId, event: Event, besides: Besides) -> Result<()> {
@@ -249,14 +347,10 @@ impl Delivery {
     /// The spec of an attempt that the node holds, for the second stream; checked by hash.
     pub async fn payload(&self, caller: &Caller, id: TaskId, attempt: AttemptNo, sha256: &[u8]) -> Result<Vec<u8>> {
         let node = self.fence(caller)?;
-        if !self.holds(node, id, attempt).await? {
+        if self.links.holds_back() || !self.holds(node, id, attempt).await? {
             return Err(Error::NotFound("attempt"));
         }
         let task = self.journal.task(id).await?.ok_or(Error::NotFound("task"))?;
         if task.digest != sha256 { Err(Error::NotFound("payload")) } else { Ok(task.spec) }
     }
-}
-
-fn lost_by_restore() -> Outcome {
-    Outcome::Lost { detail: "output was lost by a restore".into() }
 }

@@ -98,6 +98,10 @@ pub enum NodeNews {
     Renewed {
         not_after: UnixMs,
     },
+    /// Its certificate had ended, and it has a new one.
+    Recovered {
+        not_after: UnixMs,
+    },
     Health(Health),
     Renamed {
         name: String,
@@ -112,6 +116,8 @@ pub enum NodeNews {
     Resumed,
     Revoked,
     Removed,
+    /// Two machines use its identity, and neither is given a link.
+    Superseded,
 }
 
 /// What a task's event tells: the task as it was after it.
@@ -200,6 +206,7 @@ impl Event {
                 NodeNews::Online => "online",
                 NodeNews::Offline => "offline",
                 NodeNews::Renewed { .. } => "renewed",
+                NodeNews::Recovered { .. } => "recovered",
                 NodeNews::Health(_) => "health",
                 NodeNews::Renamed { .. } => "renamed",
                 NodeNews::Changed { .. } => "changed",
@@ -207,6 +214,7 @@ impl Event {
                 NodeNews::Resumed => "resumed",
                 NodeNews::Revoked => "revoked",
                 NodeNews::Removed => "removed",
+                NodeNews::Superseded => "superseded",
             },
             Data::Task(t) => match t.kind {
                 TaskKind::Accepted => "accepted",
@@ -278,9 +286,6 @@ impl Events {
     }
     pub fn registered(&self, node: &Node, version: String) {
         self.tell(node.owner, Data::Node(node.id, NodeNews::Registered { version }));
-    }
-    pub fn renewed(&self, node: &Node, not_after: UnixMs) {
-        self.tell(node.owner, Data::Node(node.id, NodeNews::Renewed { not_after }));
     }
     /// A sample of a linked node, at most one in a while, and none while nobody listens.
     pub fn health(&self, link: &Link, health: Health) {

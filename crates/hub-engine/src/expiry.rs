@@ -87,6 +87,7 @@ impl Expiry {
     /// Asking again is the same as once.
     pub async fn purge(self: &Arc<Self>, caller: &Caller, id: SessionId) -> Result<Session> {
         let session = self.sessions.permitted(caller, id, Permission::SessionsWrite).await?;
+        self.tasks.not_restored()?;
         let (own, by) = (self.clone(), caller.user());
         let purge = async move {
             match own.purges.begin_purge(id, by, own.clock.now_ms()).await? {

@@ -10,11 +10,11 @@ use crate::links::{Link, LinkCommand};
 use crate::tasks::{TaskService, stopped};
 use mesh_core::input::{Fate, MAX_PIECE_BYTES};
 use mesh_core::permission::{Caller, Permission};
-use mesh_core::spec::Spec;
+use mesh_core::spec::{INLINE_SPEC_BYTES, Spec};
 use mesh_core::task::{AttemptNo, TaskState};
-use mesh_core::{NodeId, TaskId};
+use mesh_core::{Digest, NodeId, TaskId};
 use mesh_process::entropy;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -64,9 +64,16 @@ struct Waiting {
     answer: oneshot::Sender<Answer>,
 }
 
+/// Tasks with a long spec that is remembered to take input.
+const MAX_FED: usize = 1024;
+
 /// The callers that wait for a node's word. Each waits on one link, and hears at once when it is gone.
 #[derive(Debug, Default)]
-pub struct Inputs(Mutex<BTreeMap<u64, Waiting>>);
+pub struct Inputs {
+    waiting: Mutex<BTreeMap<u64, Waiting>>,
+    /// By task and digest of the spec: what was read of a long spec once, so that not every piece reads it.
+    fed: Mutex<BTreeSet<(TaskId, Digest)>>,
+}
 
 /// A place among those who wait; given back when the caller leaves.
 struct Place<'a>(&'a Inputs, u64);
@@ -79,7 +86,19 @@ impl Drop for Place<'_> {
 
 impl Inputs {
     fn waiting(&self) -> MutexGuard<'_, BTreeMap<u64, Waiting>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_fed(&self, task: TaskId, spec: Digest) -> bool {
+        self.fed.lock().unwrap_or_else(PoisonError::into_inner).contains(&(task, spec))
+    }
+    fn feed(&self, task: TaskId, spec: Digest) {
+        let mut fed = self.fed.lock().unwrap_or_else(PoisonError::into_inner);
+        fed.insert((task, spec));
+        if fed.len() > MAX_FED {
+            // The oldest: ids begin with the time.
+            fed.pop_first();
+        }
     }
 
     /// None while as many pieces as may be are under way to the node.
@@ -114,25 +133,36 @@ impl Inputs {
 impl TaskService {
     /// Hands a piece of input to the running task; gives the highest piece that its node has taken.
     pub async fn input(&self, caller: &Caller, id: TaskId, piece: Piece) -> Result<u64> {
-        let task = self.permitted(caller, id, Permission::TasksDispatch).await?;
+        let mut task = self.permitted_narrow(caller, id, Permission::TasksDispatch).await?;
         check(&piece)?;
-        if !Spec::decode(&task.spec).is_ok_and(|s| s.takes_input()) {
-            return Err(no_input());
+        self.not_restored()?;
+        let inputs = self.links.inputs();
+        let known = task.spec.is_empty() && inputs.is_fed(id, task.digest);
+        if !known {
+            if task.spec.is_empty() {
+                task = self.journal.task(id).await?.ok_or(Error::NotFound("task"))?;
+            }
+            if !Spec::decode(&task.spec).is_ok_and(|s| s.takes_input()) {
+                return Err(no_input());
+            }
         }
         let attempt = match (task.progress.state, &task.progress.attempt) {
             (s, _) if s.is_final() => return Err(ended()),
             (TaskState::Running, Some(a)) => a,
             _ => return Err(not_running()),
         };
-        if mesh_core::sha256(&task.spec) != task.digest || !self.keyring.is_sealed(&task.intent(), &task.seal) {
+        if (!known && mesh_core::sha256(&task.spec) != task.digest) || !self.keyring.is_sealed(&task.intent(), &task.seal) {
             // Whoever wrote this row may have made somebody else's task their own.
             tracing::error!(task = %id, "the stored task does not fit its seal; it gets no input");
             metrics::counter!("cortex_broken_seals_total").increment(1);
             return Err(Error::conflict("bad_state", "the stored task does not fit its seal"));
         }
+        if !known && task.spec.len() > INLINE_SPEC_BYTES {
+            inputs.feed(id, task.digest);
+        }
         let (no, node) = (attempt.no, attempt.node);
         let link = self.links.get(node).ok_or_else(offline)?;
-        let (place, heard) = self.links.inputs().wait(&link, id, no).ok_or_else(|| full("too much input is under way to its node"))?;
+        let (place, heard) = inputs.wait(&link, id, no).ok_or_else(|| full("too much input is under way to its node"))?;
         let seq = piece.seq;
         let command = LinkCommand::Input(Box::new(Input { task: id, attempt: no, request: place.1, piece }));
         match link.commands.try_send(command) {

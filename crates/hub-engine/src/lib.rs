@@ -6,6 +6,7 @@
 pub mod access;
 pub mod accounts;
 pub mod bus;
+pub mod copies;
 pub mod delivery;
 pub mod error;
 pub mod events;
@@ -23,6 +24,9 @@ pub mod pool;
 pub mod ports;
 pub mod queue;
 pub mod records;
+pub mod refusals;
+pub mod restore;
+pub mod retention;
 pub mod sessions;
 pub mod state;
 pub mod stats;

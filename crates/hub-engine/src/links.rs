@@ -2,9 +2,11 @@
 //!
 //! Kept in memory alone; the store's generation says which link is the true one.
 
-use crate::events::Events;
+use crate::copies::Copies;
+use crate::events::{Events, NodeNews};
 use crate::input::{Input, Inputs};
 use crate::records::{Node, Task};
+use crate::refusals::Refusals;
 use mesh_core::placement::Candidate;
 use mesh_core::select::Offers;
 use mesh_core::task::AttemptNo;
@@ -18,6 +20,9 @@ use tokio::sync::mpsc;
 /// Commands that may wait for one link's writer. A node holds at most its slots' worth of orders, each
 /// with a cancel and an acknowledgement; past this the link is too slow to live and is closed.
 pub const LINK_QUEUE: usize = 4096;
+
+/// Orders that a node is told of ahead, at most.
+const MOST_AHEAD: u32 = 64;
 
 /// What the engine wants said to a node; the link signs and frames it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +60,8 @@ pub struct Order {
     pub timeout_secs: u64,
     pub start_before: mesh_core::UnixMs,
     pub policy: mesh_core::Digest,
+    /// The node may start it; else it keeps it until this comes again with leave to start.
+    pub granted: bool,
     /// The request that the task came by, while this process remembers it.
     pub request_id: Option<Arc<str>>,
 }
@@ -69,6 +76,9 @@ pub struct Health {
     pub disk_total: u64,
     pub load_1m: f64,
     pub running: u32,
+    /// Kept there for the hub; a limit of 0 is not known.
+    pub spool_bytes: u64,
+    pub spool_limit: u64,
 }
 
 /// A link that was accepted.
@@ -82,6 +92,8 @@ pub struct Link {
     pub own_tasks: u32,
     /// As many as it is given.
     pub max_tasks: u32,
+    /// Orders that it keeps without leave to start them; 0 for a node that knows nothing of that.
+    pub keeps: u32,
     /// Labels, skills and slots, as placement sees them.
     pub offers: Arc<Offers>,
     /// Takes no new work.
@@ -113,21 +125,48 @@ pub struct Hold {
     pub user: UserId,
     /// Besides its place as a task: slots by kind.
     pub slots: BTreeMap<String, u32>,
+    /// How long its node may be away before it counts as lost; None is for ever.
+    pub lost_after: Option<Duration>,
+    /// It has ended on its node, and takes no place there while its result is on the way.
+    pub over: bool,
 }
 
 impl Hold {
     pub fn of(task: &Task, attempt: AttemptNo) -> Self {
         let slots = task.terms.select.as_ref().map(|s| s.slots.clone()).unwrap_or_default();
-        Self { attempt, user: task.actor.user, slots }
+        let lost_after = task.terms.lost_after_secs().map(Duration::from_secs);
+        Self { attempt, user: task.actor.user, slots, lost_after, over: false }
     }
+}
+
+/// An attempt that a node told of while the hub holds back after a restore.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Told {
+    pub task: TaskId,
+    pub attempt: AttemptNo,
+    /// It is an open attempt in the journal too. What is not ends when the hub goes on.
+    pub known: bool,
 }
 
 /// What is held on one node.
 #[derive(Debug, Default)]
 struct Held {
     tasks: BTreeMap<TaskId, Hold>,
-    /// The sum of their slots.
+    /// Those that are not over, and the sum of their slots.
+    running: u32,
     slots: BTreeMap<String, u32>,
+}
+
+impl Held {
+    /// Gives its place back.
+    fn free(&mut self, hold: &Hold) {
+        self.running = self.running.saturating_sub(1);
+        for (kind, n) in &hold.slots {
+            if let Some(count) = self.slots.get_mut(kind) {
+                *count = count.saturating_sub(*n);
+            }
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -135,6 +174,8 @@ struct State {
     links: BTreeMap<NodeId, Link>,
     /// Granted attempts by node, whether it is here or not.
     held: BTreeMap<NodeId, Held>,
+    /// Nodes that are away with granted work, and since when by the steady clock.
+    away: BTreeMap<NodeId, Duration>,
     shares: BTreeMap<UserId, Share>,
     /// Counts what was ever given out.
     turn: u64,
@@ -142,6 +183,8 @@ struct State {
     retired: BTreeSet<NodeId>,
     /// Of them, those with tasks that may still have to be ended.
     unsettled: BTreeSet<NodeId>,
+    /// Set while the hub holds back after a restore: what nodes told of meanwhile.
+    restored: Option<BTreeMap<NodeId, Vec<Told>>>,
 }
 
 /// What a user has of the nodes: who has less goes first.
@@ -155,14 +198,36 @@ pub struct Share {
 
 impl State {
     fn running(&self, node: NodeId) -> u32 {
-        self.held.get(&node).map_or(0, |h| h.tasks.len() as u32)
+        self.held.get(&node).map_or(0, |h| h.running)
     }
     fn has_room(&self, link: &Link) -> bool {
         link.refuses(self.running(link.node)).is_none()
     }
+    /// Slots that are taken on a node, by kind.
+    fn taken(&self, node: NodeId) -> &BTreeMap<String, u32> {
+        static NONE: BTreeMap<String, u32> = BTreeMap::new();
+        self.held.get(&node).map_or(&NONE, |h| &h.slots)
+    }
+    fn weigh<E>(&self, eligible: impl Fn(&Link) -> bool, choose: impl FnOnce(&[Candidate]) -> Result<NodeId, E>) -> Result<NodeId, E> {
+        let candidates: Vec<_> = self
+            .links
+            .values()
+            .filter(|l| eligible(l))
+            .map(|l| Candidate {
+                node: l.node,
+                online: true,
+                schedulable: !l.draining,
+                room: l.max_tasks.saturating_sub(self.running(l.node)),
+                offers: &l.offers,
+                taken: self.taken(l.node),
+            })
+            .collect();
+        choose(&candidates)
+    }
     fn hold(&mut self, node: NodeId, task: TaskId, hold: Hold) {
         self.release(node, task);
         let held = self.held.entry(node).or_default();
+        held.running += 1;
         for (kind, n) in &hold.slots {
             *held.slots.entry(kind.clone()).or_default() += n;
         }
@@ -174,27 +239,30 @@ impl State {
     fn release(&mut self, node: NodeId, task: TaskId) {
         let Some(held) = self.held.get_mut(&node) else { return };
         let Some(gone) = held.tasks.remove(&task) else { return };
-        for (kind, n) in &gone.slots {
-            if let Some(count) = held.slots.get_mut(kind) {
-                *count = count.saturating_sub(*n);
-            }
+        if !gone.over {
+            held.free(&gone);
         }
         if held.tasks.is_empty() {
             self.held.remove(&node);
         }
-        if let Some(share) = self.shares.get_mut(&gone.user) {
+        if !gone.over {
+            self.lessen(gone.user);
+        }
+    }
+    fn lessen(&mut self, user: UserId) {
+        if let Some(share) = self.shares.get_mut(&user) {
             share.attempts = share.attempts.saturating_sub(1);
         }
     }
 }
 
 #[derive(Debug, Default)]
-pub struct Links(Mutex<State>, Option<Events>, Inputs);
+pub struct Links(Mutex<State>, Option<Events>, Inputs, Copies, Refusals);
 
 impl Links {
     /// Links that tell who comes and goes.
     pub fn telling(events: Events) -> Self {
-        Self(Mutex::default(), Some(events), Inputs::default())
+        Self(Mutex::default(), Some(events), Inputs::default(), Copies::default(), Refusals::default())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -213,6 +281,7 @@ impl Links {
             if let (Some(events), false) = (&self.1, s.links.contains_key(&link.node)) {
                 events.online(&link);
             }
+            s.away.remove(&link.node);
             s.links.insert(link.node, link)
         };
         if let Some(old) = old {
@@ -238,6 +307,26 @@ impl Links {
     /// The callers that wait for a word about their input.
     pub(crate) fn inputs(&self) -> &Inputs {
         &self.2
+    }
+    pub fn copies(&self) -> &Copies {
+        &self.3
+    }
+    /// Counts a word of a node that cannot be true; a link that says too many is closed.
+    pub fn refuse(&self, node: NodeId, what: &'static str, detail: &dyn std::fmt::Display) {
+        metrics::counter!("cortex_refused_reports_total", "what" => what).increment(1);
+        let generation = self.get(node).map_or(0, |l| l.generation);
+        let noted = self.4.note(node, generation);
+        if noted.tell {
+            tracing::warn!(%node, what, %detail, "a report of a node cannot be true; it is refused");
+        }
+        if noted.too_many {
+            self.send(node, LinkCommand::Close { code: "refused", detail: "too many reports of this link cannot be true".into() });
+        }
+    }
+    pub(crate) fn tell(&self, node: &Node, news: NodeNews) {
+        if let Some(events) = &self.1 {
+            events.node(node, news);
+        }
     }
     /// Takes over what the registry says of a node; an older row than the one that is known changes nothing.
     pub fn set(&self, node: &Node) {
@@ -276,6 +365,30 @@ impl Links {
     pub fn begin_settling(&self, node: NodeId) {
         self.state().unsettled.remove(&node);
     }
+    /// From now on links are accepted and nothing is done with them, until [`Links::go`].
+    pub fn hold_back(&self) {
+        self.state().restored = Some(BTreeMap::new());
+    }
+    pub fn holds_back(&self) -> bool {
+        self.state().restored.is_some()
+    }
+    /// Notes what a node told of. False, and nothing is noted, when the hub does not hold back any more.
+    pub fn note_told(&self, node: NodeId, told: Vec<Told>) -> bool {
+        self.state().restored.as_mut().map(|r| r.insert(node, told)).is_some()
+    }
+    /// What the nodes told of; None when the hub does not hold back.
+    pub fn told(&self) -> Option<BTreeMap<NodeId, Vec<Told>>> {
+        self.state().restored.clone()
+    }
+    /// Ends the holding back. Nodes are asked to link anew, so that each is reconciled.
+    pub fn go(&self) {
+        let mut s = self.state();
+        if s.restored.take().is_some() {
+            let word = || LinkCommand::Close { code: "restored", detail: "the hub goes on after a restore; connect again".into() };
+            // Without its sender, one whose queue is full ends too.
+            s.links.retain(|_, l| l.commands.try_send(word()).is_ok());
+        }
+    }
     /// The link and how much runs there, at one moment.
     pub fn look(&self, node: NodeId) -> (Option<Link>, u32) {
         let s = self.state();
@@ -283,6 +396,11 @@ impl Links {
     }
     pub fn get(&self, node: NodeId) -> Option<Link> {
         self.state().links.get(&node).cloned()
+    }
+    /// Can an order go to this node: granted to the memory that it has, or not granted and it keeps such?
+    /// None when it is not here.
+    pub fn takes(&self, node: NodeId, granted: Option<SpoolId>) -> Option<bool> {
+        self.state().links.get(&node).map(|l| granted.map_or(l.keeps > 0, |spool| l.spool == spool))
     }
     pub fn is_current(&self, node: NodeId, generation: u64) -> bool {
         self.state().links.get(&node).is_some_and(|l| l.generation == generation)
@@ -301,32 +419,25 @@ impl Links {
         }
     }
 
-    /// Chooses by `choose` among the live nodes and takes what `hold` says there, in one step.
+    /// Chooses by `choose` among the live nodes and takes what `hold` says there, in one step; unless
+    /// `yields`, which sees the chosen one and the slots that are taken there, leaves it to somebody else.
     pub fn reserve<E>(
         &self,
         task: TaskId,
-        hold: Hold,
+        hold: impl FnOnce(NodeId) -> Hold,
         eligible: impl Fn(&Link) -> bool,
         choose: impl FnOnce(&[Candidate]) -> Result<NodeId, E>,
+        yields: impl FnOnce(&Link, &BTreeMap<String, u32>) -> Result<(), E>,
     ) -> Result<Link, E> {
-        static NONE: BTreeMap<String, u32> = BTreeMap::new();
         let mut s = self.state();
-        let candidates: Vec<_> = s
-            .links
-            .values()
-            .filter(|l| eligible(l))
-            .map(|l| Candidate {
-                node: l.node,
-                online: true,
-                schedulable: !l.draining,
-                room: l.max_tasks.saturating_sub(s.running(l.node)),
-                offers: &l.offers,
-                taken: s.held.get(&l.node).map_or(&NONE, |h| &h.slots),
-            })
-            .collect();
-        let node = choose(&candidates)?;
-        s.hold(node, task, hold);
+        let node = s.weigh(eligible, choose)?;
+        yields(&s.links[&node], s.taken(node))?;
+        s.hold(node, task, hold(node));
         Ok(s.links[&node].clone())
+    }
+    /// What [`Links::reserve`] would choose now.
+    pub fn weigh<E>(&self, eligible: impl Fn(&Link) -> bool, choose: impl FnOnce(&[Candidate]) -> Result<NodeId, E>) -> Result<NodeId, E> {
+        self.state().weigh(eligible, choose)
     }
     /// Notes an attempt that was granted before this process started.
     pub fn hold(&self, node: NodeId, task: &Task, attempt: AttemptNo) {
@@ -334,6 +445,39 @@ impl Links {
     }
     pub fn release(&self, node: NodeId, task: TaskId) {
         self.state().release(node, task);
+    }
+    /// The node says that this attempt has ended: its place is free, though its result is not here yet.
+    /// False when that was known, or the attempt is not one that it holds.
+    pub fn over(&self, node: NodeId, task: TaskId, attempt: AttemptNo) -> bool {
+        let mut s = self.state();
+        let Some(held) = s.held.get_mut(&node) else { return false };
+        let Some(hold) = held.tasks.get_mut(&task).filter(|h| h.attempt == attempt && !h.over) else { return false };
+        hold.over = true;
+        let gone = hold.clone();
+        held.free(&gone);
+        s.lessen(gone.user);
+        true
+    }
+    /// Nodes without a place, of which `of` are looked at if it is given, that can be told of more orders
+    /// ahead than the `ahead` of each; and of how many more.
+    pub(crate) fn ahead(&self, of: Option<&BTreeSet<NodeId>>, ahead: impl Fn(NodeId) -> u32) -> Vec<(Link, u32)> {
+        let s = self.state();
+        let more = |l: &Link| {
+            let full = !l.draining && s.running(l.node) >= l.max_tasks;
+            let most = if full { l.keeps.min(l.max_tasks).min(MOST_AHEAD) } else { 0 };
+            if most == 0 { 0 } else { most.saturating_sub(ahead(l.node)) }
+        };
+        let asked: Vec<&Link> = match of {
+            None => s.links.values().collect(),
+            Some(nodes) => nodes.iter().filter_map(|n| s.links.get(n)).collect(),
+        };
+        asked.into_iter().map(|l| (l, more(l))).filter(|(_, n)| *n > 0).map(|(l, n)| (l.clone(), n)).collect()
+    }
+    /// This link answers nothing about orders ahead: it is sent none any more.
+    pub(crate) fn keeps_none(&self, node: NodeId, generation: u64) {
+        if let Some(l) = self.state().links.get_mut(&node).filter(|l| l.generation == generation) {
+            l.keeps = 0;
+        }
     }
     /// Is this the attempt that the node holds a slot for?
     pub fn holds(&self, node: NodeId, task: TaskId, attempt: AttemptNo) -> bool {
@@ -344,6 +488,25 @@ impl Links {
     }
     pub fn running(&self, node: NodeId) -> u32 {
         self.state().running(node)
+    }
+    /// Granted attempts whose node has been away longer than their callers allow. Who went away since
+    /// the last call counts as away from now on, and so does everybody at the first one.
+    pub fn lost(&self, now: Duration) -> Vec<(TaskId, AttemptNo)> {
+        let State { links, held, away, retired, .. } = &mut *self.state();
+        let is_away = |node: &NodeId| held.contains_key(node) && !links.contains_key(node) && !retired.contains(node);
+        away.retain(|node, _| is_away(node));
+        let mut lost = vec![];
+        for (node, held) in held.iter().filter(|(node, _)| is_away(node)) {
+            let gone = now.saturating_sub(*away.entry(*node).or_insert(now));
+            let over = held.tasks.iter().filter(|(_, h)| h.lost_after.is_some_and(|after| gone >= after));
+            lost.extend(over.map(|(task, h)| (*task, h.attempt)));
+        }
+        lost
+    }
+    /// Granted attempts of nodes that are away: nobody but these can say what became of them.
+    pub fn in_doubt(&self) -> usize {
+        let s = self.state();
+        s.held.iter().filter(|(node, _)| !s.links.contains_key(node)).map(|(_, h)| h.tasks.len()).sum()
     }
     /// Can any node that is here take one more task; with `of`, any of those?
     pub fn room(&self, of: Option<&BTreeSet<NodeId>>) -> bool {
@@ -360,13 +523,13 @@ impl Links {
     /// Hands a command to the node's link. A link whose queue is full is closed: what it missed is
     /// said again when the node is back.
     pub fn send(&self, node: NodeId, command: LinkCommand) -> bool {
-        let Some(link) = self.get(node) else { return false };
-        match link.commands.try_send(command) {
-            Ok(()) => true,
-            Err(_) => {
-                self.close(node, link.generation);
-                false
-            }
+        let (sent, generation) = match self.state().links.get(&node) {
+            None => return false,
+            Some(link) => (link.commands.try_send(command).is_ok(), link.generation),
+        };
+        if !sent {
+            self.close(node, generation);
         }
+        sent
     }
 }

@@ -147,6 +147,10 @@ impl Management {
 
     /// Ends or moves what the journal holds for a retired node. What fails is done by [`Self::follow`].
     async fn settle_or_later(&self, id: NodeId) {
+        if self.nodes.links.holds_back() {
+            // What the journal says of its tasks may be out of date; they are ended when the hub goes on.
+            return self.nodes.links.unsettle(id);
+        }
         if let Err(error) = self.settle(id).await {
             tracing::warn!(node = %id, %error, "the tasks of a revoked node could not be ended; it is tried again");
             self.nodes.links.unsettle(id);
@@ -225,11 +229,11 @@ impl Management {
 
 impl Pool {
     /// Gives the task as it is once its commit has met a revocation that came at the same moment.
-    pub(crate) async fn after_commit(&self, task: Task) -> Task {
+    pub(crate) async fn after_commit(&self, task: Box<Task>) -> Box<Task> {
         let node = task.progress.attempt.as_ref().map(|a| a.node).or(task.named_node);
         let Some(node) = node.filter(|n| self.links.is_retired(*n)) else { return task };
         match self.leave(&task, node).await {
-            Ok(left) => left.unwrap_or(task),
+            Ok(left) => left.map_or(task, Box::new),
             Err(error) => {
                 tracing::warn!(task = %task.id, %error, "a task on a revoked node could not be ended; it is tried again");
                 self.links.unsettle(node);

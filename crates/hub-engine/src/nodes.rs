@@ -2,7 +2,7 @@
 
 use crate::access::{authorize, authorize_own, visible};
 use crate::error::{Error, Result};
-use crate::events::Events;
+use crate::events::{Events, NodeNews};
 use crate::health::{History, Sample};
 use crate::idempotency::{self, Keyed};
 use crate::links::{Health, Links};
@@ -14,10 +14,18 @@ use mesh_core::select::Selector;
 use mesh_core::{HubId, InviteId, NodeId, UnixMs, enrol, name, seal, sha256};
 use mesh_process::{SharedClock, entropy};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// The same key gets the same answer for this long, since the first may have been lost.
 const SAME_ANSWER_MS: i64 = 10 * 60_000;
+/// Renewals that a hub may have forgotten by a restore: six weeks of daily certificates.
+const MAX_FORGOTTEN: u64 = 64;
+/// How long after its certificate's end a node's key still stands for it.
+const RECOVER_MS: i64 = 30 * 86_400_000;
+/// A node recovers once after each absence; more than so many in a while is none.
+const RECOVERIES: u32 = 20;
+const RECOVERIES_WITHIN: Duration = Duration::from_secs(600);
 const MAX_LABELS: usize = 64;
 /// What a person may set for an invite's life.
 const MAX_INVITE_SECS: u64 = 24 * 3600;
@@ -48,6 +56,38 @@ pub struct Enrolment {
     pub version: String,
     pub capabilities: Capabilities,
     pub suggested_name: String,
+}
+
+/// What a node brings whose certificate has ended.
+#[derive(Debug)]
+pub struct Recovery {
+    pub node: NodeId,
+    /// SubjectPublicKeyInfo (DER), already proved by the CSR's own signature.
+    pub spki_der: Vec<u8>,
+    /// Of the certificate that is asked for; as in a renewal.
+    pub counter: u64,
+    pub nonce: [u8; 32],
+    pub proof: Vec<u8>,
+    /// Of this very channel.
+    pub exporter: [u8; 32],
+}
+
+/// How often each node has recovered of late.
+#[derive(Debug, Default)]
+pub struct Recoveries(Mutex<(Duration, BTreeMap<NodeId, u32>)>);
+
+impl Recoveries {
+    fn admit(&self, node: NodeId, now: Duration) -> bool {
+        // Each change below is complete in itself.
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (since, counts) = &mut *seen;
+        if now.saturating_sub(*since) >= RECOVERIES_WITHIN {
+            (*since, *counts) = (now, BTreeMap::new());
+        }
+        let count = counts.entry(node).or_default();
+        *count += 1;
+        *count <= RECOVERIES
+    }
 }
 
 /// A skill over many nodes.
@@ -82,6 +122,7 @@ pub struct Nodes {
     pub links: Arc<Links>,
     pub events: Events,
     pub history: History,
+    pub recoveries: Recoveries,
     pub clock: SharedClock,
     pub lifetimes: Lifetimes,
 }
@@ -210,22 +251,63 @@ impl Nodes {
         if sha256(spki_der) != node.certificate.spki {
             return Err(Error::Forbidden("a renewal keeps the node's key".into()));
         }
-        if counter == node.certificate.counter && counter > 0 {
-            return Ok(node.certificate);
+        let (fresh, made) = self.next_certificate(&node, spki_der, counter).await?;
+        if made {
+            self.events.node(&node, NodeNews::Renewed { not_after: fresh.not_after });
         }
-        if counter != node.certificate.counter + 1 {
+        Ok(fresh)
+    }
+
+    /// A fresh certificate for a node whose last one has ended: the machine slept, or the hub was away.
+    /// Its key is the credential: no caller is known. The same counter again: the same certificate.
+    pub async fn recover(&self, r: Recovery) -> Result<NodeCertificate> {
+        const NO_PROOF: Error = Error::Unauthenticated("the proof does not match: it is by another key, or for another channel");
+        let spki = sha256(&r.spki_der);
+        let signed = enrol::recover_bytes(self.hub, r.node, &r.exporter, &spki, r.counter, &r.nonce);
+        let key = seal::ed25519_of(&r.spki_der).ok_or(NO_PROOF)?;
+        seal::verify_by(&key, &signed, &r.proof).map_err(|_| NO_PROOF)?;
+        let node = self.authenticate(r.node, &spki).await?;
+        let now = self.clock.now_ms();
+        if node.certificate.not_after.saturating_add(RECOVER_MS) < now {
+            let detail = "the certificate of this node ended more than 30 days ago; join anew with a fresh invite";
+            return Err(Error::conflict("recover_too_late", detail));
+        }
+        if !self.recoveries.admit(node.id, self.clock.steady()) {
+            let detail = "this node has recovered too often; try again in some minutes".to_owned();
+            return Err(Error::Unavailable { code: "recover_too_often", detail });
+        }
+        let ended = node.certificate.not_after;
+        let (fresh, made) = self.next_certificate(&node, &r.spki_der, r.counter).await?;
+        if made {
+            tracing::info!(node = %node.id, name = %node.name, counter = r.counter, ended, "a node whose certificate had ended has a new one");
+            self.events.node(&node, NodeNews::Recovered { not_after: fresh.not_after });
+        }
+        Ok(fresh)
+    }
+
+    /// The certificate that this counter names, and whether it was made just now.
+    async fn next_certificate(&self, node: &Node, spki_der: &[u8], counter: u64) -> Result<(NodeCertificate, bool)> {
+        if counter == node.certificate.counter && counter > 0 {
+            return Ok((node.certificate.clone(), false));
+        }
+        // One above, or some more: a restored hub has forgotten renewals, and a copy of a node is always behind.
+        let behind = node.certificate.counter;
+        if counter <= behind || counter - behind > MAX_FORGOTTEN {
             return Err(Error::conflict("stale_counter", "this renewal counter was used before: is there a copy of this node?"));
         }
         let now = self.clock.now_ms();
         let not_after = now + self.lifetimes.certificate_ms;
         let der = self.keyring.issue_certificate(node.id, spki_der, now, not_after)?;
         let fresh = NodeCertificate { spki: node.certificate.spki, der, not_after, counter };
-        if self.store.renew(node.id, &fresh).await? {
-            self.events.renewed(&node, fresh.not_after);
-            Ok(fresh)
+        let mut taken = true;
+        for counter in behind + 1..=counter {
+            taken = taken && self.store.renew(node.id, &NodeCertificate { counter, ..fresh.clone() }).await?;
+        }
+        if taken {
+            Ok((fresh, true))
         } else {
             // Revoked at this very moment, or another one was faster.
-            self.of_link(caller).await?;
+            self.authenticate(node.id, &node.certificate.spki).await?;
             Err(Error::conflict("stale_counter", "another renewal came first"))
         }
     }
@@ -237,11 +319,11 @@ impl Nodes {
             let removed = self.store.was_removed(id).await?;
             return Err(if removed { revoked() } else { Error::Unauthenticated("this node is not registered here") });
         };
-        if node.revoked_at.is_some() {
-            return Err(revoked());
-        }
         if node.certificate.spki != *spki {
             return Err(Error::Unauthenticated("the certificate is not for this node's key"));
+        }
+        if node.revoked_at.is_some() {
+            return Err(revoked());
         }
         Ok(node)
     }
@@ -329,6 +411,7 @@ impl Nodes {
         let (link, running) = self.links.look(node.id);
         let (status, unschedulable) = match (&node.revoked_at, &link) {
             (Some(_), _) => ("revoked", Some("revoked")),
+            (None, None) if self.links.copies().holds(node.id) => ("offline", Some("superseded")),
             (None, None) => ("offline", Some("offline")),
             (None, Some(l)) => (if l.draining { "draining" } else { "online" }, l.refuses(running)),
         };

@@ -10,14 +10,14 @@ use crate::idempotency::Keyed;
 use crate::links::{Hold, Link, LinkCommand, Links, Order, Share};
 use crate::open_tasks::OpenTasks;
 use crate::ports::{Applied, Besides, Creation, Journal, Keyring, Sessions};
-use crate::queue::{Eligible, Group, Head, Hopeful, Until};
+use crate::queue::{Ahead, Changed, Eligible, Group, Head, Holder, Hopeful, Until, usable};
 use crate::records::{Session, Task};
 use crate::tracks::Tracks;
 use crate::watch::Watchers;
 use mesh_core::permission::Role;
-use mesh_core::placement::{Waiting, choose};
+use mesh_core::placement::{Candidate, Waiting, choose};
 use mesh_core::spec::INLINE_SPEC_BYTES;
-use mesh_core::task::{Action, AttemptNo, Event, Outcome, ReasonCode, TaskState, step};
+use mesh_core::task::{Action, AttemptNo, Event, MAYBE_RAN, Outcome, ReasonCode, TaskState, step};
 use mesh_core::{Digest, NodeId, SessionId, TaskId, UserId};
 use mesh_process::SharedClock;
 use std::cmp::Reverse;
@@ -37,6 +37,15 @@ const MAX_ATTEMPTS: u32 = crate::records::MAX_ATTEMPTS;
 const PLACE_AGAIN: Duration = Duration::from_secs(1);
 /// How often everything is looked at, whatever was signalled.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// What was read of a session's nodes or a user's role is good for so long. What this hub changes itself
+/// is known at once; see [`Pool::attachments_changed`].
+const RIGHTS_FOR: Duration = Duration::from_secs(10);
+/// A node that was told of an attempt ahead says within this time that it keeps it.
+const KEPT_WITHIN: Duration = Duration::from_secs(5);
+/// Orders are told ahead only in so many of a task's attempts: each takes a number.
+const AHEAD_ATTEMPTS: u32 = 100;
+/// Rights that are read at the same time; what was placed before them is committed first.
+const RIGHTS_AT_ONCE: usize = 32;
 
 /// What became of a new task.
 #[derive(Debug)]
@@ -47,8 +56,32 @@ pub enum Accepted {
     Before(TaskId),
 }
 
-/// What is reserved and not yet committed.
-type Placed = Vec<(TaskId, AttemptNo, Link)>;
+/// Which nodes a group may use.
+enum Rights {
+    Read(Eligible),
+    /// Read too long ago to place by, and no node has a place.
+    Old(Eligible),
+}
+
+/// What is reserved, or to be told ahead, and not yet committed.
+struct Placement {
+    id: TaskId,
+    attempt: AttemptNo,
+    link: Link,
+    how: How,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// A new attempt, which may start at once.
+    Assign,
+    /// The node was told of this attempt ahead, and may start it now.
+    Go,
+    /// A new attempt, of which the node is told and which it may not start.
+    Ahead,
+}
+
+type Placed = Vec<Placement>;
 
 pub struct Pool {
     pub journal: Arc<dyn Journal>,
@@ -66,6 +99,11 @@ pub struct Pool {
 }
 
 impl Pool {
+    /// Was it handed out before the store was restored? Then its node may have run and forgotten it.
+    pub(crate) fn is_of_before(&self, attempt: AttemptNo) -> bool {
+        attempt.incarnation() < self.incarnation
+    }
+
     fn tracks(&self) -> Tracks<'_> {
         Tracks(&self.queue.origins)
     }
@@ -103,9 +141,11 @@ impl Pool {
         match (task.progress.state, &task.progress.attempt) {
             (TaskState::Assigned | TaskState::Running, Some(a)) if a.granted.is_some() => self.links.hold(a.node, task, a.no),
             (TaskState::Assigned, Some(a)) => {
-                self.links.hold(a.node, task, a.no);
                 let event = Event::Withdrawn { attempt: a.no };
-                if let Applied::Done(t, actions) = self.apply(task.id, &event, Besides::default()).await? {
+                if let Applied::Done(t, mut actions) = self.apply(task.id, &event, Besides::default()).await? {
+                    // It waits from now on, in its turn, and has nothing to rest from.
+                    actions.retain(|action| *action != Action::Requeue);
+                    self.enqueue(&t, Waiting::HubStarting, Duration::ZERO);
                     self.perform(&t, &actions);
                 }
             }
@@ -141,7 +181,7 @@ impl Pool {
                 self.queue.remove(task.id);
                 if self.links.get(a.node).is_some_and(|l| Some(l.spool) != a.granted) {
                     // Its node came back with another memory while the grant was committed.
-                    let event = Event::Ended { attempt: a.no, outcome: Outcome::Lost { detail: "maybe_ran".into() } };
+                    let event = Event::Ended { attempt: a.no, outcome: Outcome::Lost { detail: MAYBE_RAN.into() } };
                     if let Applied::Done(task, actions) = self.apply(task.id, &event, Besides::default()).await? {
                         self.perform(&task, &actions);
                     }
@@ -153,16 +193,16 @@ impl Pool {
                 if p.cancel.is_some() {
                     self.links.send(a.node, LinkCommand::Cancel { task: task.id, attempt: a.no });
                 }
-                self.after_commit(task.clone()).await;
+                self.after_commit(Box::new(task.clone())).await;
             }
             Some(_) => self.take_up(task).await?,
-            None if self.queue.why(task.id).is_none() => {
+            None if self.queue.why(task.id).is_some() => self.queue.taken_back(task.id),
+            None => {
                 if let Some(a) = attempt {
                     self.give_back(a.node, task.id);
                 }
                 self.take_up(task).await?;
             }
-            None => {}
         }
         if task.progress.cancel.is_none()
             && let Some(session) = task.session
@@ -179,14 +219,14 @@ impl Pool {
     /// Writes a new task, already with a granted attempt if a node has a slot for it now.
     /// Gives it as it was written.
     pub async fn accept(&self, task: Task, role: Role, session: Option<&Session>) -> Result<Task> {
-        match self.accept_once(task, role, session, None).await? {
+        match self.accept_once(Box::new(task), role, session, None).await? {
             Accepted::New(task) => Ok(*task),
             Accepted::Before(id) => Err(Error::conflict("bad_state", format!("{id} came without a key"))),
         }
     }
 
     /// As [`Pool::accept`]; under a key only if that has made nothing before.
-    pub async fn accept_once(&self, mut task: Task, role: Role, session: Option<&Session>, keyed: Option<&Keyed>) -> Result<Accepted> {
+    pub async fn accept_once(&self, mut task: Box<Task>, role: Role, session: Option<&Session>, keyed: Option<&Keyed>) -> Result<Accepted> {
         let eligible = match session {
             Some(s) => Eligible::Attached(s.nodes.clone()),
             None => Eligible::of(role, task.actor.user),
@@ -198,7 +238,16 @@ impl Pool {
             Some(start) if start > now => Err(Waiting::NotBefore),
             // Those of the same kind that wait go first.
             _ if self.queue.is_waiting(&group) => Err(Waiting::NoSlot),
-            _ => self.reserve(task.id, Hold::of(&task, attempt), &group, &eligible),
+            _ => self.reserve(
+                task.id,
+                |_| Hold::of(&task, attempt),
+                &group,
+                &eligible,
+                |link, taken| {
+                    let wanted = self.queue.is_wanted(link, taken, task.terms.priority);
+                    if wanted { Err(Waiting::NoSlot) } else { Ok(()) }
+                },
+            ),
         };
         let Ok(link) = placed else {
             if let Some(before) = self.write(&task, keyed).await.inspect_err(|_| self.queue.doubt(task.id))? {
@@ -207,8 +256,9 @@ impl Pool {
             self.events.accepted(&task);
             self.tracks().accepted(&task);
             self.enqueue(&task, placed.err().unwrap_or(Waiting::NoSlot), Duration::ZERO);
+            self.queue.seed_rights(&group, &eligible);
             self.queue.watch_deadline(&task);
-            return Ok(Accepted::New(Box::new(self.after_commit(task).await)));
+            return Ok(Accepted::New(self.after_commit(task).await));
         };
         let event = Event::Assigned { attempt, node: link.node, granted: Some(link.spool) };
         let written = match step(&task.terms, &task.progress, &event, now) {
@@ -225,7 +275,7 @@ impl Pool {
                 self.tracks().accepted(&task);
                 self.queue.watch_deadline(&task);
                 self.perform(&task, &actions);
-                Ok(Accepted::New(Box::new(self.after_commit(task).await)))
+                Ok(Accepted::New(self.after_commit(task).await))
             }
             Ok((Some(before), _)) => {
                 self.give_back(link.node, task.id);
@@ -251,8 +301,16 @@ impl Pool {
         written
     }
 
-    fn reserve(&self, id: TaskId, hold: Hold, group: &Group, eligible: &Eligible) -> std::result::Result<Link, Waiting> {
-        self.links.reserve(id, hold, |l| eligible.allows(l), |candidates| choose(id, group.named, group.select.as_ref(), candidates))
+    fn reserve(
+        &self,
+        id: TaskId,
+        hold: impl FnOnce(NodeId) -> Hold,
+        group: &Group,
+        eligible: &Eligible,
+        yields: impl FnOnce(&Link, &BTreeMap<String, u32>) -> std::result::Result<(), Waiting>,
+    ) -> std::result::Result<Link, Waiting> {
+        let choose = |candidates: &[Candidate]| choose(id, group.named, group.select.as_ref(), candidates);
+        self.links.reserve(id, hold, |l| eligible.allows(l), choose, yields)
     }
     /// Gives back what was reserved, to whoever waits for it.
     fn give_back(&self, node: NodeId, id: TaskId) {
@@ -268,6 +326,31 @@ impl Pool {
         // Somebody who is gone has nothing more than what they own.
         let role = self.accounts.user(user).await?.map_or(Role::Guest, |u| u.role);
         Ok(Eligible::of(role, user))
+    }
+
+    /// The nodes of a session changed, of which tasks may wait.
+    pub fn attachments_changed(&self, session: SessionId) {
+        self.queue.attachments_changed(session);
+    }
+
+    /// What is known of a group's rights. None: they are to be read, since they never were, or not lately
+    /// and there is a place that its head might take.
+    fn rights(&self, group: &Group, head: TaskId, since: Duration) -> Option<Rights> {
+        if let Some(eligible) = self.queue.rights(group, since) {
+            return Some(Rights::Read(eligible));
+        }
+        let old = self.queue.old_rights(group)?;
+        let place = self.links.weigh(|_| true, |candidates| choose(head, group.named, group.select.as_ref(), candidates));
+        place.is_err().then_some(Rights::Old(old))
+    }
+    async fn read_rights(&self, holders: BTreeSet<Holder>) -> Result<()> {
+        let at = self.clock.steady();
+        self.queue.begin_reading(&holders);
+        let reads = holders.into_iter().map(|(user, session)| async move { (user, session, self.eligible(session, user).await) });
+        for (user, session, eligible) in futures::future::join_all(reads).await {
+            self.queue.learn((user, session), eligible?, at);
+        }
+        Ok(())
     }
 
     /// Lets a task wait: until its time has come, then for a node.
@@ -292,6 +375,9 @@ impl Pool {
     pub fn why_waiting(&self, task: &Task) -> Option<Waiting> {
         if let Some(why) = self.queue.why(task.id) {
             return Some(why);
+        }
+        if self.links.holds_back() && !task.progress.state.is_final() {
+            return Some(Waiting::HubStarting);
         }
         let a = task.progress.attempt.as_ref()?;
         let open = matches!(task.progress.state, TaskState::Assigned | TaskState::Running);
@@ -333,7 +419,7 @@ impl Pool {
                 }
                 Action::Release { node } => self.give_back(*node, task.id),
                 Action::Requeue => {
-                    // A retry has its own pause; all else came back without having run.
+                    // What has run or may have has its own pause; all else came back without that.
                     let pause = if task.progress.retry_at.is_some() { Duration::ZERO } else { PLACE_AGAIN };
                     self.enqueue(task, Waiting::NoSlot, pause);
                 }
@@ -347,15 +433,20 @@ impl Pool {
         }
     }
 
-    /// Hands a granted attempt to its node's link. A row that no longer fits its seal is never signed.
+    /// Hands an attempt to its node's link, with leave to start it if it is granted. A row that no longer
+    /// fits its seal is never signed.
     pub fn send_order(&self, task: &Task, node: NodeId, attempt: AttemptNo) {
         let granted = task.progress.attempt.as_ref().and_then(|a| a.granted);
-        match self.links.get(node).map(|l| l.spool) {
-            spool if spool == granted => {}
+        match self.links.takes(node, granted) {
+            Some(true) => {}
+            // Here with another memory than the one it was granted to: its hello came before this commit.
+            Some(false) if granted.is_some() => return self.queue.doubt(task.id),
             // Not here: the next hello settles it.
-            None => return,
-            // With another memory than the one it was granted to: its hello came before this commit.
-            Some(_) => return self.queue.doubt(task.id),
+            _ => return,
+        }
+        if self.is_of_before(attempt) {
+            // Its node has told of it, or it is lost: it is never sent again.
+            return;
         }
         if mesh_core::sha256(&task.spec) != task.digest || !self.keyring.is_sealed(&task.intent(), &task.seal) {
             tracing::error!(task = %task.id, "the stored task does not fit its seal; it is not sent");
@@ -375,6 +466,7 @@ impl Pool {
             timeout_secs: task.timeout_secs,
             start_before: task.terms.deadline.map_or(start_before, |deadline| start_before.min(deadline)),
             policy: self.policy,
+            granted: granted.is_some(),
             request_id: self.queue.origins.of(task.id),
         };
         self.tracks().ordered(&order, node);
@@ -391,7 +483,8 @@ impl Pool {
                 full = Some(steady);
                 self.queue.changed_everywhere();
             }
-            if let Err(error) = self.round_of_changes().await {
+            let lost = if full == Some(steady) { self.end_lost().await } else { Ok(()) };
+            if let Err(error) = lost.and(self.round_of_changes().await) {
                 tracing::warn!(%error, "placing waiting tasks failed; it is tried again");
                 tokio::time::sleep(LOOK_AGAIN).await;
             }
@@ -403,12 +496,32 @@ impl Pool {
     /// One look at everything that waits. Idempotent.
     pub async fn round(&self) -> Result<()> {
         self.queue.changed_everywhere();
-        self.round_of_changes().await
+        self.end_lost().await.and(self.round_of_changes().await)
+    }
+
+    /// Ends, or lets run again, what was granted to a node that has been away too long. A failed commit
+    /// leaves it to the next look.
+    async fn end_lost(&self) -> Result<()> {
+        for some in self.links.lost(self.clock.steady()).chunks(PLACE_AT_ONCE) {
+            let ends = some.iter().map(|(id, attempt)| async move {
+                // What was just granted and is not committed yet is refused, and looked at again.
+                if let Applied::Done(task, actions) = self.apply(*id, &Event::NodeSilent { attempt: *attempt }, Besides::default()).await? {
+                    tracing::warn!(task = %id, attempt = attempt.ordinal(), "its node is away too long; it counts as lost");
+                    self.perform(&task, &actions);
+                }
+                Ok(())
+            });
+            futures::future::join_all(ends).await.into_iter().collect::<Result<()>>()?;
+        }
+        Ok(())
     }
 
     /// One look at those for whom something changed, and at what is due.
     pub async fn round_of_changes(&self) -> Result<()> {
         self.settle_doubts().await?;
+        if self.queue.is_changed_everywhere() {
+            self.withdraw_unkept().await?;
+        }
         let ended = self.end_overdue().await;
         self.queue.wake_rested(self.clock.now_ms(), self.clock.steady());
         let mut placed = vec![];
@@ -427,13 +540,16 @@ impl Pool {
     /// Places the heads of the groups for which something changed.
     async fn look(&self, placed: &mut Placed) -> Result<()> {
         let changed = self.queue.take_changed();
+        let since = self.clock.steady().saturating_sub(RIGHTS_FOR);
+        if changed.all {
+            self.queue.forget_rights(since);
+        }
         let links: Vec<Link> = changed.nodes.iter().filter_map(|n| self.links.get(*n)).collect();
         let mut groups = self.queue.hopeful(&changed, &links);
         let mut heads: BTreeSet<(Reverse<i32>, Share, TaskId, usize)> = BTreeSet::new();
         for (i, Hopeful { group, .. }) in groups.iter().enumerate() {
             heads.extend(self.queue.head(group).map(|h| (h.order, self.links.share(group.user), h.id, i)));
         }
-        let mut known = BTreeMap::new();
         let mut joined: BTreeSet<usize> = BTreeSet::new();
         while let Some((order, share, id, i)) = heads.pop_first() {
             let group = groups[i].group.clone();
@@ -444,38 +560,116 @@ impl Pool {
                 continue;
             }
             // So that it is known why they wait, some are looked at whether there is room or not.
-            if std::mem::take(&mut groups[i].fresh) {
+            let fresh = std::mem::take(&mut groups[i].fresh);
+            if fresh {
                 joined.insert(i);
             } else if !self.links.room((!joined.contains(&i)).then_some(&changed.nodes)) {
                 continue;
             }
-            let eligible = match known.entry((group.session, group.user)) {
-                std::collections::btree_map::Entry::Occupied(e) => e.into_mut(),
-                std::collections::btree_map::Entry::Vacant(e) => e.insert(self.eligible(group.session, group.user).await?),
+            let Some(rights) = self.rights(&group, id, since) else {
+                // The next ones are read with it. Who has a place by now need not wait for them.
+                let next = heads.iter().take(4 * RIGHTS_AT_ONCE).map(|(_, _, id, i)| (*id, &groups[*i].group));
+                let next = next.filter(|(id, group)| self.rights(group, *id, since).is_none());
+                let holders = std::iter::once(group.holder()).chain(next.map(|(_, group)| group.holder())).take(RIGHTS_AT_ONCE);
+                let holders = holders.collect();
+                self.commit_placed(std::mem::take(placed)).await?;
+                self.read_rights(holders).await?;
+                groups[i].fresh = fresh;
+                heads.insert((order, share, id, i));
+                continue;
             };
             let Some(head) = self.queue.head(&group) else { continue };
-            if self.place(&group, head, eligible, placed).await? {
+            if self.place(&group, head, &rights, placed).await? {
                 heads.extend(self.queue.head(&group).map(|h| (h.order, self.links.share(group.user), h.id, i)));
             }
+        }
+        self.tell_ahead(&changed, placed).await
+    }
+
+    /// Tells nodes without a place of some who wait for one, so that they ask for the next by themselves.
+    async fn tell_ahead(&self, changed: &Changed, placed: &mut Placed) -> Result<()> {
+        let mut nodes = self.links.ahead((!changed.all).then_some(&changed.nodes), |node| self.queue.ahead_on(node));
+        if nodes.is_empty() {
+            return Ok(());
+        }
+        let groups = self.queue.untold();
+        let place = |i: usize, h: &Head| (h.order, self.links.share(groups[i].0.user), h.id, i);
+        let mut heads: BTreeMap<_, Head> = groups.iter().enumerate().map(|(i, (_, _, h))| (place(i, h), *h)).collect();
+        while let Some(((_, _, id, i), head)) = heads.pop_first() {
+            let (group, eligible, _) = &groups[i];
+            let none = BTreeMap::new();
+            let fitting = nodes.iter().filter(|(link, _)| usable(group, Some(eligible), link));
+            let candidates: Vec<Candidate> = fitting
+                .map(|(l, room)| Candidate { node: l.node, online: true, schedulable: true, room: *room, offers: &l.offers, taken: &none })
+                .collect();
+            let Ok(node) = choose(id, group.named, group.select.as_ref(), &candidates) else { continue };
+            if head.next.ordinal() > AHEAD_ATTEMPTS || !self.queue.begin(id) {
+                continue;
+            }
+            let at = nodes.iter().position(|(link, _)| link.node == node).expect("it was chosen among them");
+            nodes[at].1 -= 1;
+            placed.push(Placement { id, attempt: head.next, link: nodes[at].0.clone(), how: How::Ahead });
+            if nodes[at].1 == 0 {
+                nodes.swap_remove(at);
+            }
+            if nodes.is_empty() {
+                break;
+            }
+            if placed.len() >= PLACE_AT_ONCE {
+                self.commit_placed(std::mem::take(placed)).await?;
+            }
+            heads.extend(self.queue.next_untold(group).map(|h| (place(i, &h), h)));
         }
         Ok(())
     }
 
     /// Reserves a node for a head. False when there is none, and so none for its group.
-    async fn place(&self, group: &Arc<Group>, head: Head, eligible: &Eligible, placed: &mut Placed) -> Result<bool> {
+    async fn place(&self, group: &Arc<Group>, head: Head, rights: &Rights, placed: &mut Placed) -> Result<bool> {
         if head.next.ordinal() > MAX_ATTEMPTS {
-            self.expire(head.id, format!("{MAX_ATTEMPTS} attempts came too late")).await?;
+            self.expire(head.id, format!("{MAX_ATTEMPTS} attempts came too late or were lost")).await?;
             return Ok(true);
         }
         self.queue.count_weighing();
         let slots = group.select.as_ref().map(|s| s.slots.clone()).unwrap_or_default();
-        let hold = Hold { attempt: head.next, user: group.user, slots };
-        match self.reserve(head.id, hold, group, eligible) {
+        let told = |node: NodeId| head.ahead.filter(|a| a.node == node).map(|a| a.attempt);
+        let hold = |node| Hold {
+            attempt: told(node).unwrap_or(head.next),
+            user: group.user,
+            slots: slots.clone(),
+            lost_after: head.lost_after,
+            over: false,
+        };
+        let reserve = |eligible: &dyn Fn(&Link) -> bool| {
+            let choose = |candidates: &[Candidate]| choose(head.id, group.named, group.select.as_ref(), candidates);
+            self.links.reserve(head.id, hold, eligible, choose, |_, _| Ok(()))
+        };
+        let (eligible, reserved) = match rights {
+            Rights::Read(eligible) => {
+                // The node that was told of it comes first: nobody else has to hear anything.
+                let there = head.ahead.and_then(|_| reserve(&|l| told(l.node).is_some() && eligible.allows(l)).ok());
+                (eligible, there.map_or_else(|| reserve(&|l| eligible.allows(l)), Ok))
+            }
+            Rights::Old(eligible) => {
+                let choose = |candidates: &[Candidate]| choose(head.id, group.named, group.select.as_ref(), candidates);
+                match self.links.weigh(|l| eligible.allows(l), choose) {
+                    Err(why) => (eligible, Err(why)),
+                    // A place came free in this moment, and is to be given by rights of now.
+                    Ok(node) => {
+                        self.queue.changed_on(node);
+                        return Ok(false);
+                    }
+                }
+            }
+        };
+        match reserved {
             Err(why) => {
                 self.queue.blocked(group, why, eligible.clone());
                 return Ok(false);
             }
-            Ok(link) if self.queue.begin(head.id) => placed.push((head.id, head.next, link)),
+            Ok(link) if self.queue.begin(head.id) => placed.push(match told(link.node) {
+                Some(attempt) => Placement { id: head.id, attempt, link, how: How::Go },
+                None => Placement { id: head.id, attempt: head.next, link, how: How::Assign },
+            }),
             // It was cancelled in this moment.
             Ok(link) => self.give_back(link.node, head.id),
         }
@@ -520,29 +714,89 @@ impl Pool {
 
     /// Syncs the attempts, together, and only then sends their orders.
     async fn commit_placed(&self, placed: Placed) -> Result<()> {
-        let commits = placed.into_iter().map(|(id, attempt, link)| async move {
-            let event = Event::Assigned { attempt, node: link.node, granted: Some(link.spool) };
+        let commits = placed.into_iter().map(|Placement { id, attempt, link, how }| async move {
+            let event = match how {
+                How::Assign => Event::Assigned { attempt, node: link.node, granted: Some(link.spool) },
+                How::Go => Event::Granted { attempt, spool: link.spool },
+                How::Ahead => Event::Assigned { attempt, node: link.node, granted: None },
+            };
             let besides = Besides { signed: Some((self.keyring.key_id(), self.policy)), ..Default::default() };
-            match self.apply(id, &event, besides).await {
+            let applied = self.apply(id, &event, besides).await;
+            if !matches!(applied, Ok(Applied::Done(..))) && how != How::Ahead {
+                self.give_back(link.node, id);
+            }
+            match applied {
                 Ok(Applied::Done(task, actions)) => {
-                    self.queue.placed(id, attempt);
+                    if how == How::Ahead {
+                        let (generation, sent) = (link.generation, self.clock.steady());
+                        let ahead = Ahead { node: link.node, generation, attempt, sent, kept: false };
+                        self.queue.told(id, ahead, attempt.next(self.incarnation), sent);
+                    } else {
+                        self.queue.placed(id, attempt);
+                    }
                     self.perform(&task, &actions);
-                    self.after_commit(*task).await;
+                    self.after_commit(task).await;
                     Ok(())
                 }
                 // It ended or moved meanwhile.
-                Ok(Applied::Refused(_) | Applied::Unknown) => {
+                Ok(Applied::Refused(_) | Applied::Unknown) if how == How::Assign => {
                     self.queue.placed(id, attempt);
-                    self.give_back(link.node, id);
+                    Ok(())
+                }
+                Ok(Applied::Refused(_) | Applied::Unknown) => {
+                    self.queue.put_back(id, self.clock.steady());
+                    self.queue.doubt(id);
                     Ok(())
                 }
                 Err(e) => {
-                    self.give_back(link.node, id);
                     self.queue.put_back(id, self.clock.steady());
                     Err(e)
                 }
             }
         });
         futures::future::join_all(commits).await.into_iter().collect()
+    }
+
+    /// Takes back what a node was told ahead and does not have: its link went, it is drained, or it has
+    /// not said in time that it keeps it.
+    async fn withdraw_unkept(&self) -> Result<()> {
+        let now = self.clock.steady();
+        let unkept = |(_, a): &(TaskId, Ahead)| {
+            let Some(link) = self.links.get(a.node).filter(|l| l.generation == a.generation) else { return true };
+            let silent = !a.kept && now.saturating_sub(a.sent) >= KEPT_WITHIN;
+            if silent {
+                tracing::warn!(node = %a.node, "orders that were sent ahead are not acknowledged; this link gets no more of them");
+                self.links.keeps_none(a.node, a.generation);
+            }
+            silent || link.draining
+        };
+        let unkept: Vec<_> = self.queue.ahead().into_iter().filter(unkept).collect();
+        for some in unkept.chunks(PLACE_AT_ONCE) {
+            let withdrawn = some.iter().map(|(id, a)| async move {
+                if let Applied::Done(task, mut actions) =
+                    self.apply(*id, &Event::Withdrawn { attempt: a.attempt }, Besides::default()).await?
+                {
+                    // It waits where it waited; and what an older link was told, the node forgot with it.
+                    let told = self.links.is_current(a.node, a.generation);
+                    actions.retain(|action| *action != Action::Requeue && (told || !matches!(action, Action::Cancel { .. })));
+                    self.queue.taken_back(*id);
+                    self.perform(&task, &actions);
+                } else {
+                    self.queue.doubt(*id);
+                }
+                Ok(())
+            });
+            futures::future::join_all(withdrawn).await.into_iter().collect::<Result<()>>()?;
+        }
+        Ok(())
+    }
+
+    /// A node keeps what it was told ahead. False when it is to forget it: that was moved or has ended.
+    pub(crate) fn kept(&self, node: NodeId, task: TaskId, attempt: AttemptNo) -> bool {
+        self.queue.kept(node, task, attempt)
+    }
+    /// A node has a place free for what it was told ahead. Who gets it is decided as ever.
+    pub(crate) fn place_free(&self, node: NodeId) {
+        self.queue.changed_on(node);
     }
 }

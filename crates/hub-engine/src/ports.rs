@@ -5,6 +5,7 @@
 
 use crate::records::*;
 use async_trait::async_trait;
+use mesh_core::output::Digests;
 use mesh_core::task::{Action, AttemptNo, Event, Refused, TaskState};
 use mesh_core::{ApiKeyId, Digest, EntryId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
 use std::collections::BTreeMap;
@@ -65,6 +66,8 @@ pub struct Besides {
     pub result: Option<Vec<u8>>,
     pub sandbox_applied: Option<String>,
     pub signed: Option<(String, Digest)>,
+    /// Of the output of the event's attempt.
+    pub digests: Option<Digests>,
 }
 
 /// A *narrow* task is one whose `spec` is empty if it is longer than `mesh_core::spec::INLINE_SPEC_BYTES`.
@@ -74,11 +77,14 @@ pub trait Journal: Send + Sync {
     /// all in one commit.
     async fn accept(&self, task: &Task) -> Stored<()>;
     /// Runs `mesh_core::task::step` on the stored state and writes what it decides, with a line of
-    /// history, in one commit; concurrent events on one task are serialised.
+    /// history, in one commit; concurrent events on one task are serialised. A start may be seen before
+    /// it is synced: it is durable with the next write.
     ///
     /// The task that it answers with is narrow, except when an order must follow.
     async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied>;
     async fn task(&self, id: TaskId) -> Stored<Option<Task>>;
+    /// The task, narrow: for who looks at it again and again.
+    async fn narrow(&self, id: TaskId) -> Stored<Option<Task>>;
     /// Narrow tasks. A time is compared with the one in a task's id.
     async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>>;
     /// The specs of `ids`, in their order, until about `max_bytes` (at least one); none for an unknown id.
@@ -148,10 +154,15 @@ pub trait Output: Send + Sync {
     async fn append(&self, task: TaskId, attempt: AttemptNo, frames: Vec<OutputFrame>, keep_bytes: u64) -> Stored<Option<OutputTotals>>;
     /// Zero totals for an attempt that has none.
     async fn totals(&self, task: TaskId, attempt: AttemptNo) -> Stored<OutputTotals>;
+    /// Of all that the attempt has written so far; `None` when not all of it is kept.
+    async fn digests(&self, task: TaskId, attempt: AttemptNo) -> Stored<Option<Digests>>;
     /// Kept frames after `after_seq`, in order, until about `max_bytes` of data (at least one frame).
     async fn read(&self, task: TaskId, attempt: AttemptNo, after_seq: u64, max_bytes: usize) -> Stored<Vec<OutputFrame>>;
     /// The last `max_bytes` of one stream.
     async fn tail(&self, task: TaskId, attempt: AttemptNo, stream: Stream, max_bytes: usize) -> Stored<Vec<u8>>;
+    /// Frames up to `to_seq` that are not here never come: they count as durable, and from there on
+    /// nothing is kept (truncated). Where nothing is missing, nothing changes.
+    async fn give_up(&self, task: TaskId, attempt: AttemptNo, to_seq: u64) -> Stored<()>;
 }
 
 #[async_trait]
@@ -174,6 +185,8 @@ pub trait NodeDirectory: Send + Sync {
     /// Raises and returns the generation; notes the time as seen. None when it is unknown or revoked.
     async fn raise_generation(&self, id: NodeId, now: UnixMs) -> Stored<Option<u64>>;
     async fn seen(&self, ids: &[NodeId], now: UnixMs) -> Stored<()>;
+    /// Adds a line for people to its entry, with the time behind it; beyond a fixed number none.
+    async fn add_notice(&self, id: NodeId, words: &str, now: UnixMs) -> Stored<()>;
     /// Replaces the certificate when its counter is one above the stored and the node is not revoked;
     /// false otherwise.
     async fn renew(&self, id: NodeId, certificate: &NodeCertificate) -> Stored<bool>;
@@ -222,6 +235,11 @@ pub trait Accounts: Send + Sync {
     async fn key_used(&self, id: ApiKeyId, now: UnixMs) -> Stored<()>;
 }
 
+/// The newest lines of a session's own activity that are kept.
+pub const ACTIVITY_KEPT: u32 = 10_000;
+/// How many older ones may still be there: they go some at a time.
+pub const ACTIVITY_OVER: u32 = 256;
+
 #[async_trait]
 pub trait Sessions: Send + Sync {
     async fn add_session(&self, session: &Session) -> Stored<()>;
@@ -245,7 +263,8 @@ pub trait Sessions: Send + Sync {
     /// The earliest end of an active session.
     async fn next_end(&self) -> Stored<Option<UnixMs>>;
     /// What happened in it, newest first: at most `limit` lines before `before`. Lines of tasks come
-    /// from the tasks themselves; all others were written in the commit of what they tell.
+    /// from the tasks themselves; all others were written in the commit of what they tell, and of them the
+    /// newest [`ACTIVITY_KEPT`] are there, and at most [`ACTIVITY_OVER`] more.
     async fn activity(&self, id: SessionId, before: Option<Place>, limit: u32) -> Stored<Vec<Activity>>;
 }
 
@@ -261,6 +280,21 @@ pub trait Purges: Send + Sync {
     async fn purging(&self, limit: u32) -> Stored<Vec<SessionId>>;
     /// Removes up to `limit` files that no row counts on any more; gives how many there were.
     async fn sweep(&self, limit: u32) -> Stored<u32>;
+}
+
+/// The erasure of what was kept long enough. Only tasks that have ended are touched, in steps of one
+/// commit each; files go by [`Purges::sweep`].
+#[async_trait]
+pub trait Retention: Send + Sync {
+    /// Erases the output and results of up to `limit` tasks that ended before `before`, first those that
+    /// ended first. One whose output was erased so is passed over from then on.
+    async fn erase_output(&self, before: UnixMs, limit: u32) -> Stored<Erased>;
+    /// Erases the output and results of up to `limit` tasks with output in files, the oldest first,
+    /// until `enough` bytes are gone.
+    async fn erase_files(&self, enough: u64, limit: u32) -> Stored<Erased>;
+    /// Takes away up to `limit` tasks that ended before `before`, first those that ended first, with all
+    /// that is theirs, until about `enough` bytes of the database are gone.
+    async fn erase_tasks(&self, before: UnixMs, enough: u64, limit: u32) -> Stored<Erased>;
 }
 
 /// What sessions remember, by key. A write slides the session's end.
@@ -312,6 +346,15 @@ pub trait Gauges: Send + Sync {
 pub trait Meta: Send + Sync {
     /// The deployment's facts; made from `fresh` when the store is new.
     async fn hub(&self, fresh: HubMeta) -> Stored<HubMeta>;
+    /// After a restore: raises the incarnation, to `least` at least, and marks the store as restored from
+    /// a backup of `backup_at`, in one commit. Fails when there is no hub yet or no higher number left.
+    async fn mark_restored(&self, at: UnixMs, backup_at: UnixMs, least: u32) -> Stored<HubMeta>;
+    /// None when it never was, or has been released since.
+    async fn restored(&self) -> Stored<Option<Restored>>;
+    /// Notes the word to go; false when the store is not marked.
+    async fn ask_go(&self) -> Stored<bool>;
+    /// Takes the mark away.
+    async fn released(&self) -> Stored<()>;
     /// A cheap read that shows the store answers.
     async fn ping(&self) -> Stored<()>;
 }

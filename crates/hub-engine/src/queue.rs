@@ -4,15 +4,18 @@
 //! ```text
 //! resting (not_before, backoff, came late) ──► ready, by priority and age ──► placing ──► gone
 //!                                                 ▲                            │
-//!                                                 └──────── commit failed ─────┘
+//!                                                 └── ahead, or commit failed ─┘
 //! ```
+//! A task of which a node was told ahead waits on in its place here: who goes first is decided when a
+//! place is free, and not when an order is sent ahead.
+//!
 //! Kept in memory alone; [`crate::pool::Pool::recover`] rebuilds it from the journal.
 
 use crate::links::Link;
 use crate::records::Task;
 use crate::tracks::Origins;
 use mesh_core::permission::Role;
-use mesh_core::placement::Waiting;
+use mesh_core::placement::{Waiting, has_slots};
 use mesh_core::select::Selector;
 use mesh_core::task::AttemptNo;
 use mesh_core::{NodeId, SessionId, TaskId, UnixMs, UserId};
@@ -54,7 +57,13 @@ pub(crate) struct Group {
     pub select: Option<Selector>,
 }
 
+/// Whose rights decide for a group.
+pub(crate) type Holder = (UserId, Option<SessionId>);
+
 impl Group {
+    pub(crate) fn holder(&self) -> Holder {
+        (self.user, self.session)
+    }
     pub(crate) fn of(task: &Task) -> Self {
         Self { user: task.actor.user, session: task.session, named: task.named_node, select: task.terms.select.clone() }
     }
@@ -75,12 +84,26 @@ enum Place {
     Placing,
 }
 
+/// An attempt that is not granted, and the link that was told of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ahead {
+    pub node: NodeId,
+    pub generation: u64,
+    pub attempt: AttemptNo,
+    /// By the steady clock.
+    pub sent: Duration,
+    /// The node has said that it has it.
+    pub kept: bool,
+}
+
 #[derive(Debug)]
 struct Entry {
     group: Arc<Group>,
     priority: i32,
     next: AttemptNo,
+    ahead: Option<Ahead>,
     queue_secs: u64,
+    lost_after: Option<Duration>,
     place: Place,
     /// By the steady clock: since when it waits, and when it has waited too long for a node.
     since: Duration,
@@ -90,10 +113,12 @@ struct Entry {
 #[derive(Debug)]
 struct Members {
     ready: BTreeSet<(Reverse<i32>, TaskId)>,
+    /// Those of them of which no node was told ahead.
+    untold: BTreeSet<(Reverse<i32>, TaskId)>,
     /// Tasks of the group in any place.
     all: usize,
     why: Waiting,
-    /// As it was at the last look.
+    /// As it was when it was last looked at; good for guesses, and not to place by.
     eligible: Option<Eligible>,
     /// Somebody joined since the last look.
     fresh: bool,
@@ -121,6 +146,9 @@ pub(crate) struct Head {
     pub order: Reverse<i32>,
     pub id: TaskId,
     pub next: AttemptNo,
+    /// How long its node may then be away.
+    pub lost_after: Option<Duration>,
+    pub ahead: Option<Ahead>,
 }
 
 #[derive(Debug, Default)]
@@ -134,6 +162,12 @@ struct Line {
     deadlines: BTreeSet<(UnixMs, TaskId)>,
     deadline_of: BTreeMap<TaskId, UnixMs>,
     changed: Changed,
+    /// Tasks of which nodes were told ahead.
+    ahead: BTreeMap<NodeId, BTreeSet<TaskId>>,
+    /// What was read of rights, and when.
+    rights: BTreeMap<Holder, (Eligible, Duration)>,
+    /// Those that are being read and did not change meanwhile.
+    reading: BTreeSet<Holder>,
     /// Tasks of which a commit failed: what the journal holds of them is to be seen.
     doubts: BTreeSet<TaskId>,
 }
@@ -159,8 +193,23 @@ pub struct PoolStanding {
     pub finished: u64,
 }
 
+/// May the group's tasks run on this node, whether or not it has room? `eligible` as far as it is known.
+pub(crate) fn usable(group: &Group, eligible: Option<&Eligible>, link: &Link) -> bool {
+    match group.named {
+        Some(node) => node == link.node,
+        None => eligible.is_none_or(|e| e.allows(link)) && group.select.as_ref().is_none_or(|s| s.fits(&link.offers)),
+    }
+}
+
 impl Line {
+    /// Ready, and to be looked at.
     fn ready(&mut self, id: TaskId, now: Duration) {
+        self.stand(id, now);
+        if let Some(members) = self.tasks.get(&id).and_then(|e| self.groups.get_mut(&e.group)) {
+            members.fresh = true;
+        }
+    }
+    fn stand(&mut self, id: TaskId, now: Duration) {
         let Some(entry) = self.tasks.get_mut(&id) else { return };
         entry.place = Place::Ready;
         if entry.queue_secs > 0 && entry.expires.is_none() {
@@ -170,11 +219,30 @@ impl Line {
         }
         if let Some(members) = self.groups.get_mut(&entry.group) {
             members.ready.insert((Reverse(entry.priority), id));
-            members.fresh = true;
+            if entry.ahead.is_none() {
+                members.untold.insert((Reverse(entry.priority), id));
+            }
+        }
+    }
+    /// No node knows of it any more.
+    fn take_back(&mut self, id: TaskId) {
+        let Some(entry) = self.tasks.get_mut(&id) else { return };
+        let Some(ahead) = entry.ahead.take() else { return };
+        if entry.place == Place::Ready
+            && let Some(members) = self.groups.get_mut(&entry.group)
+        {
+            members.untold.insert((Reverse(entry.priority), id));
+        }
+        if let Some(tasks) = self.ahead.get_mut(&ahead.node) {
+            tasks.remove(&id);
+            if tasks.is_empty() {
+                self.ahead.remove(&ahead.node);
+            }
         }
     }
 
     fn remove(&mut self, id: TaskId) {
+        self.take_back(id);
         let Some(entry) = self.tasks.remove(&id) else { return };
         match entry.place {
             Place::Resting(Until::Wall(at), _) => drop(self.rests.remove(&(at, id))),
@@ -186,11 +254,20 @@ impl Line {
         }
         if let Some(members) = self.groups.get_mut(&entry.group) {
             members.ready.remove(&(Reverse(entry.priority), id));
+            members.untold.remove(&(Reverse(entry.priority), id));
             members.all -= 1;
             if members.all == 0 {
                 self.groups.remove(&entry.group);
             }
         }
+    }
+}
+
+impl Line {
+    fn head(&self, first: Option<&(Reverse<i32>, TaskId)>) -> Option<Head> {
+        let (order, id) = *first?;
+        let entry = self.tasks.get(&id)?;
+        Some(Head { order, id, next: entry.next, lost_after: entry.lost_after, ahead: entry.ahead })
     }
 }
 
@@ -200,6 +277,13 @@ impl Queue {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The rights of a new task's group, unless they are known.
+    pub(crate) fn seed_rights(&self, group: &Group, eligible: &Eligible) {
+        if let Some(members) = self.line().groups.get_mut(group) {
+            members.eligible.get_or_insert_with(|| eligible.clone());
+        }
+    }
+
     /// Adds a task that waits for its attempt `next`; with `rest`, not before that.
     pub(crate) fn add(&self, task: &Task, next: AttemptNo, why: Waiting, rest: Option<Until>, now: Duration) {
         let mut line = self.line();
@@ -207,6 +291,7 @@ impl Queue {
         let group = Arc::new(Group::of(task));
         let members = line.groups.entry(group.clone()).or_insert_with(|| Members {
             ready: BTreeSet::new(),
+            untold: BTreeSet::new(),
             all: 0,
             why,
             eligible: None,
@@ -217,7 +302,17 @@ impl Queue {
             members.why = why;
         }
         let place = rest.map_or(Place::Ready, |until| Place::Resting(until, why));
-        let entry = Entry { group, priority: task.terms.priority, next, queue_secs: task.queue_secs, place, since: now, expires: None };
+        let entry = Entry {
+            group,
+            priority: task.terms.priority,
+            next,
+            ahead: None,
+            queue_secs: task.queue_secs,
+            lost_after: task.terms.lost_after_secs().map(Duration::from_secs),
+            place,
+            since: now,
+            expires: None,
+        };
         line.tasks.insert(task.id, entry);
         match rest {
             None => line.ready(task.id, now),
@@ -252,7 +347,7 @@ impl Queue {
     /// Takes out a task whose attempt was committed; it may wait for a later one by now.
     pub(crate) fn placed(&self, id: TaskId, attempt: AttemptNo) {
         let mut line = self.line();
-        if line.tasks.get(&id).is_some_and(|e| e.next <= attempt) {
+        if line.tasks.get(&id).is_some_and(|e| e.next <= attempt || e.ahead.is_some_and(|a| a.attempt == attempt)) {
             line.remove(id);
         }
     }
@@ -270,6 +365,17 @@ impl Queue {
     /// Does anybody of this group wait for a node now?
     pub(crate) fn is_waiting(&self, group: &Group) -> bool {
         self.line().groups.get(group).is_some_and(|m| !m.ready.is_empty())
+    }
+    /// Does a task that may go before a newcomer of this priority wait, and could run on this node now?
+    /// Whoever was not looked at yet counts as one who could.
+    pub(crate) fn is_wanted(&self, link: &Link, taken: &BTreeMap<String, u32>, priority: i32) -> bool {
+        let line = self.line();
+        let first = |m: &Members| m.ready.first().is_some_and(|(Reverse(p), _)| *p >= priority);
+        let could = |group: &Group, m: &Members| {
+            let eligible = m.eligible.as_ref().filter(|_| !line.changed.all);
+            usable(group, eligible, link) && group.select.as_ref().is_none_or(|s| has_slots(s, &link.offers, taken))
+        };
+        line.groups.iter().any(|(group, m)| first(m) && could(group, m))
     }
     pub(crate) fn why(&self, id: TaskId) -> Option<Waiting> {
         let line = self.line();
@@ -334,6 +440,9 @@ impl Queue {
         by_wall.chain(by_steady).min()
     }
 
+    pub(crate) fn is_changed_everywhere(&self) -> bool {
+        self.line().changed.all
+    }
     /// What changed since the last call.
     pub(crate) fn take_changed(&self) -> Changed {
         std::mem::take(&mut self.line().changed)
@@ -341,10 +450,6 @@ impl Queue {
     /// The groups for which something may have changed. `links` are the nodes of `changed` that are here.
     pub(crate) fn hopeful(&self, changed: &Changed, links: &[Link]) -> Vec<Hopeful> {
         let mut line = self.line();
-        let usable = |group: &Group, eligible: Option<&Eligible>, link: &Link| match group.named {
-            Some(node) => node == link.node,
-            None => eligible.is_none_or(|e| e.allows(link)) && group.select.as_ref().is_none_or(|s| s.fits(&link.offers)),
-        };
         let worth = |group: &Group, m: &Members| {
             !m.ready.is_empty() && (m.fresh || changed.all || links.iter().any(|l| usable(group, m.eligible.as_ref(), l)))
         };
@@ -353,8 +458,86 @@ impl Queue {
     }
     pub(crate) fn head(&self, group: &Arc<Group>) -> Option<Head> {
         let line = self.line();
-        let (order, id) = *line.groups.get(group)?.ready.first()?;
-        Some(Head { order, id, next: line.tasks.get(&id)?.next })
+        line.head(line.groups.get(group)?.ready.first())
+    }
+
+    // ---- orders ahead ----
+
+    /// A node is told of it, and it waits on. False when it waits no longer.
+    pub(crate) fn told(&self, id: TaskId, ahead: Ahead, next: AttemptNo, now: Duration) -> bool {
+        let mut line = self.line();
+        line.take_back(id);
+        let Some(entry) = line.tasks.get_mut(&id).filter(|e| e.place == Place::Placing) else { return false };
+        (entry.ahead, entry.next) = (Some(ahead), next);
+        line.ahead.entry(ahead.node).or_default().insert(id);
+        line.stand(id, now);
+        true
+    }
+    /// The attempt was withdrawn, and the task waits on.
+    pub(crate) fn taken_back(&self, id: TaskId) {
+        self.line().take_back(id);
+    }
+    pub(crate) fn ahead(&self) -> Vec<(TaskId, Ahead)> {
+        let line = self.line();
+        let tasks = line.ahead.values().flatten();
+        tasks.filter_map(|id| Some((*id, line.tasks.get(id)?.ahead?))).collect()
+    }
+    pub(crate) fn ahead_on(&self, node: NodeId) -> u32 {
+        let line = self.line();
+        // Who is being given a place makes room for the next.
+        let waits = |id: &&TaskId| line.tasks.get(id).is_some_and(|e| e.place == Place::Ready);
+        line.ahead.get(&node).map_or(0, |tasks| tasks.iter().filter(waits).count() as u32)
+    }
+    /// The node says that it has it. False when it is not told of this attempt any more.
+    pub(crate) fn kept(&self, node: NodeId, id: TaskId, attempt: AttemptNo) -> bool {
+        let mut line = self.line();
+        let ahead = line.tasks.get_mut(&id).and_then(|e| e.ahead.as_mut());
+        ahead.filter(|a| a.node == node && a.attempt == attempt).map(|a| a.kept = true).is_some()
+    }
+    /// Groups that wait for a place and hold no slots, with the first of each of which no node was told.
+    pub(crate) fn untold(&self) -> Vec<(Arc<Group>, Eligible, Head)> {
+        let line = self.line();
+        let fit = |group: &Group, m: &Members| m.why == Waiting::NoSlot && group.select.as_ref().is_none_or(|s| s.slots.is_empty());
+        let found = line.groups.iter().filter(|(group, m)| fit(group, m));
+        found.filter_map(|(group, m)| Some((group.clone(), m.eligible.clone()?, line.head(m.untold.first())?))).collect()
+    }
+    pub(crate) fn next_untold(&self, group: &Arc<Group>) -> Option<Head> {
+        let line = self.line();
+        line.head(line.groups.get(group)?.untold.first())
+    }
+
+    /// Begins to read rights.
+    pub(crate) fn begin_reading(&self, holders: &BTreeSet<Holder>) {
+        self.line().reading.extend(holders);
+    }
+    /// Rights as they were read, begun at `at`; no word of what changed meanwhile.
+    pub(crate) fn learn(&self, holder: Holder, eligible: Eligible, at: Duration) {
+        let mut line = self.line();
+        if line.reading.remove(&holder) {
+            line.rights.insert(holder, (eligible, at));
+        }
+    }
+    /// What was read of a group's rights, not before `since`.
+    pub(crate) fn rights(&self, group: &Group, since: Duration) -> Option<Eligible> {
+        self.line().rights.get(&group.holder()).filter(|(_, at)| *at >= since).map(|(eligible, _)| eligible.clone())
+    }
+    /// As they were known at the last look at the group, or when its first task came.
+    pub(crate) fn old_rights(&self, group: &Group) -> Option<Eligible> {
+        self.line().groups.get(group)?.eligible.clone()
+    }
+    pub(crate) fn forget_rights(&self, before: Duration) {
+        self.line().rights.retain(|_, (_, at)| *at >= before);
+    }
+    /// Nodes were attached to the session, or detached.
+    pub(crate) fn attachments_changed(&self, session: SessionId) {
+        let mut line = self.line();
+        line.rights.retain(|(_, of), _| *of != Some(session));
+        line.reading.retain(|(_, of)| *of != Some(session));
+        for (_, members) in line.groups.iter_mut().filter(|(group, _)| group.session == Some(session)) {
+            (members.eligible, members.fresh) = (None, true);
+        }
+        drop(line);
+        self.wake.notify_one();
     }
     /// A node is reserved for it. False when it waits no longer.
     pub(crate) fn begin(&self, id: TaskId) -> bool {
@@ -364,6 +547,7 @@ impl Queue {
         let (group, key) = (entry.group.clone(), (Reverse(entry.priority), id));
         if let Some(members) = line.groups.get_mut(&group) {
             members.ready.remove(&key);
+            members.untold.remove(&key);
         }
         true
     }

@@ -1,10 +1,11 @@
 //! What the hub keeps, in the words of the engine. Stores map these to rows, doors to JSON.
 
 use mesh_core::capability::Capabilities;
+use mesh_core::output::Digests;
 use mesh_core::permission::{Role, Scope};
 use mesh_core::seal::Intent;
 use mesh_core::select::Offers;
-use mesh_core::task::{AttemptNo, Event, NeverStarted, Outcome, Progress, Reason, ReasonCode, TaskState, Terms, verdict};
+use mesh_core::task::{AttemptNo, Event, NeverStarted, OnLost, Outcome, Progress, Reason, ReasonCode, TaskState, Terms, verdict};
 use mesh_core::{ApiKeyId, Digest, EntryId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
 use std::collections::BTreeMap;
 
@@ -15,6 +16,17 @@ pub struct HubMeta {
     /// Begins every attempt number; raised by a restore.
     pub incarnation: u32,
     pub created_at: UnixMs,
+}
+
+/// The store was restored from a backup, and its hub holds back until somebody says go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Restored {
+    /// When the backup was put in place.
+    pub at: UnixMs,
+    /// When the backup was made.
+    pub backup_at: UnixMs,
+    /// The word to go has been given, and what it asks for is not done yet.
+    pub go: bool,
 }
 
 /// How many nodes the database knows.
@@ -453,9 +465,23 @@ pub enum StateWritten {
 /// How much the hub keeps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StorageUse {
+    /// On its disk.
     pub database_bytes: u64,
+    /// Of these, what is in use: a database keeps the room of what was erased for what comes. PostgreSQL
+    /// gives an estimate, of tasks alone.
+    pub journal_bytes: u64,
     /// Of output files.
     pub output_bytes: u64,
+    /// The disk of the data folder, and what is free of it; 0 where nobody knows.
+    pub disk_bytes: u64,
+    pub disk_free_bytes: u64,
+}
+
+/// What one step of retention has erased.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Erased {
+    pub tasks: u32,
+    pub bytes: u64,
 }
 
 /// Who asked, through what.
@@ -488,6 +514,8 @@ pub struct Task {
     pub created_at: UnixMs,
     pub progress: Progress,
     pub output: OutputTotals,
+    /// Of all that its newest attempt wrote, as the node told at its end.
+    pub digests: Option<Digests>,
     /// Of skills without a process.
     pub result: Option<Vec<u8>>,
     pub sandbox_applied: Option<String>,
@@ -587,11 +615,16 @@ impl TaskEvent {
             Event::Ended { outcome: Outcome::NeverStarted(NeverStarted::Late), .. } if p.reason.is_none() => {
                 "the node had it too late to start it".into()
             }
-            Event::Ended { outcome, .. } => with_retry(task, at, sentence(p.reason.clone().or_else(|| verdict(outcome, None).1))),
-            Event::NodeRevoked { .. } => with_retry(task, at, String::new()),
+            Event::Ended { outcome, .. } => {
+                let lost = matches!(outcome, Outcome::Lost { .. });
+                with_retry(task, at, lost, sentence(p.reason.clone().or_else(|| verdict(outcome, None).1)))
+            }
+            Event::NodeRevoked { .. } => with_retry(task, at, true, String::new()),
+            Event::NodeSilent { .. } => with_retry(task, at, true, "its node was away too long".into()),
             Event::CancelRequested { reason } => reason.as_str().into(),
             Event::DeadlinePassed => String::new(),
             Event::Expired { detail } => detail.clone(),
+            Event::Restored => sentence(p.reason.clone()),
         };
         Self { seq, at, kind: event.kind().into(), attempt: event.attempt(), state: p.state, node, detail }
     }
@@ -606,10 +639,14 @@ fn sentence(reason: Option<Reason>) -> String {
 }
 
 /// How an attempt ended, and what follows.
-fn with_retry(task: &Task, at: UnixMs, end: String) -> String {
+fn with_retry(task: &Task, at: UnixMs, lost: bool, end: String) -> String {
     let Some(retry_at) = task.progress.retry_at else { return end };
     let between = if end.is_empty() { "" } else { "; " };
-    format!("{end}{between}retry {} of {} in {} ms", task.progress.retried, task.terms.retries, retry_at.saturating_sub(at))
+    let pause = retry_at.saturating_sub(at);
+    if lost && task.terms.on_lost == OnLost::Requeue {
+        return format!("{end}{between}run again in {pause} ms, as on_lost asks");
+    }
+    format!("{end}{between}retry {} of {} in {pause} ms", task.progress.retried, task.terms.retries)
 }
 
 /// Which tasks a list shows. Every field narrows.

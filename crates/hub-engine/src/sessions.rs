@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::events::{Events, SessionNews};
 use crate::idempotency::{self, Keyed};
 use crate::nodes::Nodes;
+use crate::pool::Pool;
 use crate::ports::{self, Creation, Window};
 use crate::records::{Activity, Place, Session, SessionChange};
 use mesh_core::permission::{Caller, Permission};
@@ -17,6 +18,8 @@ const MAX_SESSION_SECS: u64 = 30 * 24 * 3600;
 pub struct Sessions {
     pub store: Arc<dyn ports::Sessions>,
     pub nodes: Arc<Nodes>,
+    /// Whose waiting tasks a change of nodes may let go, or hold.
+    pub pool: Arc<Pool>,
     pub events: Events,
     pub clock: SharedClock,
     pub session_hours: u64,
@@ -99,9 +102,11 @@ impl Sessions {
         // Attaching lets the session's tasks run there: the right to dispatch on that node is needed.
         authorize(caller, Permission::TasksDispatch, node.owner, Permission::NodesRead, "node")?;
         self.store.attach(id, node.id, caller.user(), self.clock.now_ms()).await?;
+        self.pool.attachments_changed(id);
         // Removed meanwhile: either the removal saw the attachment, or it is seen here.
         if self.nodes.store.node(node.id).await?.is_none() {
             self.store.detach(id, node.id, None, self.clock.now_ms()).await?;
+            self.pool.attachments_changed(id);
             return Err(Error::NotFound("node"));
         }
         if !session.nodes.contains(&node.id) {
@@ -115,6 +120,7 @@ impl Sessions {
         if !self.store.detach(id, node, caller.user(), self.clock.now_ms()).await? {
             return Err(Error::NotFound("attached node"));
         }
+        self.pool.attachments_changed(id);
         self.events.session(session.id, session.owner, SessionNews::Detached(node));
         Ok(())
     }

@@ -89,6 +89,7 @@ impl TaskService {
             return Err(Error::invalid("bad_wait", format!("wait_secs is at most {MAX_WAIT_SECS}; wait again, or follow the output")));
         }
         let user = crate::access::authorize_own(caller, Permission::TasksDispatch)?;
+        self.not_restored()?;
         if let Some(made) = idempotency::before(d.keyed.as_ref()).await? {
             // What was true when it was made need not hold any more: a session closed, a deadline passed.
             self.permitted(caller, made, Permission::TasksDispatch).await?;
@@ -110,7 +111,8 @@ impl TaskService {
         let id = TaskId::from_parts(now, entropy::bytes());
         let spec = d.spec.encode();
         let digest = mesh_core::sha256(&spec);
-        let mut task = Task {
+        // Boxed, since a future that is given it and gives it on would hold it twice.
+        let mut task = Box::new(Task {
             id,
             session: d.session,
             named_node,
@@ -125,10 +127,11 @@ impl TaskService {
             created_at: now,
             progress: Progress::new(),
             output: OutputTotals::default(),
+            digests: None,
             result: None,
             sandbox_applied: None,
             signed: None,
-        };
+        });
         task.seal = self.keyring.seal(&task.intent());
         let mut watch = self.watchers.subscribe(id);
         if let Some(request) = d.request_id {
@@ -138,12 +141,12 @@ impl TaskService {
         let role = caller.role();
         let accepted = async move { own.accept(task, role, session, d.keyed).await };
         let accepted = match self.work.complete("dispatch", accepted).await.ok_or_else(stopped)?? {
-            Accepted::New(task) => *task,
+            Accepted::New(task) => task,
             // Another request with the same key was there first, a moment ago.
             Accepted::Before(made) => return self.awaited(made, d.wait_secs).await,
         };
         if d.wait_secs == 0 {
-            return Ok(accepted);
+            return Ok(*accepted);
         }
         self.end_of(accepted, &mut watch, d.wait_secs).await
     }
@@ -155,10 +158,10 @@ impl TaskService {
         if wait_secs == 0 || task.progress.state.is_final() {
             return Ok(task);
         }
-        self.end_of(task, &mut watch, wait_secs).await
+        self.end_of(Box::new(task), &mut watch, wait_secs).await
     }
 
-    async fn end_of(&self, task: Task, watch: &mut Watch, wait_secs: u64) -> Result<Task> {
+    async fn end_of(&self, task: Box<Task>, watch: &mut Watch, wait_secs: u64) -> Result<Task> {
         let id = task.id;
         tokio::select! {
             biased;
@@ -170,7 +173,7 @@ impl TaskService {
         self.journal.task(id).await?.ok_or(Error::NotFound("task"))
     }
 
-    async fn accept(&self, task: Task, role: Role, session: Option<Session>, keyed: Option<Keyed>) -> Result<Accepted> {
+    async fn accept(&self, task: Box<Task>, role: Role, session: Option<Session>, keyed: Option<Keyed>) -> Result<Accepted> {
         let id = task.id;
         let accepted = self.pool.accept_once(task, role, session.as_ref(), keyed.as_ref()).await?;
         if let (Some(s), Accepted::New(_)) = (session, &accepted)
@@ -205,6 +208,11 @@ impl TaskService {
 
     pub async fn get(&self, caller: &Caller, id: TaskId) -> Result<Task> {
         self.permitted(caller, id, Permission::TasksRead).await
+    }
+
+    /// The same, narrow: for who looks at it again and again.
+    pub async fn get_narrow(&self, caller: &Caller, id: TaskId) -> Result<Task> {
+        self.permitted_narrow(caller, id, Permission::TasksRead).await
     }
 
     /// The task with the last 64 KiB of each stream.
@@ -251,6 +259,7 @@ impl TaskService {
     /// answered. Asking again, or for an ended task, changes nothing.
     pub async fn cancel(self: &Arc<Self>, caller: &Caller, id: TaskId) -> Result<Task> {
         self.permitted(caller, id, Permission::TasksDispatch).await?;
+        self.not_restored()?;
         let own = self.clone();
         let cancel = async move { own.request_cancel(id, ReasonCode::CancelledByUser).await };
         self.work.complete("cancel", cancel).await.ok_or_else(stopped)??;
@@ -259,6 +268,8 @@ impl TaskService {
 
     /// Closes the session and asks for the end of its tasks.
     pub async fn close_session(self: &Arc<Self>, caller: &Caller, id: SessionId) -> Result<()> {
+        self.sessions.permitted(caller, id, Permission::SessionsWrite).await?;
+        self.not_restored()?;
         let (own, caller) = (self.clone(), caller.clone());
         let close = async move {
             own.sessions.close(&caller, id).await?;
@@ -300,8 +311,19 @@ impl TaskService {
         }
     }
 
+    /// Refuses what would reach a node while the hub holds back after a restore.
+    pub(crate) fn not_restored(&self) -> Result<()> {
+        if self.links.holds_back() { Err(crate::restore::holds_back()) } else { Ok(()) }
+    }
+
     pub(crate) async fn permitted(&self, caller: &Caller, id: TaskId, permission: Permission) -> Result<Task> {
         let task = self.journal.task(id).await?.ok_or(Error::NotFound("task"))?;
+        authorize(caller, permission, task.actor.user, Permission::TasksRead, "task")?;
+        Ok(task)
+    }
+
+    pub(crate) async fn permitted_narrow(&self, caller: &Caller, id: TaskId, permission: Permission) -> Result<Task> {
+        let task = self.journal.narrow(id).await?.ok_or(Error::NotFound("task"))?;
         authorize(caller, permission, task.actor.user, Permission::TasksRead, "task")?;
         Ok(task)
     }

@@ -5,10 +5,15 @@
 
 use crate::links::Order;
 use crate::records::Task;
-use mesh_core::task::Event;
+use mesh_core::task::{Event, NeverStarted, Outcome};
 use mesh_core::{NodeId, TaskId};
+use metrics::{Counter, Histogram};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+
+// Looked up once, since a name is dearer to find than to count; a hub takes up counting before its first task.
+static ACCEPTED: LazyLock<Counter> = LazyLock::new(|| metrics::counter!("cortex_tasks_accepted_total"));
+static START_SECONDS: LazyLock<Histogram> = LazyLock::new(|| metrics::histogram!("cortex_task_start_seconds"));
 
 /// A hub with more open tasks than this forgets which requests the older ones came by.
 const MOST: usize = 100_000;
@@ -52,7 +57,7 @@ macro_rules! mark {
 
 impl Tracks<'_> {
     pub fn accepted(&self, task: &Task) {
-        metrics::counter!("cortex_tasks_accepted_total").increment(1);
+        ACCEPTED.increment(1);
         mark!(self, task.id, attempt(task), user = %task.actor.user, door = task.actor.door, skill = task.skill, "accepted");
     }
     pub fn ordered(&self, order: &Order, node: NodeId) {
@@ -65,13 +70,17 @@ impl Tracks<'_> {
                 self.started(task);
                 mark!(self, task.id, attempt(task), "started");
             }
+            Event::Withdrawn { .. } | Event::Ended { outcome: Outcome::NeverStarted(NeverStarted::Late), .. } => {
+                metrics::counter!("cortex_attempts_moved_total").increment(1);
+            }
+            Event::Ended { outcome: Outcome::Lost { .. }, .. } => metrics::counter!("cortex_attempts_lost_total").increment(1),
             Event::CancelRequested { reason } => mark!(self, task.id, attempt(task), reason = reason.as_str(), "cancel asked"),
             _ => {}
         }
     }
     fn started(&self, task: &Task) {
         if let Some(at) = task.progress.started_at {
-            metrics::histogram!("cortex_task_start_seconds").record((at - task.created_at).max(0) as f64 / 1000.0);
+            START_SECONDS.record((at - task.created_at).max(0) as f64 / 1000.0);
         }
     }
     pub fn finished(&self, task: &Task) {

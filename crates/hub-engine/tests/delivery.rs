@@ -1,25 +1,28 @@
 //! The moments between two steps: what a hello, a late word or a failing store meets half-way.
 //! In memory, with a clock and a journal that the test holds.
 
-use async_trait::async_trait;
-use hub_engine::delivery::{Delivery, Hello, Reported, Welcome};
+use hub_engine::Error;
+use hub_engine::delivery::{DIGEST_MISMATCH, Delivery, Hello, Reported, Welcome};
 use hub_engine::events::Events;
 use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
 use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::*;
 use hub_engine::records::*;
 use hub_engine::watch::Watchers;
+use hub_testkit::TestJournal;
 use hub_testkit::contract::sample;
+use hub_testkit::journal::Write;
 use hub_testkit::memory::MemoryStore;
+use mesh_core::output::Digests;
 use mesh_core::permission::{Caller, Role};
 use mesh_core::seal::Intent;
 use mesh_core::task::{AttemptNo, Event, NeverStarted, Outcome, TaskState};
 use mesh_core::*;
 use mesh_process::Clock;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 const KEY: [u8; 32] = [7; 32];
 
@@ -64,78 +67,35 @@ impl Keyring for FakeKeys {
     }
 }
 
-/// The memory's journal, whose commits the test can hold back or let fail.
-struct Held {
-    inner: Arc<MemoryStore>,
-    commits: Semaphore,
-    fail_expiry: AtomicBool,
-    entered: Mutex<mpsc::Sender<()>>,
-}
-
-#[async_trait]
-impl Journal for Held {
-    async fn accept(&self, task: &Task) -> Stored<()> {
-        self.inner.accept(task).await
-    }
-    async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
-        let _ = self.entered.lock().unwrap().try_send(());
-        let _permit = self.commits.acquire().await.unwrap();
-        if matches!(event, Event::Expired { .. }) && self.fail_expiry.load(Ordering::SeqCst) {
-            return Err(StoreError::new("journal.apply", "the test says so"));
-        }
-        self.inner.apply(id, event, besides, now).await
-    }
-    async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
-        self.inner.task(id).await
-    }
-    async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
-        self.inner.tasks(filter, window).await
-    }
-    async fn specs(&self, ids: &[TaskId], max_bytes: usize) -> Stored<Vec<(TaskId, Vec<u8>)>> {
-        self.inner.specs(ids, max_bytes).await
-    }
-    async fn open_tasks(&self, session: Option<SessionId>, after: Option<TaskId>, limit: u32) -> Stored<Vec<Task>> {
-        self.inner.open_tasks(session, after, limit).await
-    }
-    async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>> {
-        self.inner.history(id).await
-    }
-}
-
 struct World {
     store: Arc<MemoryStore>,
-    journal: Arc<Held>,
+    journal: Arc<TestJournal>,
     clock: Arc<Hands>,
     links: Arc<Links>,
     pool: Arc<Pool>,
     delivery: Arc<Delivery>,
     node: Node,
-    entered: mpsc::Receiver<()>,
 }
 
 impl World {
     async fn new() -> Self {
-        let store = Arc::new(MemoryStore::new());
+        Self::over(Arc::new(MemoryStore::new()), 1).await
+    }
+
+    /// Another process of the hub on this store, which has been restored since.
+    async fn restored(self) -> Self {
+        Self::over(self.store, 2).await
+    }
+
+    async fn over(store: Arc<MemoryStore>, incarnation: u32) -> Self {
         let clock = Arc::new(Hands(AtomicI64::new(1000)));
+        let journal = TestJournal::over(store.clone());
         let node = sample::node(1, 1);
         let invite = sample::invite(1);
-        store.add_invite(&invite).await.unwrap();
-        assert_eq!(store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap(), Claim::Claimed);
-        Self::on(store, clock, node, 1)
-    }
-    /// The process ends, and another takes up what it left, with this incarnation.
-    async fn incarnate(&mut self, incarnation: u32) {
-        *self = Self::on(self.store.clone(), self.clock.clone(), self.node.clone(), incarnation);
-        self.pool.recover().await.unwrap();
-    }
-    fn on(store: Arc<MemoryStore>, clock: Arc<Hands>, node: Node, incarnation: u32) -> Self {
-        let (enter, entered) = mpsc::channel(64);
-        let journal = Arc::new(Held {
-            inner: store.clone(),
-            commits: Semaphore::new(1000),
-            fail_expiry: AtomicBool::new(false),
-            entered: Mutex::new(enter),
-        });
+        if store.node(node.id).await.unwrap().is_none() {
+            store.add_invite(&invite).await.unwrap();
+            assert_eq!(store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap(), Claim::Claimed);
+        }
         let links = Arc::new(Links::default());
         let pool = Arc::new(Pool {
             journal: journal.clone(),
@@ -159,7 +119,7 @@ impl World {
             clock: clock.clone(),
             output_bytes: 1 << 20,
         });
-        Self { store, journal, clock, links, pool, delivery, node, entered }
+        Self { store, journal, clock, links, pool, delivery, node }
     }
 
     fn task(&self, n: u16) -> Task {
@@ -172,11 +132,12 @@ impl World {
     }
 
     async fn hello(&self, spool: u16) -> (Welcome, mpsc::Receiver<LinkCommand>) {
-        self.hello_of(spool, vec![]).await
+        self.hello_with(spool, vec![]).await
     }
-    async fn hello_of(&self, spool: u16, attempts: Vec<(TaskId, AttemptNo)>) -> (Welcome, mpsc::Receiver<LinkCommand>) {
+
+    async fn hello_with(&self, spool: u16, attempts: Vec<(TaskId, AttemptNo)>) -> (Welcome, mpsc::Receiver<LinkCommand>) {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(spool), max_tasks: 4, attempts };
+        let hello = Hello { spool: sample::spool_id(spool), max_tasks: 4, keeps: 0, attempts };
         (self.delivery.open_link(&self.node, hello, commands).await.unwrap(), queue)
     }
 
@@ -185,7 +146,7 @@ impl World {
     }
 
     async fn report(&self, welcome: &Welcome, task: TaskId, attempt: AttemptNo, outcome: Outcome) {
-        let r = Reported { task, attempt, outcome, last_seq: 0, result: None, sandbox_applied: None };
+        let r = Reported { task, attempt, outcome, last_seq: 0, result: None, sandbox_applied: None, digests: None };
         self.delivery.result(&self.caller(welcome), r).await.unwrap();
     }
 
@@ -206,20 +167,19 @@ fn orders(queue: &mut mpsc::Receiver<LinkCommand>) -> Vec<(TaskId, AttemptNo)> {
 
 #[tokio::test]
 async fn a_hello_in_the_middle_of_a_commit_takes_no_slot_away() {
-    let mut w = World::new().await;
+    let w = World::new().await;
     let task = w.task(1);
     w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
     let (first, _first_queue) = w.hello(1).await;
     // The pool has reserved a slot and is committing the attempt …
-    w.journal.commits.forget_permits(1000);
-    while w.entered.try_recv().is_ok() {}
+    w.journal.hold();
     let pool = w.pool.clone();
     let placing = async move { pool.round().await };
     let meanwhile = async {
-        w.entered.recv().await.unwrap();
+        w.journal.begun().await;
         // … when the node links anew.
         let second = w.hello(1).await;
-        w.journal.commits.add_permits(1000);
+        w.journal.release();
         second
     };
     let (placed, (second, mut queue)) = futures::future::join(placing, meanwhile).await;
@@ -254,6 +214,52 @@ async fn the_journal_and_not_memory_calls_a_word_late() {
 }
 
 #[tokio::test]
+async fn a_result_that_does_not_fit_its_output_changes_nothing() {
+    let w = World::new().await;
+    let (welcome, mut queue) = w.hello(1).await;
+    let caller = w.caller(&welcome);
+    let of = |stdout: &str, stderr: &str| Some(Digests { stdout: sha256(stdout.as_bytes()), stderr: sha256(stderr.as_bytes()) });
+    let mut n = 0;
+    let mut granted = async |frames: &[(Stream, &str)]| {
+        n += 1;
+        w.pool.accept(w.task(n), Role::Admin, None).await.unwrap();
+        let (id, attempt) = orders(&mut queue)[0];
+        let frames: Vec<OutputFrame> = (1..)
+            .zip(frames)
+            .map(|(seq, (stream, data))| OutputFrame { seq, t_ms: 1, stream: *stream, data: data.to_string().into() })
+            .collect();
+        w.delivery.append(&caller, id, attempt, frames).await.unwrap();
+        (id, attempt)
+    };
+    let report = async |(id, attempt), last_seq, digests| {
+        let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq, result: None, sandbox_applied: None, digests };
+        w.delivery.result(&caller, r).await
+    };
+    let one = granted(&[(Stream::Stdout, "out"), (Stream::Stderr, "err")]).await;
+    for wrong in [of("out", ""), of("err", "out"), of("out!", "err"), Some(Digests::of_nothing())] {
+        let refused = report(one, 2, wrong).await.unwrap_err();
+        assert!(matches!(refused, Error::Invalid { code: DIGEST_MISMATCH, .. }), "{refused}");
+        assert_eq!(w.state(one.0).await, TaskState::Assigned);
+    }
+    report(one, 2, of("out", "err")).await.unwrap();
+    let ended = w.store.task(one.0).await.unwrap().unwrap();
+    assert_eq!((ended.progress.state, ended.digests), (TaskState::Succeeded, of("out", "err")));
+
+    let silent = granted(&[]).await;
+    assert!(report(silent, 0, of("x", "")).await.is_err(), "there is none");
+    report(silent, 0, Some(Digests::of_nothing())).await.unwrap();
+    // Of what was cut nobody here can say; an older node says nothing.
+    let long = "x".repeat(1 << 20);
+    let cut = granted(&[(Stream::Stdout, &long), (Stream::Stdout, "y")]).await;
+    report(cut, 2, of("whatever", "it was")).await.unwrap();
+    assert_eq!(w.store.task(cut.0).await.unwrap().unwrap().digests, of("whatever", "it was"));
+    let old = granted(&[(Stream::Stdout, "out")]).await;
+    report(old, 1, None).await.unwrap();
+    let ended = w.store.task(old.0).await.unwrap().unwrap();
+    assert_eq!((ended.progress.state, ended.digests), (TaskState::Succeeded, None));
+}
+
+#[tokio::test]
 async fn words_of_an_older_link_are_refused() {
     let w = World::new().await;
     let (first, mut queue) = w.hello(1).await;
@@ -262,7 +268,7 @@ async fn words_of_an_older_link_are_refused() {
     let (id, attempt) = orders(&mut queue)[0];
     let (second, mut newer) = w.hello(1).await;
     assert_eq!(orders(&mut newer), [(id, attempt)], "what the node does not know is sent again, as the same attempt");
-    let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None };
+    let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None, digests: None };
     assert!(w.delivery.result(&w.caller(&first), r).await.is_err());
     assert_eq!(w.state(id).await, TaskState::Assigned);
     drop(first);
@@ -287,19 +293,18 @@ async fn another_spool_cannot_answer_for_what_it_never_had() {
 
 #[tokio::test]
 async fn a_grant_to_a_memory_that_is_gone_by_its_commit_is_lost_and_not_stuck() {
-    let mut w = World::new().await;
+    let w = World::new().await;
     let task = w.task(1);
     w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
     let (first, _first_queue) = w.hello(1).await;
-    w.journal.commits.forget_permits(1000);
-    while w.entered.try_recv().is_ok() {}
+    w.journal.hold();
     let pool = w.pool.clone();
     let placing = async move { pool.round().await };
     // While the grant to the first memory is committed, the node comes with a second one.
     let meanwhile = async {
-        w.entered.recv().await.unwrap();
+        w.journal.begun().await;
         let second = w.hello(2).await;
-        w.journal.commits.add_permits(1000);
+        w.journal.release();
         second
     };
     let (placed, (_second, mut queue)) = futures::future::join(placing, meanwhile).await;
@@ -309,33 +314,6 @@ async fn a_grant_to_a_memory_that_is_gone_by_its_commit_is_lost_and_not_stuck() 
     w.pool.round_of_changes().await.unwrap();
     let ended = w.store.task(task.id).await.unwrap().unwrap().progress;
     assert_eq!((ended.state, ended.reason.unwrap().detail), (TaskState::Failed, "maybe_ran".into()));
-    assert_eq!(w.links.running(w.node.id), 0);
-}
-
-#[tokio::test]
-async fn a_restored_hub_sends_no_order_of_before_again() {
-    let mut w = World::new().await;
-    let (first, mut queue) = w.hello(1).await;
-    let (unknown, gap, ended) = (w.task(1), w.task(2), w.task(3));
-    for task in [&unknown, &gap, &ended] {
-        w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
-    }
-    let attempt = orders(&mut queue)[0].1;
-    drop(first);
-    w.incarnate(2).await;
-    // What ran after the back-up may have been acknowledged, and forgotten by its node.
-    let (welcome, mut queue) = w.hello_of(1, vec![(gap.id, attempt), (ended.id, attempt)]).await;
-    assert_eq!(orders(&mut queue), []);
-    assert_eq!(w.state(unknown.id).await, TaskState::Failed);
-    assert_eq!(w.state(gap.id).await, TaskState::Assigned, "this one its node can speak of");
-    let frame = OutputFrame { seq: 3, t_ms: 1, stream: Stream::Stdout, data: "x".into() };
-    assert_eq!(w.delivery.append(&w.caller(&welcome), gap.id, attempt, vec![frame]).await.unwrap(), Some(3));
-    assert_eq!(w.state(gap.id).await, TaskState::Failed, "its first output is nowhere any more");
-    assert!(matches!(queue.try_recv(), Ok(LinkCommand::Cancel { .. })));
-    let r = Reported { task: ended.id, attempt, outcome: Outcome::Exited(0), last_seq: 3, result: None, sandbox_applied: None };
-    w.delivery.result(&w.caller(&welcome), r).await.unwrap();
-    assert_eq!(w.state(ended.id).await, TaskState::Failed, "nor is this one's");
-    assert!(matches!(queue.try_recv(), Ok(LinkCommand::ResultAck { .. })));
     assert_eq!(w.links.running(w.node.id), 0);
 }
 
@@ -370,11 +348,117 @@ async fn a_store_that_fails_in_the_middle_of_a_round_leaks_no_slot() {
     }
     let (_welcome, mut queue) = w.hello(1).await;
     w.clock.0.fetch_add(5000, Ordering::SeqCst);
-    w.journal.fail_expiry.store(true, Ordering::SeqCst);
+    w.journal.fail(|write| matches!(write, Write::Apply(Event::Expired { .. })));
     assert!(w.pool.round().await.is_err());
     assert_eq!(orders(&mut queue).len(), 1, "what was placed before the failure is committed and sent");
     assert_eq!(w.links.running(w.node.id), 1);
-    w.journal.fail_expiry.store(false, Ordering::SeqCst);
+    w.journal.work();
     w.pool.round().await.unwrap();
     assert_eq!(w.state(expiring.id).await, TaskState::Failed);
+}
+
+/// A node that has run, told and forgotten an attempt looks like one that never had it.
+#[tokio::test]
+async fn what_was_granted_before_a_restore_is_never_sent_again() {
+    let w = World::new().await;
+    let (_first, mut queue) = w.hello(1).await;
+    let (gone, stays) = (w.task(1), w.task(2));
+    for t in [&gone, &stays] {
+        w.pool.accept(t.clone(), Role::Admin, None).await.unwrap();
+    }
+    let sent = orders(&mut queue);
+    assert_eq!(sent.len(), 2);
+    let w = w.restored().await;
+    w.pool.recover().await.unwrap();
+    let (second, mut queue) = w.hello_with(1, vec![sent[1]]).await;
+    assert_eq!(orders(&mut queue), []);
+    let ended = w.store.task(gone.id).await.unwrap().unwrap().progress;
+    assert_eq!((ended.state, ended.reason.unwrap().detail), (TaskState::Failed, "maybe_ran".into()));
+    // What the node still has goes on, and its output too, past what the hub of before had taken.
+    let (id, attempt) = sent[1];
+    let frame = |seq| vec![OutputFrame { seq, t_ms: 1, stream: Stream::Stdout, data: "x".into() }];
+    assert_eq!(w.delivery.append(&w.caller(&second), id, attempt, frame(7)).await.unwrap(), Some(7));
+    assert!(w.store.totals(id, attempt).await.unwrap().truncated, "and it is said that some is missing");
+    let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq: 9, result: None, sandbox_applied: None, digests: None };
+    w.delivery.result(&w.caller(&second), r).await.unwrap();
+    assert_eq!(w.state(id).await, TaskState::Succeeded);
+    // A new attempt of this hub is sent again as ever, and a gap in its output is refused.
+    let new = w.task(3);
+    w.pool.accept(new.clone(), Role::Admin, None).await.unwrap();
+    let (id, attempt) = orders(&mut queue)[0];
+    assert_eq!(attempt.incarnation(), 2);
+    assert_eq!(w.delivery.append(&w.caller(&second), id, attempt, frame(7)).await.unwrap(), None);
+    let (_third, mut queue) = w.hello(1).await;
+    assert_eq!(orders(&mut queue), [(id, attempt)]);
+}
+
+#[tokio::test]
+async fn while_the_hub_holds_back_nothing_is_sent_ended_or_acknowledged() {
+    let w = World::new().await;
+    let (_first, mut queue) = w.hello(1).await;
+    let task = w.task(1);
+    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    let known = orders(&mut queue)[0];
+    let strange = (sample::task_id(99), known.1);
+    let w = w.restored().await;
+    w.links.hold_back();
+    let (held, mut queue) = w.hello_with(1, vec![known, strange]).await;
+    let node = w.node.id;
+    let told: Vec<_> = w.links.told().unwrap()[&node].iter().map(|t| (t.task, t.known)).collect();
+    assert_eq!(told, [(known.0, true), (strange.0, false)]);
+    for (id, attempt) in [known, strange] {
+        let frame = OutputFrame { seq: 1, t_ms: 1, stream: Stream::Stdout, data: "x".into() };
+        assert_eq!(w.delivery.append(&w.caller(&held), id, attempt, vec![frame]).await.unwrap(), Some(0), "nothing may be forgotten");
+        w.delivery.started(&w.caller(&held), id, attempt).await.unwrap();
+        w.report(&held, id, attempt, Outcome::Exited(0)).await;
+    }
+    assert!(queue.try_recv().is_err(), "no order, no cancel, no acknowledgement");
+    assert_eq!(w.state(known.0).await, TaskState::Assigned);
+
+    w.links.go();
+    assert!(matches!(queue.try_recv(), Ok(LinkCommand::Close { code: "restored", .. })), "each node links anew");
+    w.pool.recover().await.unwrap();
+    let (again, mut queue) = w.hello_with(1, vec![known, strange]).await;
+    let cancels: Vec<_> = std::iter::from_fn(|| queue.try_recv().ok()).collect();
+    assert_eq!(cancels, [LinkCommand::Cancel { task: strange.0, attempt: strange.1 }]);
+    w.report(&again, known.0, known.1, Outcome::Exited(0)).await;
+    assert_eq!(w.state(known.0).await, TaskState::Succeeded);
+}
+
+#[tokio::test]
+async fn what_a_spool_has_started_and_does_not_know_is_not_sent_again() {
+    let w = World::new().await;
+    let (first, mut queue) = w.hello(1).await;
+    let task = w.task(1);
+    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    let (id, attempt) = orders(&mut queue)[0];
+    w.delivery.started(&w.caller(&first), id, attempt).await.unwrap();
+    drop(first);
+    // The same spool, as it was before: a folder from a backup.
+    let (_second, mut queue) = w.hello(1).await;
+    assert_eq!(orders(&mut queue), []);
+    let ended = w.store.task(id).await.unwrap().unwrap().progress;
+    assert_eq!((ended.state, ended.reason.unwrap().detail), (TaskState::Failed, "maybe_ran".into()));
+}
+
+#[tokio::test]
+async fn a_copy_of_a_node_is_sent_nothing_of_its_twins_and_both_are_held() {
+    let w = World::new().await;
+    let (first, mut queue) = w.hello(1).await;
+    w.links.copies().linked(w.node.id, b"", b"a");
+    let task = w.task(1);
+    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    let (id, _) = orders(&mut queue)[0];
+    w.delivery.tell_copies_apart(&w.node, b"b").await.unwrap();
+    let (_second, mut copys) = w.hello(1).await;
+    w.links.copies().linked(w.node.id, b"b", b"b2");
+    assert_eq!(orders(&mut copys), [], "the first may have started it");
+    assert_eq!(w.state(id).await, TaskState::Assigned, "and may still say so");
+    drop(first);
+    let refused = w.delivery.tell_copies_apart(&w.node, b"a").await.unwrap_err();
+    assert!(matches!(refused, hub_engine::Error::Conflict { code: "superseded", .. }), "{refused}");
+    assert!(std::iter::from_fn(|| copys.try_recv().ok()).any(|c| matches!(c, LinkCommand::Close { code: "superseded", .. })));
+    assert!(w.links.copies().holds(w.node.id));
+    let notices = w.store.node(w.node.id).await.unwrap().unwrap().notices;
+    assert!(notices.last().is_some_and(|n| n.contains("two machines")), "{notices:?}");
 }

@@ -15,16 +15,18 @@ use hub_engine::records::*;
 use hub_engine::sessions::Sessions;
 use hub_engine::tasks::TaskService;
 use hub_engine::watch::Watchers;
+use hub_testkit::TestJournal;
 use hub_testkit::contract::sample;
 use hub_testkit::memory::MemoryStore;
 use mesh_core::input::{Fate, MAX_PIECE_BYTES};
 use mesh_core::permission::{Caller, Role};
 use mesh_core::seal::Intent;
-use mesh_core::spec::{Program, Shell, Spec};
+use mesh_core::spec::{INLINE_SPEC_BYTES, Program, Shell, Spec};
 use mesh_core::task::{AttemptNo, Event, Outcome};
 use mesh_core::*;
 use mesh_process::{CancellationToken, Clock, Tasks};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -76,6 +78,7 @@ struct World {
     delivery: Arc<Delivery>,
     node: Node,
     stop: CancellationToken,
+    journal: Arc<TestJournal>,
 }
 
 impl World {
@@ -86,6 +89,7 @@ impl World {
         let invite = sample::invite(1);
         store.add_invite(&invite).await.unwrap();
         assert_eq!(store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap(), Claim::Claimed);
+        let journal = TestJournal::over(store.clone());
         let (links, watchers) = (Arc::new(Links::default()), Watchers::default());
         let events = Events::local(Duration::from_secs(60), clock.clone());
         let pool = Arc::new(Pool {
@@ -117,13 +121,21 @@ impl World {
             links: links.clone(),
             events: events.clone(),
             history: Default::default(),
+            recoveries: Default::default(),
             clock: clock.clone(),
             lifetimes: Lifetimes { certificate_ms: 1, invite_secs: 1 },
         });
-        let sessions = Arc::new(Sessions { store: store.clone(), nodes: nodes.clone(), events, clock: clock.clone(), session_hours: 1 });
+        let sessions = Arc::new(Sessions {
+            store: store.clone(),
+            nodes: nodes.clone(),
+            pool: pool.clone(),
+            events,
+            clock: clock.clone(),
+            session_hours: 1,
+        });
         let stop = CancellationToken::new();
         let tasks = Arc::new(TaskService {
-            journal: store.clone(),
+            journal: journal.clone(),
             output: store,
             keyring: Arc::new(FakeKeys),
             nodes,
@@ -135,12 +147,12 @@ impl World {
             work: Tasks::new(),
             stop: stop.clone(),
         });
-        Self { tasks, delivery, node, stop }
+        Self { tasks, delivery, node, stop, journal }
     }
 
     async fn link(&self) -> (Welcome, mpsc::Receiver<LinkCommand>) {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(1), max_tasks: 4, attempts: vec![] };
+        let hello = Hello { spool: sample::spool_id(1), max_tasks: 4, keeps: 0, attempts: vec![] };
         (self.delivery.open_link(&self.node, hello, commands).await.unwrap(), queue)
     }
 
@@ -194,6 +206,45 @@ fn code<T: std::fmt::Debug>(r: Result<T, Error>) -> &'static str {
         Error::Forbidden(_) => "forbidden",
         e => panic!("{e}"),
     }
+}
+
+#[tokio::test]
+async fn a_long_spec_is_read_for_the_first_piece_alone() {
+    let (w, owner) = (World::new().await, owner());
+    let (link, mut queue) = w.link().await;
+    let long = |open| {
+        move |t: &mut Task| {
+            let program = Program::Argv(vec!["cat".into(), "x".repeat(INLINE_SPEC_BYTES)]);
+            let spec = Spec::Shell(Shell { program, cwd: String::new(), env: Default::default(), stdin: vec![], stdin_open: open });
+            (t.spec, t.digest) = (spec.encode(), spec.digest());
+            t.seal = FakeKeys.seal(&t.intent());
+        }
+    };
+    let (id, no) = w.accept(1, true, long(true)).await;
+    w.delivery.started(&w.word(&link), id, no).await.unwrap();
+    for n in 1..=3 {
+        let node = async {
+            let i = next(&mut queue).await;
+            w.answer(&link, &i, Fate::Taken, n);
+        };
+        assert_eq!(tokio::join!(w.tasks.input(&owner, id, piece(n)), node).0.unwrap(), n);
+    }
+    assert_eq!(w.journal.whole_reads.load(Ordering::SeqCst), 1);
+    assert_eq!(code(w.tasks.input(&stranger(), id, piece(4)).await), "not_found");
+    let (closed, no) = w.accept(2, true, long(false)).await;
+    w.delivery.started(&w.word(&link), closed, no).await.unwrap();
+    assert_eq!(code(w.tasks.input(&owner, closed, piece(1)).await), "no_input");
+    let (forged, no) = w
+        .accept(3, true, |t| {
+            long(true)(t);
+            t.spec.push(0)
+        })
+        .await;
+    w.delivery.started(&w.word(&link), forged, no).await.unwrap();
+    for _ in 0..2 {
+        assert!(w.tasks.input(&owner, forged, piece(1)).await.is_err(), "what does not fit is not remembered");
+    }
+    assert_eq!(w.journal.whole_reads.load(Ordering::SeqCst), 4);
 }
 
 #[tokio::test]

@@ -1,7 +1,6 @@
 //! Draining, changing, revoking and removing a node, and the moments in which that meets a hello, a
 //! commit or a failing store. In memory, with a journal that the test holds.
 
-use async_trait::async_trait;
 use hub_engine::Error;
 use hub_engine::accounts::Authenticated;
 use hub_engine::delivery::{Delivery, Hello, Reported, Welcome};
@@ -13,20 +12,21 @@ use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::*;
 use hub_engine::records::*;
 use hub_engine::watch::Watchers;
+use hub_testkit::TestJournal;
 use hub_testkit::contract::sample;
 use hub_testkit::memory::MemoryStore;
 use mesh_core::capability::Capabilities;
 use mesh_core::permission::{Caller, Role};
 use mesh_core::seal::Intent;
 use mesh_core::select::Selector;
-use mesh_core::task::{Attempt, AttemptNo, Event, Outcome, Progress, ReasonCode, TaskState};
+use mesh_core::task::{Attempt, AttemptNo, Outcome, Progress, ReasonCode, TaskState};
 use mesh_core::*;
 use mesh_process::{Clock, Tasks};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 const KEY: [u8; 32] = [7; 32];
 
@@ -71,53 +71,10 @@ impl Keyring for FakeKeys {
     }
 }
 
-/// The memory's journal, whose commits the test can hold back or let fail.
-struct Held {
-    inner: Arc<MemoryStore>,
-    commits: Semaphore,
-    fail: AtomicBool,
-    entered: Mutex<mpsc::Sender<()>>,
-}
-
-impl Held {
-    async fn pass(&self) -> Stored<()> {
-        let _ = self.entered.lock().unwrap().try_send(());
-        let _permit = self.commits.acquire().await.unwrap();
-        if self.fail.load(Ordering::SeqCst) { Err(StoreError::new("journal", "the test says so")) } else { Ok(()) }
-    }
-}
-
-#[async_trait]
-impl Journal for Held {
-    async fn accept(&self, task: &Task) -> Stored<()> {
-        self.pass().await?;
-        self.inner.accept(task).await
-    }
-    async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
-        self.pass().await?;
-        self.inner.apply(id, event, besides, now).await
-    }
-    async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
-        self.inner.task(id).await
-    }
-    async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
-        self.inner.tasks(filter, window).await
-    }
-    async fn specs(&self, ids: &[TaskId], max_bytes: usize) -> Stored<Vec<(TaskId, Vec<u8>)>> {
-        self.inner.specs(ids, max_bytes).await
-    }
-    async fn open_tasks(&self, session: Option<SessionId>, after: Option<TaskId>, limit: u32) -> Stored<Vec<Task>> {
-        self.inner.open_tasks(session, after, limit).await
-    }
-    async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>> {
-        self.inner.history(id).await
-    }
-}
-
 /// One hub's process over a store that may be shared.
 struct World {
     store: Arc<MemoryStore>,
-    journal: Arc<Held>,
+    journal: Arc<TestJournal>,
     clock: Arc<Hands>,
     links: Arc<Links>,
     nodes: Arc<Nodes>,
@@ -125,7 +82,6 @@ struct World {
     delivery: Arc<Delivery>,
     manage: Arc<Management>,
     node: Node,
-    entered: mpsc::Receiver<()>,
 }
 
 impl World {
@@ -139,13 +95,7 @@ impl World {
 
     fn over(store: Arc<MemoryStore>) -> Self {
         let clock = Arc::new(Hands(AtomicI64::new(1000)));
-        let (enter, entered) = mpsc::channel(64);
-        let journal = Arc::new(Held {
-            inner: store.clone(),
-            commits: Semaphore::new(1000),
-            fail: AtomicBool::new(false),
-            entered: Mutex::new(enter),
-        });
+        let journal = TestJournal::over(store.clone());
         let links = Arc::new(Links::default());
         let events = Events::local(Duration::from_secs(60), clock.clone());
         let nodes = Arc::new(Nodes {
@@ -155,6 +105,7 @@ impl World {
             links: links.clone(),
             events: events.clone(),
             history: Default::default(),
+            recoveries: Default::default(),
             clock: clock.clone(),
             lifetimes: Lifetimes { certificate_ms: 1000, invite_secs: 60 },
         });
@@ -187,7 +138,7 @@ impl World {
             work: Tasks::new(),
             seen: Default::default(),
         });
-        Self { store, journal, clock, links, nodes, pool, delivery, manage, node: sample::node(1, 1), entered }
+        Self { store, journal, clock, links, nodes, pool, delivery, manage, node: sample::node(1, 1) }
     }
 
     fn task(&self, n: u16, named: Option<NodeId>) -> Task {
@@ -204,7 +155,7 @@ impl World {
 
     async fn try_hello(&self, node: &Node) -> Result<(Welcome, mpsc::Receiver<LinkCommand>), Error> {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(1), max_tasks: 4, attempts: vec![] };
+        let hello = Hello { spool: sample::spool_id(1), max_tasks: 4, keeps: 0, attempts: vec![] };
         Ok((self.delivery.open_link(node, hello, commands).await?, queue))
     }
     async fn hello(&self) -> (Welcome, mpsc::Receiver<LinkCommand>) {
@@ -221,11 +172,6 @@ impl World {
     }
     async fn row(&self) -> Node {
         self.store.node(self.node.id).await.unwrap().unwrap()
-    }
-    /// Holds every commit of the journal back from here on.
-    fn hold(&mut self) {
-        self.journal.commits.forget_permits(1000);
-        while self.entered.try_recv().is_ok() {}
     }
 }
 
@@ -272,7 +218,15 @@ async fn a_draining_node_finishes_and_takes_nothing_new() {
     assert!(!welcome.cut.is_cancelled(), "what runs goes on");
     let caller = Caller::Node { node: w.node.id, generation: welcome.generation };
     let a = running.progress.attempt.unwrap();
-    let r = Reported { task: running.id, attempt: a.no, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None };
+    let r = Reported {
+        task: running.id,
+        attempt: a.no,
+        outcome: Outcome::Exited(0),
+        last_seq: 0,
+        result: None,
+        sandbox_applied: None,
+        digests: None,
+    };
     w.delivery.result(&caller, r).await.unwrap();
     assert_eq!(w.read(running.id).await.0, TaskState::Succeeded);
 
@@ -437,7 +391,15 @@ async fn a_revoked_node_has_no_link_no_tasks_and_no_way_back() {
         // Late words, a new link, another certificate: nothing of it counts.
         let caller = Caller::Node { node: w.node.id, generation: welcome.generation };
         let attempt = granted.progress.attempt.unwrap().no;
-        let r = Reported { task: granted.id, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None };
+        let r = Reported {
+            task: granted.id,
+            attempt,
+            outcome: Outcome::Exited(0),
+            last_seq: 0,
+            result: None,
+            sandbox_applied: None,
+            digests: None,
+        };
         assert!(w.delivery.result(&caller, r).await.is_err());
         assert!(w.delivery.started(&caller, granted.id, attempt).await.is_err());
         let frame = OutputFrame { seq: 1, t_ms: 1, stream: Stream::Stdout, data: "x".into() };
@@ -473,21 +435,21 @@ async fn revoked_while_it_is_away_is_the_same() {
 async fn a_dispatch_that_has_a_slot_in_hand_loses_it() {
     // First in the dispatch itself, then in a round of the pool.
     for waits in [false, true] {
-        let mut w = World::new().await;
+        let w = World::new().await;
         let mut task = w.task(1, None);
         if waits {
             task = w.pool.accept(task, Role::Admin, None).await.unwrap();
         }
         let (_welcome, mut queue) = w.hello().await;
-        w.hold();
+        w.journal.hold();
         let (id, pool) = (task.id, w.pool.clone());
         let dispatch = async move { if waits { pool.round().await } else { pool.accept(task, Role::Admin, None).await.map(drop) } };
         let meanwhile = async {
             // The slot is reserved and its commit under way …
-            w.entered.recv().await.unwrap();
+            w.journal.begun().await;
             // … when the node is revoked, which finds nothing to end.
             w.manage.revoke(&admin(), w.node.id).await.unwrap();
-            w.journal.commits.add_permits(1000);
+            w.journal.release();
         };
         let (dispatched, ()) = futures::future::join(dispatch, meanwhile).await;
         dispatched.unwrap();
@@ -499,14 +461,14 @@ async fn a_dispatch_that_has_a_slot_in_hand_loses_it() {
 
 #[tokio::test]
 async fn a_task_that_is_accepted_for_a_node_that_goes_ends() {
-    let mut w = World::new().await;
-    w.hold();
+    let w = World::new().await;
+    w.journal.hold();
     let (task, pool) = (w.task(1, Some(w.node.id)), w.pool.clone());
     let id = task.id;
     let meanwhile = async {
-        w.entered.recv().await.unwrap();
+        w.journal.begun().await;
         w.manage.remove(&admin(), w.node.id).await.unwrap();
-        w.journal.commits.add_permits(1000);
+        w.journal.release();
     };
     let (accepted, ()) = futures::future::join(pool.accept(task, Role::Admin, None), meanwhile).await;
     assert_eq!(accepted.unwrap().progress.state, TaskState::Failed, "and its caller hears so");
@@ -522,24 +484,24 @@ async fn a_hello_in_the_middle_of_a_revocation_is_refused() {
     assert_eq!(code(&w.try_hello(&w.node).await.unwrap_err()), "revoked");
     assert!(w.links.get(w.node.id).is_none());
     // … or while what the node holds is looked at: the link is in place and is cut.
-    let mut w = World::new().await;
+    let w = World::new().await;
     let (first, _queue) = w.hello().await;
     let task = w.accept(1, true).await;
     drop(first);
-    w.hold();
-    let other = Hello { spool: sample::spool_id(2), max_tasks: 4, attempts: vec![] };
+    w.journal.hold();
+    let other = Hello { spool: sample::spool_id(2), max_tasks: 4, keeps: 0, attempts: vec![] };
     let (commands, mut queue) = mpsc::channel(LINK_QUEUE);
     let delivery = w.delivery.clone();
     let node = w.node.clone();
     let hello = async move { delivery.open_link(&node, other, commands).await };
     let meanwhile = async {
         // Another spool: the hello is ending what the first was granted.
-        w.entered.recv().await.unwrap();
+        w.journal.begun().await;
         let admin = admin();
         let revoke = w.manage.revoke(&admin, w.node.id);
         let release = async {
-            w.entered.recv().await.unwrap();
-            w.journal.commits.add_permits(1000);
+            w.journal.begun().await;
+            w.journal.release();
         };
         futures::future::join(revoke, release).await.0.unwrap();
     };
@@ -587,13 +549,13 @@ async fn a_store_that_fails_in_the_middle_is_asked_again() {
     let w = World::new().await;
     let (_welcome, _queue) = w.hello().await;
     let task = w.accept(1, true).await;
-    w.journal.fail.store(true, Ordering::SeqCst);
+    w.journal.fail(|_| true);
     let node = w.manage.revoke(&admin(), w.node.id).await.unwrap();
     assert!(node.revoked_at.is_some() && w.links.get(w.node.id).is_none(), "the revocation itself stands");
     assert_eq!(w.read(task.id).await.0, TaskState::Assigned);
     w.manage.follow().await.unwrap();
     assert_eq!(w.links.unsettled(), [w.node.id]);
-    w.journal.fail.store(false, Ordering::SeqCst);
+    w.journal.work();
     w.manage.follow().await.unwrap();
     assert_eq!(w.read(task.id).await, revoked_end());
     assert_eq!(w.links.unsettled(), []);

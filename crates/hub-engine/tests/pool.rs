@@ -7,70 +7,93 @@ use hub_engine::events::Events;
 use hub_engine::idempotency::{Idempotency, Keyed};
 use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
 use hub_engine::pool::{Accepted, Pool, Queue};
-use hub_engine::ports::{Applied, Besides, Journal, Keyring, NodeDirectory, StoreError, Stored, Window};
-use hub_engine::records::{Node, Task, TaskEvent, TaskFilter};
+use hub_engine::ports::{Accounts, Journal, Keyring, NodeDirectory, Stored, Window};
+use hub_engine::records::{ApiKey, Node, RefreshToken, Rotation, Task, TaskFilter, User};
 use hub_engine::watch::Watchers;
 use hub_testkit::contract::{HandClock, sample};
-use hub_testkit::{MemoryStore, TestKeys};
+use hub_testkit::journal::Write;
+use hub_testkit::{MemoryStore, TestJournal, TestKeys};
 use mesh_core::capability::{Capabilities, Gpu};
 use mesh_core::permission::{Caller, Role};
 use mesh_core::placement::Waiting;
 use mesh_core::select::Selector;
-use mesh_core::task::{Event, Outcome, Progress, ReasonCode, TaskState, Terms};
-use mesh_core::{NodeId, TaskId, UnixMs, UserId, sha256};
+use mesh_core::task::{Event, OnLost, Outcome, Progress, ReasonCode, TaskState, Terms};
+use mesh_core::{ApiKeyId, Digest, LoginId, NodeId, TaskId, UnixMs, UserId, sha256};
 use mesh_process::Clock;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// The memory's journal, whose transitions the test can let fail.
-struct Failing {
+/// The memory's accounts, which count how often a user is read and can be made to wait with it.
+struct Slow {
     inner: Arc<MemoryStore>,
-    fails: AtomicBool,
-    /// What is asked is done, and the answer is lost: as when a connection breaks at the commit.
-    unanswered: AtomicBool,
-}
-
-impl Failing {
-    fn answer<T>(&self, done: T) -> Stored<T> {
-        if self.unanswered.load(Ordering::SeqCst) { Err(StoreError::new("journal", "no answer came")) } else { Ok(done) }
-    }
+    reads: AtomicUsize,
+    /// Whose reading says so and waits for a permit.
+    slow: std::sync::Mutex<Option<UserId>>,
+    entered: tokio::sync::Semaphore,
+    go_on: tokio::sync::Semaphore,
 }
 
 #[async_trait]
-impl Journal for Failing {
-    async fn accept(&self, task: &Task) -> Stored<()> {
-        self.inner.accept(task).await?;
-        self.answer(())
-    }
-    async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
-        if self.fails.load(Ordering::SeqCst) {
-            return Err(StoreError::new("journal.apply", "the test says so"));
+impl Accounts for Slow {
+    async fn user(&self, id: UserId) -> Stored<Option<User>> {
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        let slow = *self.slow.lock().unwrap();
+        if slow == Some(id) {
+            self.entered.add_permits(1);
+            self.go_on.acquire().await.unwrap().forget();
         }
-        let applied = self.inner.apply(id, event, besides, now).await?;
-        self.answer(applied)
+        self.inner.user(id).await
     }
-    async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
-        self.inner.task(id).await
+    async fn add_user(&self, user: &User) -> Stored<bool> {
+        self.inner.add_user(user).await
     }
-    async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
-        self.inner.tasks(filter, window).await
+    async fn user_named(&self, username: &str) -> Stored<Option<User>> {
+        self.inner.user_named(username).await
     }
-    async fn specs(&self, ids: &[TaskId], max_bytes: usize) -> Stored<Vec<(TaskId, Vec<u8>)>> {
-        self.inner.specs(ids, max_bytes).await
+    async fn count_users(&self) -> Stored<u64> {
+        self.inner.count_users().await
     }
-    async fn open_tasks(&self, session: Option<mesh_core::SessionId>, after: Option<TaskId>, limit: u32) -> Stored<Vec<Task>> {
-        self.inner.open_tasks(session, after, limit).await
+    async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()> {
+        self.inner.set_password(id, hash, keep).await
     }
-    async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>> {
-        self.inner.history(id).await
+    async fn add_refresh(&self, token: &RefreshToken) -> Stored<()> {
+        self.inner.add_refresh(token).await
+    }
+    async fn rotate_refresh(&self, old: &Digest, new_mac: &Digest, new_expires_at: UnixMs, now: UnixMs) -> Stored<Rotation> {
+        self.inner.rotate_refresh(old, new_mac, new_expires_at, now).await
+    }
+    async fn end_login(&self, login: LoginId) -> Stored<()> {
+        self.inner.end_login(login).await
+    }
+    async fn login_lives(&self, login: LoginId, now: UnixMs) -> Stored<bool> {
+        self.inner.login_lives(login, now).await
+    }
+    async fn add_key(&self, key: &ApiKey) -> Stored<()> {
+        self.inner.add_key(key).await
+    }
+    async fn key_by_mac(&self, mac: &Digest) -> Stored<Option<ApiKey>> {
+        self.inner.key_by_mac(mac).await
+    }
+    async fn key(&self, id: ApiKeyId) -> Stored<Option<ApiKey>> {
+        self.inner.key(id).await
+    }
+    async fn keys(&self, user: UserId, window: Window<ApiKeyId>) -> Stored<Vec<ApiKey>> {
+        self.inner.keys(user, window).await
+    }
+    async fn remove_key(&self, id: ApiKeyId) -> Stored<bool> {
+        self.inner.remove_key(id).await
+    }
+    async fn key_used(&self, id: ApiKeyId, now: UnixMs) -> Stored<()> {
+        self.inner.key_used(id, now).await
     }
 }
 
 struct Hub {
     store: Arc<MemoryStore>,
-    journal: Arc<Failing>,
+    journal: Arc<TestJournal>,
+    accounts: Arc<Slow>,
     clock: Arc<HandClock>,
     links: Arc<Links>,
     pool: Arc<Pool>,
@@ -91,12 +114,19 @@ impl Hub {
     }
     /// A process on what another one may have left.
     fn on(store: Arc<MemoryStore>, clock: Arc<HandClock>) -> Self {
-        let journal = Arc::new(Failing { inner: store.clone(), fails: AtomicBool::new(false), unanswered: AtomicBool::new(false) });
+        let journal = TestJournal::over(store.clone());
+        let accounts = Arc::new(Slow {
+            inner: store.clone(),
+            reads: AtomicUsize::new(0),
+            slow: Default::default(),
+            entered: tokio::sync::Semaphore::new(0),
+            go_on: tokio::sync::Semaphore::new(0),
+        });
         let links = Arc::new(Links::default());
         let pool = Arc::new(Pool {
             journal: journal.clone(),
             sessions: store.clone(),
-            accounts: store.clone(),
+            accounts: accounts.clone(),
             keyring: Arc::new(TestKeys),
             links: links.clone(),
             watchers: Watchers::default(),
@@ -116,7 +146,7 @@ impl Hub {
             output_bytes: 1 << 20,
         };
         let idempotency = Idempotency { store: store.clone(), clock: clock.clone() };
-        Self { store, journal, clock, links, pool, delivery, idempotency }
+        Self { store, journal, accounts, clock, links, pool, delivery, idempotency }
     }
     /// The process dies, and another one takes up what it left.
     async fn restarted(self) -> Self {
@@ -137,7 +167,7 @@ impl Hub {
     }
     async fn link(&self, node: Node, max_tasks: u32, attempts: Vec<(TaskId, mesh_core::task::AttemptNo)>) -> Machine {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(1), max_tasks, attempts };
+        let hello = Hello { spool: sample::spool_id(1), max_tasks, keeps: 0, attempts };
         let welcome = self.delivery.open_link(&node, hello, commands).await.unwrap();
         Machine { node, welcome, queue }
     }
@@ -174,15 +204,14 @@ impl Hub {
     async fn end(&self, m: &Machine, task: TaskId, outcome: Outcome) {
         let attempt = self.progress(task).await.attempt.unwrap().no;
         let caller = Caller::Node { node: m.node.id, generation: m.welcome.generation };
-        let r = Reported { task, attempt, outcome, last_seq: 0, result: None, sandbox_applied: None };
+        let r = Reported { task, attempt, outcome, last_seq: 0, result: None, sandbox_applied: None, digests: None };
         self.delivery.result(&caller, r).await.unwrap();
         self.pool.round_of_changes().await.unwrap();
     }
     /// Nobody ever asks for another's nodes here: users are admins, as their tasks were accepted.
     async fn admins(&self, users: std::ops::RangeInclusive<u16>) {
-        use hub_engine::ports::Accounts;
         for n in users {
-            let user = hub_engine::records::User { role: Role::Admin, ..sample::user(n, &format!("u{n}")) };
+            let user = User { role: Role::Admin, ..sample::user(n, &format!("u{n}")) };
             self.store.add_user(&user).await.unwrap();
         }
     }
@@ -309,6 +338,112 @@ async fn who_is_new_passes_those_of_other_groups_and_none_of_its_own() {
 }
 
 #[tokio::test]
+async fn who_is_new_takes_no_place_that_somebody_waits_for() {
+    let hub = Hub::new();
+    hub.admins(1..=2).await;
+    let mut m = hub.machine(1, 1, 0).await;
+    let runs = hub.ask(1, 1, Terms::default()).await;
+    // Of other groups than the newcomers, and one that could never use this node.
+    let older = hub.ask(2, 2, select("os=linux", 0)).await;
+    let higher = hub.ask(3, 2, Terms { priority: 3, ..select("arch", 0) }).await;
+    hub.ask(4, 2, Terms { priority: 9, ..select("zone=nowhere", 0) }).await;
+    hub.pool.round().await.unwrap();
+    assert_eq!(m.orders(), [runs]);
+    // A place is free, and nobody has looked yet.
+    hub.links.release(m.node.id, runs);
+    let equal = hub.ask(5, 1, Terms::default()).await;
+    let between = hub.ask(6, 1, Terms { priority: 2, ..select("os", 0) }).await;
+    assert_eq!(m.orders(), [], "both would have passed somebody");
+    assert_eq!(hub.why(equal).await, Some(Waiting::NoSlot));
+    // One that goes before all of them anyway need not wait for the look.
+    let urgent = hub.ask(7, 1, Terms { priority: 4, ..select("os", 0) }).await;
+    assert_eq!(m.orders(), [], "its own kind waits: the look decides");
+    hub.pool.round_of_changes().await.unwrap();
+    let mut order = m.orders();
+    for _ in 0..4 {
+        hub.end(&m, *order.last().unwrap(), Outcome::Exited(0)).await;
+        order.extend(m.orders());
+    }
+    assert_eq!(order, [urgent, higher, between, older, equal], "of the last two, user 2 was given something longer ago");
+    hub.end(&m, equal, Outcome::Exited(0)).await;
+    // Nobody is left who could use it.
+    let plain = hub.ask(8, 1, Terms::default()).await;
+    assert_eq!(m.orders(), [plain]);
+    hub.links.release(m.node.id, plain);
+    let waits = hub.ask(9, 1, select("gpu", 0)).await;
+    hub.pool.round().await.unwrap();
+    let first = hub.ask(10, 2, Terms { priority: 1, ..Terms::default() }).await;
+    assert_eq!((m.orders(), hub.why(waits).await), (vec![first], Some(Waiting::NoCandidate)));
+}
+
+#[tokio::test]
+async fn looks_read_rights_only_where_there_is_a_place_and_not_each_time() {
+    const USERS: u16 = 2000;
+    let hub = Hub::new();
+    hub.admins(1..=USERS + 1).await;
+    let m = hub.machine(1, 1, 0).await;
+    let runs = hub.ask(1, USERS + 1, Terms::default()).await;
+    for n in 1..=USERS {
+        hub.ask(1 + n, n, Terms::default()).await;
+    }
+    let reads = |hub: &Hub| hub.accounts.reads.swap(0, Ordering::SeqCst);
+    for _ in 0..3 {
+        hub.pool.round().await.unwrap();
+        hub.clock.advance(Duration::from_secs(60));
+    }
+    assert_eq!(reads(&hub), 0, "as they were accepted, and no node has a place");
+    let hub = hub.restarted().await;
+    let mut m = hub.link(m.node, 1, vec![(runs, hub.progress(runs).await.attempt.unwrap().no)]).await;
+    hub.pool.round().await.unwrap();
+    assert_eq!(reads(&hub), usize::from(USERS), "each once, so that it is known why they wait");
+    for _ in 0..3 {
+        hub.clock.advance(Duration::from_secs(60));
+        hub.pool.round().await.unwrap();
+    }
+    assert_eq!(reads(&hub), 0);
+    // A place: it is given by rights of now, and the reading ends with it.
+    hub.end(&m, runs, Outcome::Exited(0)).await;
+    assert_eq!(m.orders().len(), 1);
+    let read = reads(&hub);
+    assert!((1..=32).contains(&read), "{read}");
+}
+
+#[tokio::test]
+async fn rights_that_were_read_are_good_for_a_while() {
+    let hub = Hub::new();
+    // An admin when it was accepted, and nobody any more.
+    let id = hub.ask(1, 2, Terms::default()).await;
+    let _m = hub.machine(1, 1, 0).await;
+    let reads = async |ms: u64| {
+        hub.clock.advance(Duration::from_millis(ms));
+        hub.pool.round().await.unwrap();
+        hub.accounts.reads.swap(0, Ordering::SeqCst)
+    };
+    assert_eq!([reads(0).await, reads(1000).await, reads(9000).await, reads(1).await, reads(1000).await], [1, 0, 0, 1, 0]);
+    assert_eq!(hub.why(id).await, Some(Waiting::NoCandidate));
+}
+
+#[tokio::test]
+async fn who_has_a_place_does_not_wait_while_others_rights_are_read() {
+    let hub = Hub::new();
+    hub.admins(1..=2).await;
+    let first = hub.ask(1, 1, priority(1)).await;
+    let hub = hub.restarted().await;
+    hub.pool.round().await.unwrap();
+    let second = hub.ask(2, 2, Terms::default()).await;
+    *hub.accounts.slow.lock().unwrap() = Some(sample::user_id(2));
+    let mut m = hub.machine(1, 2, 0).await;
+    let meanwhile = async {
+        hub.accounts.entered.acquire().await.unwrap().forget();
+        assert_eq!(m.orders(), [first], "committed and sent before the other's rights are known");
+        hub.accounts.go_on.add_permits(1);
+    };
+    let (looked, ()) = futures::future::join(hub.pool.round(), meanwhile).await;
+    looked.unwrap();
+    assert_eq!(m.orders(), [second]);
+}
+
+#[tokio::test]
 async fn slots_are_held_while_it_runs_and_known_after_a_restart() {
     let hub = Hub::new();
     hub.admins(1..=1).await;
@@ -320,6 +455,7 @@ async fn slots_are_held_while_it_runs_and_known_after_a_restart() {
     assert_eq!(m.orders(), [two]);
     let attempt = hub.progress(two).await.attempt.unwrap().no;
     let hub = hub.restarted().await;
+    assert_eq!(hub.why(one).await, Some(Waiting::HubStarting), "nobody has looked yet");
     let mut m = hub.link(m.node, 8, vec![(two, attempt)]).await;
     hub.pool.round().await.unwrap();
     assert_eq!(m.orders(), [], "the journal says who holds the slots");
@@ -416,10 +552,10 @@ async fn a_deadline_ends_what_waits_at_once() {
     hub.later(998).await;
     assert_eq!(hub.progress(plain).await.state, TaskState::Pending);
     // The store fails at the very moment: it is tried again.
-    hub.journal.fails.store(true, Ordering::SeqCst);
+    hub.journal.fail(|write| matches!(write, Write::Apply(_)));
     hub.clock.advance(Duration::from_millis(2));
     assert!(hub.pool.round_of_changes().await.is_err());
-    hub.journal.fails.store(false, Ordering::SeqCst);
+    hub.journal.work();
     hub.later(0).await;
     for id in [plain, resting] {
         assert_eq!(hub.reason(id).await, (TaskState::Failed, Some(ReasonCode::Deadline)));
@@ -480,10 +616,10 @@ async fn a_commit_that_fails_after_a_reservation_gives_all_of_it_back() {
     hub.admins(1..=1).await;
     let id = hub.ask(1, 1, select("", 1)).await;
     let mut m = hub.machine(1, 1, 1).await;
-    hub.journal.fails.store(true, Ordering::SeqCst);
+    hub.journal.fail(|write| matches!(write, Write::Apply(_)));
     assert!(hub.pool.round().await.is_err());
     assert_eq!((hub.links.running(m.node.id), hub.links.share(sample::user_id(1)).attempts), (0, 0));
-    hub.journal.fails.store(false, Ordering::SeqCst);
+    hub.journal.work();
     hub.pool.round_of_changes().await.unwrap();
     assert_eq!(m.orders(), [id], "nobody had to wake it");
     assert_eq!(hub.links.share(sample::user_id(1)).attempts, 1);
@@ -524,7 +660,15 @@ async fn what_was_written_without_an_answer_goes_its_way_all_the_same() {
     assert_eq!(m.orders(), [retried]);
     let caller = Caller::Node { node: m.node.id, generation: m.welcome.generation };
     let attempt = hub.progress(retried).await.attempt.unwrap().no;
-    let failed = || Reported { task: retried, attempt, outcome: Outcome::Exited(1), last_seq: 0, result: None, sandbox_applied: None };
+    let failed = || Reported {
+        task: retried,
+        attempt,
+        outcome: Outcome::Exited(1),
+        last_seq: 0,
+        result: None,
+        sandbox_applied: None,
+        digests: None,
+    };
     unanswered(true);
     assert!(hub.delivery.result(&caller, failed()).await.is_err());
     unanswered(false);
@@ -536,7 +680,8 @@ async fn what_was_written_without_an_answer_goes_its_way_all_the_same() {
     // And one that ends.
     unanswered(true);
     let attempt = hub.progress(waits).await.attempt.unwrap().no;
-    let done = Reported { task: waits, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None };
+    let done =
+        Reported { task: waits, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None, digests: None };
     assert!(hub.delivery.result(&caller, done).await.is_err());
     unanswered(false);
     assert_eq!(hub.links.running(m.node.id), 3);
@@ -554,7 +699,7 @@ async fn one_key_makes_one_task_whatever_comes_between() {
     let accept = async |n: u16, keyed: Keyed| {
         let mut task = hub.task(n, 1, Terms::default());
         task.seal = TestKeys.seal(&task.intent());
-        hub.pool.accept_once(task, Role::Admin, None, Some(&keyed)).await
+        hub.pool.accept_once(Box::new(task), Role::Admin, None, Some(&keyed)).await
     };
     let Ok(Accepted::New(first)) = accept(1, keyed(1)).await else { panic!() };
     assert!(matches!(accept(2, keyed(1)).await, Ok(Accepted::Before(id)) if id == first.id));
@@ -570,4 +715,131 @@ async fn one_key_makes_one_task_whatever_comes_between() {
     assert!(matches!(accept(5, keyed(2)).await, Ok(Accepted::New(_))));
     hub.clock.advance(Duration::from_secs(86_400));
     assert_eq!(hub.idempotency.forget_old().await.unwrap(), 1);
+}
+
+fn losing(on_lost: OnLost, lost_after: Option<u64>) -> Terms {
+    Terms { on_lost, lost_after, ..Terms::default() }
+}
+
+#[tokio::test]
+async fn a_node_that_stays_away_loses_what_its_callers_gave_up() {
+    let hub = Hub::new();
+    hub.admins(1..=1).await;
+    let m = hub.machine(1, 8, 0).await;
+    let fails = hub.ask(1, 1, losing(OnLost::Fail, Some(5))).await;
+    let again = hub.ask(2, 1, losing(OnLost::Requeue, Some(5))).await;
+    let waits = hub.ask(3, 1, Terms::default()).await;
+    let ever = hub.ask(4, 1, losing(OnLost::Wait, Some(0))).await;
+    let unwanted = hub.ask(5, 1, losing(OnLost::Requeue, Some(5))).await;
+    let first = hub.progress(again).await.attempt.unwrap().no;
+    hub.clock.advance(Duration::from_secs(9));
+    hub.pool.round().await.unwrap();
+    assert_eq!(hub.progress(fails).await.state, TaskState::Assigned, "its node is here");
+
+    let event = Event::CancelRequested { reason: ReasonCode::CancelledByUser };
+    hub.pool.apply(unwanted, &event, hub_engine::ports::Besides::default()).await.unwrap();
+    let Machine { node, welcome, .. } = m;
+    drop(welcome);
+    let look = async |ms| {
+        hub.clock.advance(Duration::from_millis(ms));
+        hub.pool.round().await.unwrap();
+    };
+    look(0).await;
+    look(4999).await;
+    for id in [fails, again, waits, ever, unwanted] {
+        assert_eq!((hub.progress(id).await.state, hub.why(id).await), (TaskState::Assigned, Some(Waiting::InDoubt)));
+    }
+    look(1).await;
+    assert_eq!(hub.reason(fails).await, (TaskState::Failed, Some(ReasonCode::Lost)));
+    assert_eq!(hub.reason(unwanted).await, (TaskState::Cancelled, Some(ReasonCode::CancelledByUser)));
+    assert_eq!((hub.reason(again).await, hub.why(again).await), ((TaskState::Pending, None), Some(Waiting::Backoff)));
+    assert_eq!(hub.links.held(node.id).len(), 2, "what is lost holds no place");
+
+    let mut other = hub.machine(2, 1, 0).await;
+    look(499).await;
+    assert_eq!(other.orders(), []);
+    look(1).await;
+    assert_eq!(other.orders(), [again]);
+    assert_eq!(hub.progress(again).await.attempt.unwrap().no.ordinal(), 2);
+
+    // The old node comes back and has it all: it ends what is no longer its own, and its word about it is
+    // late.
+    let known = [waits, ever].map(|t| (t, first)).into_iter().chain([(again, first), (fails, first)]).collect();
+    let mut m = hub.link(node, 8, known).await;
+    let mut cancels = m.cancels();
+    cancels.sort_unstable();
+    assert_eq!(cancels, [fails, again]);
+    let caller = Caller::Node { node: m.node.id, generation: m.welcome.generation };
+    for task in [again, fails] {
+        let outcome = Outcome::Exited(0);
+        let r = Reported { task, attempt: first, outcome, last_seq: 3, result: None, sandbox_applied: None, digests: None };
+        hub.delivery.result(&caller, r).await.unwrap();
+        assert!(m.commands().contains(&LinkCommand::ResultAck { task, attempt: first }));
+    }
+    assert_eq!(hub.progress(again).await.state, TaskState::Assigned);
+    assert_eq!(hub.reason(fails).await, (TaskState::Failed, Some(ReasonCode::Lost)));
+
+    // Away again: its clock begins anew, and anew with the process of the hub.
+    let Machine { node, welcome, .. } = m;
+    drop(welcome);
+    look(0).await;
+    look(3_599_999).await;
+    assert_eq!(hub.progress(waits).await.state, TaskState::Assigned);
+    let hub = hub.restarted().await;
+    hub.pool.round().await.unwrap();
+    hub.clock.advance(Duration::from_secs(3599));
+    hub.pool.round().await.unwrap();
+    assert_eq!(hub.progress(waits).await.state, TaskState::Assigned);
+    hub.clock.advance(Duration::from_secs(1));
+    hub.pool.round().await.unwrap();
+    assert_eq!(hub.reason(waits).await, (TaskState::Failed, Some(ReasonCode::Lost)));
+    assert_eq!(hub.progress(ever).await.state, TaskState::Assigned, "it asked to be waited for");
+    assert_eq!(hub.links.held(node.id), [(ever, first)]);
+}
+
+/// The node itself says that it cannot tell, and the database is away when the clock runs out.
+#[tokio::test]
+async fn a_lost_attempt_is_followed_by_another_once() {
+    let hub = Hub::new();
+    hub.admins(1..=1).await;
+    let mut m = hub.machine(1, 2, 0).await;
+    let id = hub.ask(1, 1, losing(OnLost::Requeue, None)).await;
+    assert_eq!(m.orders(), [id]);
+    hub.end(&m, id, Outcome::Lost { detail: "warden_ended".into() }).await;
+    hub.later(500).await;
+    assert_eq!(m.orders(), [id]);
+    drop(m.welcome);
+    hub.pool.round().await.unwrap();
+    hub.clock.advance(Duration::from_secs(60));
+    hub.journal.fail(|write| matches!(write, Write::Apply(_)));
+    assert!(hub.pool.round().await.is_err());
+    hub.journal.work();
+    hub.pool.round().await.unwrap();
+    let p = hub.progress(id).await;
+    assert_eq!((p.state, p.attempt.map(|a| a.no.ordinal())), (TaskState::Pending, Some(2)));
+    assert_eq!(hub.links.held(m.node.id), []);
+    let kinds: Vec<String> = hub.store.history(id).await.unwrap().into_iter().map(|l| l.kind).collect();
+    assert_eq!(kinds, ["accepted", "assigned", "ended", "assigned", "node_silent"]);
+}
+
+#[tokio::test]
+async fn a_word_about_an_erased_task_changes_nothing_and_is_acknowledged() {
+    use hub_engine::ports::Retention;
+    let hub = Hub::new();
+    hub.admins(1..=1).await;
+    let mut m = hub.machine(1, 4, 0).await;
+    let id = hub.ask(1, 1, Terms::default()).await;
+    let attempt = hub.progress(id).await.attempt.unwrap().no;
+    hub.end(&m, id, Outcome::Exited(0)).await;
+    assert_eq!(hub.store.erase_tasks(i64::MAX, u64::MAX, 9).await.unwrap().tasks, 1);
+    m.commands();
+    let caller = Caller::Node { node: m.node.id, generation: m.welcome.generation };
+    let r = Reported { task: id, attempt, outcome: Outcome::Exited(0), last_seq: 7, result: None, sandbox_applied: None, digests: None };
+    hub.delivery.started(&caller, id, attempt).await.unwrap();
+    hub.delivery.result(&caller, r).await.unwrap();
+    assert_eq!(m.commands(), [LinkCommand::ResultAck { task: id, attempt }]);
+    // One that a node still knows of at its next hello is ended there, whatever became of it.
+    let mut m = hub.link(m.node, 4, vec![(id, attempt)]).await;
+    assert_eq!(m.cancels(), [id]);
+    assert_eq!(hub.store.task(id).await.unwrap(), None);
 }

@@ -6,18 +6,21 @@ use hub_engine::Error;
 use hub_engine::bus::Next;
 use hub_engine::events::{Data, Events, SessionNews};
 use hub_engine::expiry::{Expiry, Unsettled};
-use hub_engine::links::Links;
+use hub_engine::links::{Link, Links};
+use hub_engine::manage::Management;
 use hub_engine::memory::Memory;
 use hub_engine::messages::Messages;
 use hub_engine::nodes::{Lifetimes, Nodes};
 use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::{self, *};
 use hub_engine::records::*;
+use hub_engine::restore::Recovery;
 use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::{Remembered, SAMPLE_EVERY, SAMPLES, Statistics};
 use hub_engine::tasks::TaskService;
 use hub_engine::watch::Watchers;
+use hub_testkit::TestJournal;
 use hub_testkit::contract::{HandClock, sample};
 use hub_testkit::memory::MemoryStore;
 use mesh_core::permission::{Caller, Role};
@@ -27,7 +30,7 @@ use mesh_core::*;
 use mesh_process::{Clock, Tasks};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 struct FakeKeys;
@@ -58,51 +61,16 @@ impl Keyring for FakeKeys {
     }
 }
 
-/// The memory's journal, which can fail to say what is open, and its counts, which take their time.
-struct Frail {
+/// The memory's counts, which take their time.
+struct SlowGauges {
     inner: Arc<MemoryStore>,
-    failures: AtomicU32,
-    /// Sessions end just before a task is in the journal.
-    end_at_accept: AtomicBool,
     counts: AtomicU32,
     count_ms: AtomicU64,
     clock: Arc<HandClock>,
 }
 
 #[async_trait]
-impl Journal for Frail {
-    async fn accept(&self, task: &Task) -> Stored<()> {
-        if self.end_at_accept.load(Ordering::SeqCst) {
-            self.clock.advance(Duration::from_secs(3600));
-            ports::Sessions::expire_sessions(&*self.inner, self.clock.now_ms(), 10).await?;
-        }
-        self.inner.accept(task).await
-    }
-    async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
-        self.inner.apply(id, event, besides, now).await
-    }
-    async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
-        self.inner.task(id).await
-    }
-    async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
-        self.inner.tasks(filter, window).await
-    }
-    async fn specs(&self, ids: &[TaskId], max_bytes: usize) -> Stored<Vec<(TaskId, Vec<u8>)>> {
-        self.inner.specs(ids, max_bytes).await
-    }
-    async fn open_tasks(&self, session: Option<SessionId>, after: Option<TaskId>, limit: u32) -> Stored<Vec<Task>> {
-        if self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
-            return Err(StoreError::new("journal.open_tasks", "the test says so"));
-        }
-        self.inner.open_tasks(session, after, limit).await
-    }
-    async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>> {
-        self.inner.history(id).await
-    }
-}
-
-#[async_trait]
-impl Gauges for Frail {
+impl Gauges for SlowGauges {
     async fn tasks_by_state(&self) -> Stored<BTreeMap<TaskState, u64>> {
         self.counts.fetch_add(1, Ordering::SeqCst);
         self.clock.advance(Duration::from_millis(self.count_ms.load(Ordering::SeqCst)));
@@ -115,7 +83,8 @@ impl Gauges for Frail {
 
 struct World {
     store: Arc<MemoryStore>,
-    frail: Arc<Frail>,
+    journal: Arc<TestJournal>,
+    gauges: Arc<SlowGauges>,
     clock: Arc<HandClock>,
     sessions: Arc<Sessions>,
     tasks: Arc<TaskService>,
@@ -135,14 +104,9 @@ impl World {
 
     /// A process on a store that may have had one before.
     fn on(store: Arc<MemoryStore>, clock: Arc<HandClock>) -> Self {
-        let frail = Arc::new(Frail {
-            inner: store.clone(),
-            failures: AtomicU32::new(0),
-            end_at_accept: AtomicBool::new(false),
-            counts: AtomicU32::new(0),
-            count_ms: AtomicU64::new(0),
-            clock: clock.clone(),
-        });
+        let journal = TestJournal::over(store.clone());
+        let (counts, count_ms) = (AtomicU32::new(0), AtomicU64::new(0));
+        let gauges = Arc::new(SlowGauges { inner: store.clone(), counts, count_ms, clock: clock.clone() });
         let keyring = Arc::new(FakeKeys);
         let bus: Arc<dyn hub_engine::bus::Bus> = Arc::new(hub_engine::bus::LocalBus::new(1000, Duration::from_secs(9999), clock.clone()));
         let events = Events::new(bus.clone(), clock.clone());
@@ -154,31 +118,33 @@ impl World {
             links: links.clone(),
             events: events.clone(),
             history: Default::default(),
+            recoveries: Default::default(),
             clock: clock.clone(),
             lifetimes: Lifetimes { certificate_ms: 1, invite_secs: 1 },
         });
-        let sessions = Arc::new(Sessions {
-            store: store.clone(),
-            nodes: nodes.clone(),
-            events: events.clone(),
-            clock: clock.clone(),
-            session_hours: 24,
-        });
         let pool = Arc::new(Pool {
-            journal: frail.clone(),
+            journal: journal.clone(),
             sessions: store.clone(),
             accounts: store.clone(),
             keyring: keyring.clone(),
             links: links.clone(),
             watchers: watchers.clone(),
-            events,
+            events: events.clone(),
             clock: clock.clone(),
             incarnation: 3,
             policy: [0; 32],
             queue: Queue::default(),
         });
+        let sessions = Arc::new(Sessions {
+            store: store.clone(),
+            nodes: nodes.clone(),
+            pool: pool.clone(),
+            events: events.clone(),
+            clock: clock.clone(),
+            session_hours: 24,
+        });
         let tasks = Arc::new(TaskService {
-            journal: frail.clone(),
+            journal: journal.clone(),
             output: store.clone(),
             keyring,
             nodes: nodes.clone(),
@@ -201,8 +167,8 @@ impl World {
         let messages = Messages { store: store.clone(), sessions: sessions.clone(), clock: clock.clone() };
         let state = State { store: store.clone(), clock: clock.clone() };
         let statistics =
-            Statistics { gauges: frail.clone(), nodes, pool: pool.clone(), clock: clock.clone(), remembered: Remembered::default() };
-        Self { store, frail, clock, sessions, tasks, pool, expiry, memory, messages, state, statistics, bus }
+            Statistics { gauges: gauges.clone(), nodes, pool: pool.clone(), clock: clock.clone(), remembered: Remembered::default() };
+        Self { store, journal, gauges, clock, sessions, tasks, pool, expiry, memory, messages, state, statistics, bus }
     }
 
     /// The next process on the same store.
@@ -321,7 +287,7 @@ async fn an_end_is_told_once_and_finished_after_a_failure_or_a_crash() {
     let (a, b) = (w.session(10).await, w.session(20).await);
     let (of_a, of_b) = (w.task(1, a.id, false).await, w.task(2, b.id, false).await);
     w.advance(10);
-    w.frail.failures.store(1, Ordering::SeqCst);
+    w.journal.failing_looks.store(1, Ordering::SeqCst);
     assert!(w.expiry.round().await.is_err());
     assert_eq!((w.status(a.id).await, w.task_state(of_a).await.0), ("expired", TaskState::Pending), "between the two");
     w.expiry.round().await.unwrap();
@@ -329,7 +295,7 @@ async fn an_end_is_told_once_and_finished_after_a_failure_or_a_crash() {
 
     // The process ends between the two; the next one takes up what it finds.
     w.advance(10);
-    w.frail.failures.store(1, Ordering::SeqCst);
+    w.journal.failing_looks.store(1, Ordering::SeqCst);
     assert!(w.expiry.round().await.is_err());
     assert_eq!(w.task_state(of_b).await.0, TaskState::Pending);
     let w2 = w.again();
@@ -350,7 +316,15 @@ async fn an_end_is_told_once_and_finished_after_a_failure_or_a_crash() {
 async fn a_dispatch_that_comes_with_the_end_ends_too() {
     let w = World::new();
     let s = w.session(10).await;
-    w.frail.end_at_accept.store(true, Ordering::SeqCst);
+    // Sessions end just before the task is in the journal.
+    let (store, clock) = (w.store.clone(), w.clock.clone());
+    w.journal.before_accept(move || {
+        let (store, clock) = (store.clone(), clock.clone());
+        Box::pin(async move {
+            clock.advance(Duration::from_secs(3600));
+            ports::Sessions::expire_sessions(&*store, clock.now_ms(), 10).await.unwrap();
+        })
+    });
     let dispatch = || hub_engine::tasks::Dispatch {
         session: Some(s.id),
         node: None,
@@ -363,6 +337,10 @@ async fn a_dispatch_that_comes_with_the_end_ends_too() {
         door: "rest",
         request_id: None,
     };
+    // What is dispatched crosses several boxes and threads, and is copied each time.
+    let (me, asked) = (user(1), size_of::<hub_engine::tasks::Dispatch>());
+    let size = size_of_val(&w.tasks.dispatch(&me, dispatch()));
+    assert!(size < 3 * asked + 1024, "the future of a dispatch takes {size} bytes, what it is given {asked}");
     let t = w.tasks.dispatch(&user(1), dispatch()).await.unwrap();
     assert_eq!(w.status(s.id).await, "expired");
     assert_eq!(w.task_state(t.id).await, CANCELLED, "the end did not see it, so it saw the end");
@@ -495,8 +473,8 @@ async fn statistics_of_an_hour_and_counts_that_cost_little() {
     assert_eq!(now.now.per_second, 0.0, "a rate is of now");
 
     // A count that takes 0.1 s is told for two seconds.
-    let counts = |w: &World| w.frail.counts.swap(0, Ordering::SeqCst);
-    w.frail.count_ms.store(100, Ordering::SeqCst);
+    let counts = |w: &World| w.gauges.counts.swap(0, Ordering::SeqCst);
+    w.gauges.count_ms.store(100, Ordering::SeqCst);
     w.advance(60);
     counts(&w);
     for _ in 0..10 {
@@ -507,7 +485,7 @@ async fn statistics_of_an_hour_and_counts_that_cost_little() {
     w.advance(1);
     w.statistics.get(&admin).await.unwrap();
     assert_eq!(counts(&w), 1);
-    w.frail.count_ms.store(5000, Ordering::SeqCst);
+    w.gauges.count_ms.store(5000, Ordering::SeqCst);
     w.advance(60);
     w.statistics.get(&admin).await.unwrap();
     w.advance(14);
@@ -516,4 +494,124 @@ async fn statistics_of_an_hour_and_counts_that_cost_little() {
     w.advance(2);
     w.statistics.get(&admin).await.unwrap();
     assert_eq!(counts(&w), 1, "at most 15 s old");
+}
+
+#[tokio::test]
+async fn a_change_of_nodes_counts_at_once_for_those_who_wait() {
+    let w = World::new();
+    let session = w.session(1000).await;
+    let node = sample::node(1, 1);
+    let invite = sample::invite(1);
+    w.store.add_invite(&invite).await.unwrap();
+    w.store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap();
+    let (commands, _queue) = tokio::sync::mpsc::channel(16);
+    w.pool.links.open(Link {
+        node: node.id,
+        owner: node.owner,
+        generation: 1,
+        spool: sample::spool_id(1),
+        own_tasks: 1,
+        max_tasks: 1,
+        keeps: 0,
+        offers: Arc::new(node.offers()),
+        draining: false,
+        epoch: 0,
+        cut: Default::default(),
+        commands,
+        health: None,
+        rtt: None,
+    });
+    let owner = someone(1, Role::Admin);
+    let accept = async |n: u16| {
+        let task = Task { session: Some(session.id), ..sample::task(n) };
+        w.pool.accept(task, Role::Developer, Some(&session)).await.unwrap().id
+    };
+    let (first, second) = (accept(1).await, accept(2).await);
+    w.pool.round().await.unwrap();
+    assert_eq!(w.task_state(first).await.0, TaskState::Pending, "no node is attached");
+    w.sessions.attach(&owner, session.id, &node.id.to_string()).await.unwrap();
+    w.pool.round_of_changes().await.unwrap();
+    assert_eq!((w.task_state(first).await.0, w.task_state(second).await.0), (TaskState::Assigned, TaskState::Pending));
+    w.sessions.detach(&owner, session.id, node.id).await.unwrap();
+    w.pool.links.release(node.id, first);
+    w.pool.round().await.unwrap();
+    assert_eq!(w.task_state(second).await.0, TaskState::Pending, "there is a place, and it is not the session's any more");
+}
+
+fn recovery(w: &World) -> Recovery {
+    let manage = Management {
+        nodes: w.tasks.nodes.clone(),
+        journal: w.journal.clone(),
+        pool: w.pool.clone(),
+        work: w.tasks.work.clone(),
+        seen: Default::default(),
+    };
+    Recovery {
+        meta: w.store.clone(),
+        journal: w.journal.clone(),
+        links: w.pool.links.clone(),
+        pool: w.pool.clone(),
+        manage: Arc::new(manage),
+        expiry: w.expiry.clone(),
+    }
+}
+
+/// What waited in a backup may have run since: it is not run again. Until the word, nothing ends.
+#[tokio::test]
+async fn a_restored_hub_holds_back_and_then_ends_what_waited() {
+    let w = World::new();
+    let meta = HubMeta { id: sample::hub_id(1), incarnation: 2, created_at: 1 };
+    w.store.hub(meta).await.unwrap();
+    w.store.mark_restored(w.clock.now_ms(), 1, 3).await.unwrap();
+    let waits = w.store.accept(&sample::task(1)).await.map(|()| sample::task(1).id).unwrap();
+    let mut later = sample::task(2);
+    later.terms.not_before = Some(w.clock.now_ms() + 1);
+    w.store.accept(&later).await.unwrap();
+    let (s, idle) = (w.session(1).await, w.session(1).await);
+    let open = w.task(3, s.id, false).await;
+    w.advance(5);
+
+    let w = w.again();
+    let r = recovery(&w);
+    assert!(!r.start().await.unwrap());
+    assert!(!r.look().await.unwrap());
+    assert_eq!((w.task_state(waits).await.0, w.task_state(open).await.0), (TaskState::Pending, TaskState::Pending));
+    assert_eq!(w.status(idle.id).await, "active", "its end comes when the hub goes on");
+    let refused = w.tasks.cancel(&someone(1, Role::Admin), waits).await;
+    assert!(matches!(refused, Err(Error::Unavailable { code: "restored", .. })), "{refused:?}");
+    assert!(r.found(&user(1)).await.is_err() && r.found(&someone(1, Role::Admin)).await.unwrap().is_some());
+
+    // The word is kept: a process that ends in the middle leaves it to the next.
+    assert!(w.store.ask_go().await.unwrap());
+    w.journal.failing_looks.store(1, Ordering::SeqCst);
+    assert!(r.look().await.is_err());
+    assert!(w.store.restored().await.unwrap().is_some() && w.pool.links.holds_back());
+    let w = w.again();
+    assert!(recovery(&w).start().await.unwrap(), "no second word is needed");
+    const LOST: (TaskState, Option<ReasonCode>) = (TaskState::Failed, Some(ReasonCode::Lost));
+    assert_eq!((w.task_state(waits).await, w.task_state(open).await), (LOST, LOST));
+    assert_eq!(w.task_state(later.id).await.0, TaskState::Pending, "its time had not come before the restore");
+    assert_eq!(w.status(idle.id).await, "expired");
+    assert_eq!(w.store.restored().await.unwrap(), None);
+    assert!(!w.pool.links.holds_back());
+}
+
+/// A node counts its renewals, and a hub that was restored has forgotten some.
+#[tokio::test]
+async fn a_renewal_may_be_ahead_of_a_restored_hub_and_never_behind() {
+    let w = World::new();
+    let (node, invite, spki) = (sample::node(1, 1), sample::invite(1), b"a key".to_vec());
+    let mut node = Node { certificate: NodeCertificate { counter: 0, ..node.certificate.clone() }, ..node };
+    node.certificate.spki = sha256(&spki);
+    w.store.add_invite(&invite).await.unwrap();
+    w.store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap();
+    let caller = Caller::Node { node: node.id, generation: 1 };
+    let renew = async |counter: u64| w.tasks.nodes.renew(&caller, &spki, counter).await;
+    assert_eq!(renew(1).await.unwrap().counter, 1);
+    assert_eq!(renew(9).await.unwrap().counter, 9);
+    assert_eq!(renew(9).await.unwrap().counter, 9, "the same again is the same answer");
+    for stale in [0, 1, 8, 10 + 64, u64::MAX] {
+        assert_eq!(code(renew(stale).await), "stale_counter", "{stale}");
+    }
+    assert_eq!(renew(10).await.unwrap().counter, 10);
 }

@@ -19,8 +19,14 @@ impl Gauges for Store {
     }
 
     async fn storage(&self) -> Stored<StorageUse> {
-        let size = self.one("gauges.storage", sql(self.read.dialect().size()), |row| Columns::of(row).unsigned()).await?;
-        Ok(StorageUse { database_bytes: size.unwrap_or(0), output_bytes: self.outputs.bytes_in_files() })
+        let sizes = |row: &Row| {
+            let c = &mut Columns::of(row);
+            Ok((c.unsigned()?, c.unsigned()?))
+        };
+        let (database_bytes, journal_bytes) =
+            self.one("gauges.storage", sql(self.read.dialect().sizes()), sizes).await?.unwrap_or_default();
+        let (disk_bytes, disk_free_bytes) = self.outputs.disk();
+        Ok(StorageUse { database_bytes, journal_bytes, output_bytes: self.outputs.bytes_in_files(), disk_bytes, disk_free_bytes })
     }
 }
 

@@ -16,7 +16,9 @@ use mesh_core::{Digest, UnixMs};
 #[async_trait]
 impl Idempotency for Store {
     async fn create(&self, thing: Creation, once: &Once) -> Stored<Option<Known>> {
-        self.write("idempotency.create", (thing, *once), |conn, (thing, once)| Box::pin(create(conn, thing, once))).await
+        // Another hub may be making things of the same keys: both take them in one order.
+        let place = Some(once.scope);
+        self.writer.run("idempotency.create", place, (thing, *once), |conn, (thing, once)| Box::pin(create(conn, thing, once))).await
     }
 
     async fn known(&self, scope: &Digest, since: UnixMs) -> Stored<Option<Known>> {

@@ -10,9 +10,10 @@ use async_trait::async_trait;
 use futures::future::BoxFuture;
 use hub_engine::ports::{Applied, Besides, Journal, Stored, Window};
 use hub_engine::records::{OutputTotals, Task, TaskEvent, TaskFilter};
+use mesh_core::output::Digests;
 use mesh_core::select::Selector;
 use mesh_core::spec::INLINE_SPEC_BYTES;
-use mesh_core::task::{Action, Event, Progress, step};
+use mesh_core::task::{Action, AttemptNo, Event, Progress, step};
 use mesh_core::{SessionId, TaskId, UnixMs};
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
@@ -24,18 +25,21 @@ impl Journal for Store {
     }
 
     async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
-        self.writer.bulk(Apply { id, event: event.clone(), besides, now }).await
+        self.writer.bulk(Apply::new(id, event.clone(), besides, now)).await
     }
 
     async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
-        let q = sql(TASK_BY_ID.as_str()).bind(id.blob());
-        let Some(mut task) = self.one("journal.task", q, only_task).await? else { return Ok(None) };
+        let Some(mut task) = self.narrow(id).await? else { return Ok(None) };
         if task.spec.is_empty()
             && let Some((_, spec)) = self.specs(&[id], usize::MAX).await?.pop()
         {
             task.spec = spec;
         }
         Ok(Some(task))
+    }
+
+    async fn narrow(&self, id: TaskId) -> Stored<Option<Task>> {
+        self.one("journal.task", sql(TASK_BY_ID.as_str()).bind(id.blob()), only_task).await
     }
 
     async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
@@ -130,6 +134,8 @@ struct Held {
     changed: bool,
     /// It has another node, or an attempt on one for the first time.
     moved: bool,
+    /// Told of the output of this attempt.
+    digests: Option<(AttemptNo, Digests)>,
 }
 
 impl Bulk for Apply {
@@ -152,6 +158,7 @@ impl Bulk for Apply {
             update_tasks(conn, &moved, &CHANGING_COLUMNS).await?;
             update_tasks(conn, &stayed, &CHANGING_COLUMNS[1..]).await?;
             insert_lines(conn, &lines).await?;
+            set_digests(conn, held.values()).await?;
             bring_specs(conn, &mut outcomes).await?;
             Ok(outcomes)
         })
@@ -171,6 +178,14 @@ async fn bring_specs(conn: &mut Conn, outcomes: &mut [Applied]) -> Result<(), Fa
 }
 
 impl Apply {
+    pub(crate) fn new(id: TaskId, event: Event, besides: Besides, now: UnixMs) -> Self {
+        Self { id, event, besides, now }
+    }
+    /// A start is acknowledged to nobody, and its node says it again on each new link.
+    pub(crate) fn may_lag(&self) -> bool {
+        matches!(self.event, Event::Started { .. })
+    }
+
     fn step(&self, held: &mut Held, lines: &mut Vec<(TaskId, TaskEvent)>) -> Applied {
         let task = &mut held.task;
         let (progress, actions) = match step(&task.terms, &task.progress, &self.event, self.now) {
@@ -180,15 +195,19 @@ impl Apply {
         if progress.attempt.as_ref().map(|a| a.no) != task.progress.attempt.as_ref().map(|a| a.no) {
             // Nothing of the attempt before is shown for this one.
             task.output = OutputTotals::default();
-            (task.result, task.sandbox_applied) = (None, None);
+            (task.result, task.sandbox_applied, task.digests) = (None, None, None);
         }
         let node = |p: &Progress| p.attempt.as_ref().map(|a| a.node);
         held.moved |= node(&progress) != node(&task.progress);
         task.progress = progress;
-        let Besides { result, sandbox_applied, signed } = self.besides.clone();
+        let Besides { result, sandbox_applied, signed, digests } = self.besides.clone();
         task.result = result.or(task.result.take());
         task.sandbox_applied = sandbox_applied.or(task.sandbox_applied.take());
         task.signed = signed.or(task.signed.take());
+        if let (Some(digests), Some(no)) = (digests, self.event.attempt()) {
+            task.digests = Some(digests);
+            held.digests = Some((no, digests));
+        }
         held.events += 1;
         held.changed = true;
         lines.push((task.id, TaskEvent::of(held.events, self.now, &self.event, task)));
@@ -203,14 +222,16 @@ async fn load(conn: &mut Conn, jobs: &[&Apply]) -> Result<BTreeMap<TaskId, Held>
     ids.dedup();
     conn.lock("tasks", ids.clone()).await?;
     let found = conn.each((&TASK_SELECT, "t.id"), ids, task).await?;
-    Ok(found.into_iter().map(|(task, events)| (task.id, Held { task, events, changed: false, moved: false })).collect())
+    Ok(found.into_iter().map(|(task, events)| (task.id, Held { task, events, changed: false, moved: false, digests: None })).collect())
 }
 
 /// What never changes in a task.
 const FIXED_COLUMNS: &str = "id, session, named_node, \"user\", key, door, skill, digest, seal, timeout_secs, queue_secs, \
-    selector, priority, not_before, deadline, retries, backoff_ms, created_at, spec";
+    selector, priority, not_before, deadline, retries, backoff_ms, on_lost, lost_after, created_at, spec";
 
-fn fixed(task: &Task) -> [Value<'_>; 19] {
+const FIXED: usize = 21;
+
+fn fixed(task: &Task) -> [Value<'_>; FIXED] {
     values![
         task.id.blob(),
         blob(task.session),
@@ -229,6 +250,8 @@ fn fixed(task: &Task) -> [Value<'_>; 19] {
         task.terms.deadline,
         task.terms.retries,
         task.terms.backoff_ms,
+        task.terms.on_lost.as_str(),
+        task.terms.lost_after,
         task.created_at,
         if is_apart(task) { &[] } else { &task.spec[..] },
     ]
@@ -292,7 +315,7 @@ fn is_apart(task: &Task) -> bool {
 
 async fn insert_tasks(conn: &mut Conn, tasks: &[(&Task, u64)]) -> Result<(), Failed> {
     let values = tasks.iter().flat_map(|(task, events)| fixed(task).into_iter().chain(changing(task, *events)));
-    let rows = Rows { width: 19 + CHANGING_COLUMNS.len(), values: values.collect() };
+    let rows = Rows { width: FIXED + CHANGING_COLUMNS.len(), values: values.collect() };
     conn.insert("tasks", &format!("{FIXED_COLUMNS}, {}", CHANGING_COLUMNS.join(", ")), &rows, "").await
 }
 
@@ -307,6 +330,17 @@ async fn update_tasks(conn: &mut Conn, tasks: &[&Held], columns: &[&str]) -> Res
     let values = tasks.iter().flat_map(|h| changing(&h.task, h.events).into_iter().skip(others).chain(values![h.task.id.blob()]));
     let rows = Rows { width: columns.len() + 1, values: values.collect() };
     conn.update("tasks", columns, &rows).await
+}
+
+/// Beside what the row has, which is the output's; a program that wrote nothing has no row yet.
+async fn set_digests(conn: &mut Conn, held: impl Iterator<Item = &Held> + Send) -> Result<(), Failed> {
+    let told = held.filter_map(|h| h.digests.as_ref().map(|(no, d)| (h.task.id, no, d)));
+    let rows =
+        Rows::of(told.map(|(task, no, d)| values![task.blob(), no.0, 0i64, 0i64, 0i64, 0i64, 0i64, false, &[][..], &d.stdout, &d.stderr]));
+    let columns =
+        "task, attempt, durable_seq, kept_seq, kept_len, stdout_bytes, stderr_bytes, truncated, held, stdout_sha256, stderr_sha256";
+    let after = " ON CONFLICT (task, attempt) DO UPDATE SET stdout_sha256 = excluded.stdout_sha256, stderr_sha256 = excluded.stderr_sha256";
+    conn.insert("outputs", columns, &rows, after).await
 }
 
 async fn insert_lines(conn: &mut Conn, lines: &[(TaskId, TaskEvent)]) -> Result<(), Failed> {

@@ -10,6 +10,7 @@
 //! PostgreSQL database.
 
 mod accounts;
+pub mod backup;
 mod bus;
 mod dialect;
 mod gauges;
@@ -22,6 +23,7 @@ mod meta;
 mod nodes;
 mod output;
 mod purges;
+mod retention;
 mod rows;
 mod sessions;
 mod sql;

@@ -6,7 +6,10 @@ use crate::sql::{Rows, sql, values};
 use crate::store::{Failed, Store, failed};
 use async_trait::async_trait;
 use hub_engine::ports::{Meta, Stored};
-use hub_engine::records::HubMeta;
+use hub_engine::records::{HubMeta, Restored};
+use mesh_core::UnixMs;
+
+pub(crate) const ASK_GO: &str = "UPDATE hub SET go = TRUE WHERE restored_at IS NOT NULL";
 
 #[async_trait]
 impl Meta for Store {
@@ -20,6 +23,37 @@ impl Meta for Store {
             })
         })
         .await
+    }
+
+    async fn mark_restored(&self, at: UnixMs, backup_at: UnixMs, least: u32) -> Stored<HubMeta> {
+        self.write("meta.mark_restored", (at, backup_at, least), |conn, (at, backup_at, least)| {
+            Box::pin(async move {
+                let kept = conn.row(&sql("SELECT id, incarnation, created_at FROM hub"), facts).await?.ok_or("there is no hub in it")?;
+                let next = kept.incarnation.checked_add(1).ok_or("there is no higher incarnation")?.max(*least);
+                let q = sql("UPDATE hub SET incarnation = $1, restored_at = $2, backup_at = $3, go = FALSE");
+                conn.execute(&q.bind(next).bind(*at).bind(*backup_at)).await?;
+                Ok(HubMeta { incarnation: next, ..kept })
+            })
+        })
+        .await
+    }
+
+    async fn restored(&self) -> Stored<Option<Restored>> {
+        let q = sql("SELECT restored_at, backup_at, go FROM hub WHERE restored_at IS NOT NULL AND backup_at IS NOT NULL");
+        let mark = |row: &Row| {
+            let c = &mut Columns::of(row);
+            Ok(Restored { at: c.get()?, backup_at: c.get()?, go: c.get()? })
+        };
+        self.one("meta.restored", q, mark).await
+    }
+
+    async fn ask_go(&self) -> Stored<bool> {
+        Ok(self.execute("meta.ask_go", sql(ASK_GO)).await? == 1)
+    }
+
+    async fn released(&self) -> Stored<()> {
+        let q = sql("UPDATE hub SET restored_at = NULL, backup_at = NULL, go = FALSE");
+        self.execute("meta.released", q).await.map(drop)
     }
 
     async fn ping(&self) -> Stored<()> {

@@ -87,6 +87,19 @@ impl NodeDirectory for Store {
         self.execute("nodes.seen", q.bind(now).bind(Value::List(ids))).await.map(drop)
     }
 
+    async fn add_notice(&self, id: NodeId, words: &str, now: UnixMs) -> Stored<()> {
+        self.write("nodes.add_notice", (id, words.to_owned(), now), |conn, (id, words, now)| {
+            Box::pin(async move {
+                conn.lock("nodes", vec![id.blob()]).await?;
+                let Some(mut node) = row_of(conn, *id).await?.filter(|n| n.notices.len() < MAX_NOTICES) else { return Ok(()) };
+                node.notices.push(dated(words, *now)?);
+                let q = sql("UPDATE nodes SET notices = $1 WHERE id = $2");
+                conn.execute(&q.bind(list_text(&node.notices)).bind(id.blob())).await.map(drop)
+            })
+        })
+        .await
+    }
+
     async fn renew(&self, id: NodeId, c: &NodeCertificate) -> Stored<bool> {
         let q = sql("UPDATE nodes SET cert_spki = $1, cert_der = $2, cert_not_after = $3, cert_counter = $4 \
              WHERE id = $5 AND cert_counter + 1 = $4 AND revoked_at IS NULL");
@@ -208,13 +221,16 @@ async fn claim(conn: &mut Conn, id: InviteId, n: &Node, now: UnixMs, again_ms: i
         });
     }
     if invite.notices.len() < MAX_NOTICES {
-        let words = if same { "used again by the same key, too late, at" } else { "used again by another key at" };
-        let at = OffsetDateTime::from_unix_timestamp(now.div_euclid(1000))?.format(&Rfc3339)?;
-        invite.notices.push(format!("{words} {at}"));
+        let words = if same { "used again by the same key, too late," } else { "used again by another key" };
+        invite.notices.push(dated(words, now)?);
         let q = sql("UPDATE invites SET notices = $1 WHERE id = $2");
         conn.execute(&q.bind(list_text(&invite.notices)).bind(id.blob())).await?;
     }
     Ok(Claim::Used)
+}
+
+fn dated(words: &str, now: UnixMs) -> Result<String, Failed> {
+    Ok(format!("{words} at {}", OffsetDateTime::from_unix_timestamp(now.div_euclid(1000))?.format(&Rfc3339)?))
 }
 
 pub(crate) fn invite_row(i: &Invite) -> [Value<'_>; 12] {

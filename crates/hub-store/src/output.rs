@@ -20,6 +20,7 @@ use futures::future::BoxFuture;
 use hub_engine::ports::{Output, StoreError, Stored};
 use hub_engine::records::{OutputFrame, OutputTotals, Stream};
 use mesh_core::TaskId;
+use mesh_core::output::{Digests, Hashing};
 use mesh_core::task::AttemptNo;
 use mesh_process::Tasks;
 use std::collections::BTreeMap;
@@ -27,7 +28,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 /// Frames of up to this many bytes together stay in the row.
 const HELD: usize = 8 * 1024;
@@ -35,6 +36,8 @@ const HELD: usize = 8 * 1024;
 const ENTRIES: usize = 1024;
 /// Files that stay open for the next append.
 const FILES: usize = 256;
+/// Files that are hashed at the same time: it takes a core, and all of the file.
+const HASHED_AT_ONCE: usize = 2;
 
 #[async_trait]
 impl Output for Store {
@@ -42,9 +45,22 @@ impl Output for Store {
         self.outputs.append(task, no, frames, keep_bytes).await
     }
 
+    async fn give_up(&self, task: TaskId, no: AttemptNo, to_seq: u64) -> Stored<()> {
+        let (reply, answer) = oneshot::channel();
+        let outputs = self.outputs.clone();
+        self.outputs.tasks.spawn("output given up", async move {
+            let _ = reply.send(outputs.give_up(task, no, to_seq).await);
+        });
+        answer.await.map_err(|_| StoreError::new("output.give_up", "the store has ended"))?
+    }
+
     async fn totals(&self, task: TaskId, no: AttemptNo) -> Stored<OutputTotals> {
         let entry = self.outputs.entry(task, no);
         Ok(self.outputs.kept(&entry).await.map_err(failed("output.totals"))?.totals)
+    }
+
+    async fn digests(&self, task: TaskId, no: AttemptNo) -> Stored<Option<Digests>> {
+        self.outputs.digests(task, no).await.map_err(failed("output.digests"))
     }
 
     async fn read(&self, task: TaskId, no: AttemptNo, after_seq: u64, max_bytes: usize) -> Stored<Vec<OutputFrame>> {
@@ -56,6 +72,11 @@ impl Output for Store {
     }
 }
 
+/// Of an attempt's file below the folder of all output.
+pub(crate) fn output_name(task: TaskId, no: AttemptNo) -> String {
+    Entry::new(std::path::Path::new(""), task, no).path.display().to_string()
+}
+
 #[derive(Debug)]
 pub(crate) struct Outputs {
     folder: PathBuf,
@@ -64,6 +85,7 @@ pub(crate) struct Outputs {
     tasks: Tasks,
     entries: Mutex<Entries>,
     files: Arc<AtomicUsize>,
+    hashing: Semaphore,
     /// What is kept in files, in bytes; rows count as part of the database.
     in_files: AtomicU64,
 }
@@ -77,11 +99,19 @@ struct Entries {
 
 impl Outputs {
     pub(crate) fn new(folder: PathBuf, read: Readers, writer: Writer, tasks: Tasks, in_files: u64) -> Arc<Self> {
-        Arc::new(Self { folder, read, writer, tasks, entries: Mutex::default(), files: Arc::default(), in_files: AtomicU64::new(in_files) })
+        let (entries, files, hashing) = (Mutex::default(), Arc::default(), Semaphore::new(HASHED_AT_ONCE));
+        Arc::new(Self { folder, read, writer, tasks, entries, files, hashing, in_files: AtomicU64::new(in_files) })
     }
 
     pub(crate) fn bytes_in_files(&self) -> u64 {
         self.in_files.load(Ordering::Relaxed)
+    }
+
+    /// The size of the disk below, and what is free of it for us; zeros where the system does not say.
+    pub(crate) fn disk(&self) -> (u64, u64) {
+        // The folder itself is made with the first file in it.
+        let place = self.folder.parent().unwrap_or(&self.folder);
+        rustix::fs::statvfs(place).map_or((0, 0), |s| (s.f_blocks.saturating_mul(s.f_frsize), s.f_bavail.saturating_mul(s.f_frsize)))
     }
 
     /// Forgets what was remembered of attempts whose rows count on nothing any more.
@@ -164,40 +194,87 @@ impl Outputs {
         let wrong = failed::<Failed>;
         let entry = self.entry(task, no);
         let mut file = entry.file.lock().await;
-        let before = self.kept(&entry).await.map_err(wrong("output.append"))?;
-        let Some((kept, totals)) = plan(before.totals, frames, keep) else { return Ok(None) };
-        if totals == before.totals {
-            return Ok(Some(totals));
-        }
-        let mut bytes = before.held.to_vec();
-        let mut marks = vec![];
-        for frame in &kept {
-            marks.push((frame.seq, before.in_file + bytes.len() as u64));
-            frames::encode(frame, &mut bytes);
-        }
-        let after = if bytes.len() <= HELD {
-            Kept { totals, in_file: before.in_file, held: bytes.into() }
-        } else {
-            let in_file = before.in_file + bytes.len() as u64;
-            let open = file.take();
-            let (path, at, files) = (entry.path.clone(), before.in_file, self.files.clone());
-            let written = tokio::task::spawn_blocking(move || attempt::write(open, &path, at, &bytes, files)).await;
-            *file = Some(written.map_err(|e| wrong("output.append")(e.into()))?.map_err(|e| wrong("output.append")(e.into()))?);
-            Kept { totals, in_file, held: Bytes::new() }
-        };
-        let committed = self.writer.bulk(Raise { task, no, kept: after.clone() }).await;
-        match committed {
-            Ok(()) => {
+        let mut before = self.kept(&entry).await.map_err(wrong("output.append"))?;
+        loop {
+            let Some((kept, totals)) = plan(before.totals, &frames, keep) else { return Ok(None) };
+            if totals == before.totals {
+                return Ok(Some(totals));
+            }
+            let mut bytes = before.held.to_vec();
+            let mut marks = vec![];
+            for frame in &kept {
+                marks.push((frame.seq, before.in_file + bytes.len() as u64));
+                frames::encode(frame, &mut bytes);
+            }
+            let after = if bytes.len() <= HELD {
+                Kept { totals, in_file: before.in_file, held: bytes.into() }
+            } else {
+                let in_file = before.in_file + bytes.len() as u64;
+                let open = file.take();
+                let (path, at, files) = (entry.path.clone(), before.in_file, self.files.clone());
+                let written = tokio::task::spawn_blocking(move || attempt::write(open, &path, at, &bytes, files)).await;
+                *file = Some(written.map_err(|e| wrong("output.append")(e.into()))?.map_err(|e| wrong("output.append")(e.into()))?);
+                Kept { totals, in_file, held: Bytes::new() }
+            };
+            let raised = self.writer.bulk(Raise { task, no, kept: after.clone() }).await;
+            if let Ok(true) = raised {
                 self.in_files.fetch_add(after.in_file - before.in_file, Ordering::Relaxed);
                 entry.publish(after, marks);
+                return Ok(Some(totals));
             }
-            Err(_) => {
-                // What the database holds now is not known: ask it again, and cut the file to that.
-                entry.forget();
-                *file = None;
+            // What the database holds now is not known: ask it again, and cut the file to that.
+            entry.forget();
+            *file = None;
+            raised?;
+            // It was erased while this was under way: nothing more is kept, and what was written goes.
+            before = self.kept(&entry).await.map_err(wrong("output.append"))?;
+            if before.in_file == 0 && after.in_file > 0 {
+                self.remove_files(vec![(task, no)]).await.map_err(wrong("output.append"))?;
+            }
+            if !before.totals.truncated {
+                return Err(StoreError::new("output.append", "the row is not what it was, and was not erased"));
             }
         }
-        committed.map(|()| Some(totals))
+    }
+
+    async fn digests(&self, task: TaskId, no: AttemptNo) -> Result<Option<Digests>, Failed> {
+        let entry = self.entry(task, no);
+        let kept = self.kept(&entry).await?;
+        if kept.totals.truncated {
+            return Ok(None);
+        }
+        let source = entry.source(&kept);
+        if source.in_file == 0 {
+            return Ok(Some(hash(&source)?));
+        }
+        let _turn = self.hashing.acquire().await?;
+        // Whoever asks again for the same, as a node may, costs nothing more.
+        if let Some(digests) = entry.digests(kept.totals.kept_seq) {
+            return Ok(Some(digests));
+        }
+        let digests = off_thread(source, hash).await?;
+        entry.set_digests(kept.totals.kept_seq, digests);
+        Ok(Some(digests))
+    }
+
+    async fn give_up(&self, task: TaskId, no: AttemptNo, to_seq: u64) -> Stored<()> {
+        let entry = self.entry(task, no);
+        let _file = entry.file.lock().await;
+        loop {
+            let mut kept = self.kept(&entry).await.map_err(failed("output.give_up"))?;
+            if to_seq <= kept.totals.durable_seq {
+                return Ok(());
+            }
+            (kept.totals.durable_seq, kept.totals.truncated) = (to_seq, true);
+            let raised = self.writer.bulk(Raise { task, no, kept: kept.clone() }).await;
+            if let Ok(true) = raised {
+                entry.publish(kept, vec![]);
+                return Ok(());
+            }
+            // Erased meanwhile: what is left of the row is read again, and takes the same.
+            entry.forget();
+            raised?;
+        }
     }
 
     async fn read(&self, task: TaskId, no: AttemptNo, after_seq: u64, max_bytes: usize) -> Result<Vec<OutputFrame>, Failed> {
@@ -259,6 +336,18 @@ impl Outputs {
     }
 }
 
+fn hash(source: &Source) -> std::io::Result<Digests> {
+    let mut hashing = Hashing::default();
+    source.scan(0, source.end(), |_, frame| {
+        match frame.stream {
+            Stream::Stdout => hashing.stdout(&frame.data),
+            Stream::Stderr => hashing.stderr(&frame.data),
+        }
+        ControlFlow::Continue(())
+    })?;
+    Ok(hashing.digests())
+}
+
 type Marks = Vec<(u64, u64)>;
 
 fn last_of(source: &Source, from: u64, end: u64, stream: Stream, max: usize) -> std::io::Result<(Vec<u8>, Marks)> {
@@ -293,7 +382,7 @@ where
 }
 
 /// Which of `frames` are kept, and the totals after them; `None` for a gap.
-fn plan(before: OutputTotals, frames: Vec<OutputFrame>, keep: u64) -> Option<(Vec<OutputFrame>, OutputTotals)> {
+fn plan(before: OutputTotals, frames: &[OutputFrame], keep: u64) -> Option<(Vec<&OutputFrame>, OutputTotals)> {
     let mut t = before;
     let mut kept = vec![];
     for frame in frames {
@@ -319,7 +408,8 @@ fn plan(before: OutputTotals, frames: Vec<OutputFrame>, keep: u64) -> Option<(Ve
     Some((kept, t))
 }
 
-/// Sets the row of one attempt.
+/// Sets the row of one attempt. False, and nothing is set, when more is to be kept of what was cut short or
+/// erased meanwhile.
 pub(crate) struct Raise {
     task: TaskId,
     no: AttemptNo,
@@ -327,10 +417,10 @@ pub(crate) struct Raise {
 }
 
 impl Bulk for Raise {
-    type Outcome = ();
+    type Outcome = bool;
     const OPERATION: &'static str = "output.append";
 
-    fn write<'c>(conn: &'c mut Conn, jobs: &'c [&'c Self]) -> BoxFuture<'c, Result<Vec<()>, Failed>> {
+    fn write<'c>(conn: &'c mut Conn, jobs: &'c [&'c Self]) -> BoxFuture<'c, Result<Vec<bool>, Failed>> {
         Box::pin(async move {
             // In one order, so that two hubs do not wait for each other.
             let mut rows: Vec<&Self> = jobs.to_vec();
@@ -351,9 +441,18 @@ impl Bulk for Raise {
             let columns = "task, attempt, durable_seq, kept_seq, kept_len, stdout_bytes, stderr_bytes, truncated, held";
             let after = " ON CONFLICT (task, attempt) DO UPDATE SET durable_seq = excluded.durable_seq, kept_seq = excluded.kept_seq, \
                  kept_len = excluded.kept_len, stdout_bytes = excluded.stdout_bytes, stderr_bytes = excluded.stderr_bytes, \
-                 truncated = excluded.truncated, held = excluded.held";
-            conn.insert("outputs", columns, &rows, after).await?;
-            Ok(vec![(); jobs.len()])
+                 truncated = excluded.truncated, held = excluded.held \
+                 WHERE NOT outputs.truncated OR outputs.kept_seq = excluded.kept_seq";
+            if conn.insert_counted("outputs", columns, &rows, after).await? == jobs.len() as u64 {
+                return Ok(vec![true; jobs.len()]);
+            }
+            let mut set = vec![];
+            for Raise { task, no, kept } in jobs {
+                let q = sql("SELECT 1 FROM outputs WHERE task = $1 AND attempt = $2 AND kept_seq = $3 AND durable_seq = $4");
+                let q = q.bind(task.blob()).bind(no.0).bind(kept.totals.kept_seq).bind(kept.totals.durable_seq);
+                set.push(conn.row(&q, |_| Ok(())).await?.is_some());
+            }
+            Ok(set)
         })
     }
 }

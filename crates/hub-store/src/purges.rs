@@ -81,10 +81,10 @@ async fn begin(conn: &mut Conn, id: SessionId, by: Option<UserId>, now: UnixMs) 
     Ok(PurgeStart::Begun)
 }
 
-/// With the attempts whose output is no more, and the bytes that their files had.
-type Erased = (PurgeStep, Vec<(TaskId, AttemptNo, u64)>);
+/// Attempts whose output is no more, and the bytes that their files had.
+pub(crate) type Gone = Vec<(TaskId, AttemptNo, u64)>;
 
-async fn erase(conn: &mut Conn, id: SessionId, after: Option<TaskId>, limit: u32) -> Result<Erased, Failed> {
+async fn erase(conn: &mut Conn, id: SessionId, after: Option<TaskId>, limit: u32) -> Result<(PurgeStep, Gone), Failed> {
     for (table, but) in [("session_memory", ""), ("messages", ""), ("session_events", "AND kind <> 'purged'")] {
         let q = format!("DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE session = $1 {but} ORDER BY id LIMIT $2)");
         if conn.execute(&sql(q).bind(id.blob()).bind(limit)).await? > 0 {
@@ -99,26 +99,41 @@ async fn erase(conn: &mut Conn, id: SessionId, after: Option<TaskId>, limit: u32
         conn.execute(&sql("UPDATE sessions SET purging = FALSE WHERE id = $1").bind(id.blob())).await?;
         return Ok((PurgeStep::Done, vec![]));
     };
+    Ok((PurgeStep::Until(Some(last)), erase_outputs(conn, &tasks).await?))
+}
+
+/// A row of `task, attempt, kept_len`.
+pub(crate) fn file(row: &Row) -> Result<(TaskId, AttemptNo, u64), Failed> {
+    let c = &mut Columns::of(row);
+    let (task, no) = attempt(c)?;
+    Ok((task, no, c.unsigned()?))
+}
+
+/// Erases the output and results of tasks that have ended, and names the files that go with it.
+pub(crate) async fn erase_outputs(conn: &mut Conn, tasks: &[TaskId]) -> Result<Gone, Failed> {
     let ids = || Value::List(tasks.iter().map(Id::blob).collect());
     let listed = conn.dialect().listed("$1");
     conn.lock("tasks", tasks.iter().map(Id::blob).collect()).await?;
+    // First the end of all keeping, for what is on its way too: no row gets more from here on, also none
+    // of an attempt that has not sent anything yet. Then what each has is what it had.
+    let none = sql(format!(
+        "INSERT INTO outputs (task, attempt, durable_seq, kept_seq, kept_len, stdout_bytes, stderr_bytes, truncated, held) \
+         SELECT DISTINCT task, attempt, 0, 0, 0, 0, 0, TRUE, $2 FROM task_events \
+         WHERE task IN ({listed}) AND attempt IS NOT NULL ON CONFLICT DO NOTHING"
+    ));
+    conn.execute(&none.bind(ids()).bind(Vec::<u8>::new())).await?;
+    let closed = sql(format!("UPDATE outputs SET truncated = TRUE WHERE task IN ({listed}) AND NOT truncated"));
+    conn.execute(&closed.bind(ids())).await?;
     let q = sql(format!("SELECT task, attempt, kept_len FROM outputs WHERE task IN ({listed}) AND kept_seq > 0"));
-    let file = |row: &Row| {
-        let c = &mut Columns::of(row);
-        let (task, no) = attempt(c)?;
-        Ok((task, no, c.unsigned()?))
-    };
     let gone = conn.rows(&q.bind(ids()), file).await?;
     let files = sql(format!(
         "INSERT INTO erased_output (task, attempt) SELECT task, attempt FROM outputs \
          WHERE task IN ({listed}) AND kept_len > 0 ON CONFLICT DO NOTHING"
     ));
     conn.execute(&files.bind(ids())).await?;
-    let rows = sql(format!(
-        "UPDATE outputs SET kept_seq = 0, kept_len = 0, held = $2, truncated = TRUE WHERE task IN ({listed}) AND kept_seq > 0"
-    ));
+    let rows = sql(format!("UPDATE outputs SET kept_seq = 0, kept_len = 0, held = $2 WHERE task IN ({listed}) AND kept_seq > 0"));
     conn.execute(&rows.bind(ids()).bind(Vec::<u8>::new())).await?;
     let results = sql(format!("UPDATE tasks SET result = NULL WHERE id IN ({listed}) AND result IS NOT NULL"));
     conn.execute(&results.bind(ids())).await?;
-    Ok((PurgeStep::Until(Some(last)), gone))
+    Ok(gone)
 }

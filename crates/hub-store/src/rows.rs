@@ -5,9 +5,10 @@ use crate::sql::IdBytes;
 use crate::store::Failed;
 use hub_engine::records::*;
 use mesh_core::capability::Capabilities;
+use mesh_core::output::Digests;
 use mesh_core::permission::{Role, Scope};
 use mesh_core::select::Selector;
-use mesh_core::task::{Attempt, AttemptNo, Cancel, Progress, Reason, ReasonCode, TaskState, Terms};
+use mesh_core::task::{Attempt, AttemptNo, Cancel, OnLost, Progress, Reason, ReasonCode, TaskState, Terms};
 use mesh_core::*;
 use std::collections::BTreeMap;
 
@@ -122,9 +123,10 @@ pub(crate) fn list_text<T: ToString>(list: &[T]) -> String {
 
 /// What [`task`] reads.
 pub(crate) const TASK_COLUMNS: &str = "t.events, t.id, t.session, t.named_node, t.\"user\", t.key, t.door, t.skill, t.digest, t.seal, \
-    t.timeout_secs, t.queue_secs, t.selector, t.priority, t.not_before, t.deadline, t.retries, t.backoff_ms, t.created_at, t.state, t.attempt, t.attempt_node, t.granted, t.cancel_at, t.cancel_reason, \
+    t.timeout_secs, t.queue_secs, t.selector, t.priority, t.not_before, t.deadline, t.retries, t.backoff_ms, t.on_lost, t.lost_after, t.created_at, t.state, t.attempt, t.attempt_node, t.granted, t.cancel_at, t.cancel_reason, \
     t.reason_code, t.reason_detail, t.exit_code, t.signal, t.assigned_at, t.started_at, t.finished_at, t.retried, t.retry_at, t.sandbox_applied, \
-    t.signed_key, t.signed_digest, t.spec, t.result, o.durable_seq, o.stdout_bytes, o.stderr_bytes, o.kept_seq, o.truncated";
+    t.signed_key, t.signed_digest, t.spec, t.result, o.durable_seq, o.stdout_bytes, o.stderr_bytes, o.kept_seq, o.truncated, \
+    o.stdout_sha256, o.stderr_sha256";
 /// Behind `tasks t`.
 pub(crate) const TASK_OUTPUT: &str = "LEFT JOIN outputs o ON o.task = t.id AND o.attempt = t.attempt";
 
@@ -140,15 +142,19 @@ pub(crate) fn task(row: &Row) -> Result<(Task, u64), Failed> {
     let sandbox_applied = c.get()?;
     let signed = c.get::<Option<String>>()?.zip(c.bytes_or_null()?);
     let (spec, result) = (c.get()?, c.get()?);
-    let output = match c.get::<Option<i64>>()? {
-        None => OutputTotals::default(),
-        Some(seq) => OutputTotals {
-            durable_seq: seq as u64,
-            stdout_bytes: c.unsigned()?,
-            stderr_bytes: c.unsigned()?,
-            kept_seq: c.unsigned()?,
-            truncated: c.get()?,
-        },
+    let (output, digests) = match c.get::<Option<i64>>()? {
+        None => (OutputTotals::default(), None),
+        Some(seq) => (
+            OutputTotals {
+                durable_seq: seq as u64,
+                stdout_bytes: c.unsigned()?,
+                stderr_bytes: c.unsigned()?,
+                kept_seq: c.unsigned()?,
+                // Closed by an erasure before anything came: nothing is missing.
+                truncated: c.get::<bool>()? && seq > 0,
+            },
+            digests(c)?,
+        ),
     };
     let task = Task {
         id,
@@ -165,11 +171,16 @@ pub(crate) fn task(row: &Row) -> Result<(Task, u64), Failed> {
         created_at,
         progress,
         output,
+        digests,
         result,
         sandbox_applied,
         signed,
     };
     Ok((task, events))
+}
+
+fn digests(c: &mut Columns) -> Result<Option<Digests>, Failed> {
+    Ok(c.bytes_or_null()?.zip(c.bytes_or_null()?).map(|(stdout, stderr)| Digests { stdout, stderr }))
 }
 
 fn terms(c: &mut Columns) -> Result<Terms, Failed> {
@@ -181,6 +192,8 @@ fn terms(c: &mut Columns) -> Result<Terms, Failed> {
         deadline: c.get()?,
         retries: c.small()?,
         backoff_ms: c.unsigned()?,
+        on_lost: c.word(OnLost::parse)?,
+        lost_after: c.get::<Option<i64>>()?.map(|secs| secs as u64),
     })
 }
 

@@ -5,12 +5,14 @@ use crate::rows::{Columns, Id, blob, session, session_columns};
 use crate::sql::{Rows, Sql, sql, values};
 use crate::store::{Failed, Store};
 use async_trait::async_trait;
-use hub_engine::ports::{Sessions, Stored, Window};
+use hub_engine::ports::{ACTIVITY_KEPT, ACTIVITY_OVER, Sessions, Stored, Window};
 use hub_engine::records::{Activity, Happened, Place, Session, SessionAct, SessionChange};
 use mesh_core::task::{ReasonCode, TaskState};
 use mesh_core::{EntryId, NodeId, SessionId, TaskId, UnixMs, UserId};
 use mesh_process::entropy;
 
+/// Lines that one trim takes away; more than come between two.
+const TRIMMED_AT_ONCE: u32 = 4 * ACTIVITY_OVER;
 const ACTIVE: &str = "closed_at IS NULL AND expired_at IS NULL";
 
 /// Slides the end of an active session and keeps other hubs from it until the commit; false when there
@@ -36,11 +38,27 @@ pub(crate) async fn note(
     by: Option<UserId>,
     at: UnixMs,
 ) -> Result<(), Failed> {
-    let newest = sql("SELECT id FROM session_events WHERE session = $1 ORDER BY id DESC LIMIT 1").bind(id.blob());
-    let newest = conn.row(&newest, |row| Columns::of(row).bytes()).await?;
-    let place = above(newest, *EntryId::from_parts(at, entropy::bytes()).as_bytes());
-    let row = values![place.to_vec(), id.blob(), at, act.as_str(), subject, blob(by)];
-    conn.insert("session_events", "id, session, at, kind, subject, actor", &Rows::of([row]), "").await
+    let newest_line = sql("SELECT id, no FROM session_events WHERE session = $1 ORDER BY id DESC LIMIT 1").bind(id.blob());
+    let line = |row: &Row| {
+        let c = &mut Columns::of(row);
+        Ok((c.bytes()?, c.get::<i64>()?))
+    };
+    let newest = conn.row(&newest_line, line).await?;
+    let no = 1 + newest.map_or(0, |(_, no)| no);
+    let place = above(newest.map(|(place, _)| place), *EntryId::from_parts(at, entropy::bytes()).as_bytes());
+    let row = values![place.to_vec(), id.blob(), at, act.as_str(), subject, blob(by), no];
+    conn.insert("session_events", "id, session, at, kind, subject, actor, no", &Rows::of([row]), "").await?;
+    if no % i64::from(ACTIVITY_OVER) == 0 { trim(conn, id).await } else { Ok(()) }
+}
+
+/// Takes the oldest lines away, some at a time: a version before may have left very many.
+async fn trim(conn: &mut Conn, id: SessionId) -> Result<(), Failed> {
+    let oldest_kept = "SELECT id FROM session_events WHERE session = $1 ORDER BY id DESC LIMIT 1 OFFSET $2";
+    let q = sql(format!(
+        "DELETE FROM session_events WHERE id IN \
+         (SELECT id FROM session_events WHERE session = $1 AND id < ({oldest_kept}) ORDER BY id LIMIT $3)"
+    ));
+    conn.execute(&q.bind(id.blob()).bind(ACTIVITY_KEPT - 1).bind(TRIMMED_AT_ONCE)).await.map(drop)
 }
 
 fn attach(id: SessionId, node: NodeId, now: UnixMs) -> Sql {

@@ -122,7 +122,7 @@ impl Store {
         A: Send + Sync + 'static,
         T: Send + 'static,
     {
-        self.writer.run(operation, with, work).await
+        self.writer.run(operation, None, with, work).await
     }
     /// A job of one statement; gives the number of rows that it changed.
     pub(crate) async fn execute(&self, operation: &'static str, sql: Sql) -> Stored<u64> {

@@ -5,6 +5,9 @@
 //! that fails is tried again one by one. Each other job runs in a savepoint of its own. Answers
 //! leave after COMMIT has succeeded; when it fails, all of the group hear that.
 //!
+//! A group of starts alone is committed without a sync: nothing is answered to a node for one, and a
+//! node whose hub has lost it says it again. It is durable with the next group.
+//!
 //! Another hub on the same database may be in the way: then the whole transaction is done again. A
 //! connection that is lost is told to all that wait, and the next group asks for a new one.
 
@@ -14,6 +17,7 @@ use crate::output::Raise;
 use crate::store::Failed;
 use futures::future::BoxFuture;
 use hub_engine::ports::{StoreError, Stored};
+use mesh_core::Digest;
 use mesh_process::Tasks;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -70,6 +74,8 @@ pub(crate) struct Asked<B: Bulk> {
 
 /// A job of any other kind.
 pub(crate) trait Work: Send {
+    /// Jobs that wait for one another across hubs go in this order, so that no two hubs wait in a circle.
+    fn place(&self) -> Option<Digest>;
     /// Keeps the outcome; gives the error when nothing of the job may stay.
     fn run<'c>(&'c mut self, conn: &'c mut Conn) -> BoxFuture<'c, Result<(), Failed>>;
     /// Says that the job failed, and nobody else did.
@@ -78,12 +84,16 @@ pub(crate) trait Work: Send {
 }
 
 struct Job<A, T> {
+    place: Option<Digest>,
     with: A,
     work: for<'c> fn(&'c mut Conn, &'c A) -> BoxFuture<'c, Result<T, Failed>>,
     reply: Reply<T>,
 }
 
 impl<A: Send + Sync, T: Send> Work for Job<A, T> {
+    fn place(&self) -> Option<Digest> {
+        self.place
+    }
     fn run<'c>(&'c mut self, conn: &'c mut Conn) -> BoxFuture<'c, Result<(), Failed>> {
         Box::pin(async move {
             let outcome = (self.work)(conn, &self.with).await?;
@@ -99,14 +109,19 @@ impl<A: Send + Sync, T: Send> Work for Job<A, T> {
     }
 }
 
+/// Boxed, so that the queue and the futures on the way to it stay small.
 pub(crate) enum Request {
-    Accept(Asked<Accept>),
-    Apply(Asked<Apply>),
-    Raise(Asked<Raise>),
+    Accept(Box<Asked<Accept>>),
+    Apply(Box<Asked<Apply>>),
+    Raise(Box<Asked<Raise>>),
     Other(Box<dyn Work>),
 }
 
 impl Request {
+    /// Whether its commit may wait for the sync of the next one.
+    fn may_lag(&self) -> bool {
+        matches!(self, Self::Apply(a) if a.job.may_lag())
+    }
     fn send(self, lost: Option<&str>) {
         match self {
             Self::Accept(a) => a.reply.send(lost),
@@ -119,17 +134,17 @@ impl Request {
 
 impl From<Asked<Accept>> for Request {
     fn from(asked: Asked<Accept>) -> Self {
-        Self::Accept(asked)
+        Self::Accept(Box::new(asked))
     }
 }
 impl From<Asked<Apply>> for Request {
     fn from(asked: Asked<Apply>) -> Self {
-        Self::Apply(asked)
+        Self::Apply(Box::new(asked))
     }
 }
 impl From<Asked<Raise>> for Request {
     fn from(asked: Asked<Raise>) -> Self {
-        Self::Raise(asked)
+        Self::Raise(Box::new(asked))
     }
 }
 
@@ -183,6 +198,7 @@ impl Writer {
     pub(crate) async fn run<A, T>(
         &self,
         operation: &'static str,
+        place: Option<Digest>,
         with: A,
         work: for<'c> fn(&'c mut Conn, &'c A) -> BoxFuture<'c, Result<T, Failed>>,
     ) -> Stored<T>
@@ -191,7 +207,7 @@ impl Writer {
         T: Send + 'static,
     {
         let (reply, answer) = Reply::new(operation);
-        self.ask(operation, Request::Other(Box::new(Job { with, work, reply })), answer).await
+        self.ask(operation, Request::Other(Box::new(Job { place, with, work, reply })), answer).await
     }
 
     async fn ask<T>(&self, operation: &'static str, request: Request, answer: oneshot::Receiver<Stored<T>>) -> Stored<T> {
@@ -266,9 +282,10 @@ impl Link {
     /// Does the whole group in one transaction. An error is for all of them.
     async fn write(&mut self, group: &mut [Request]) -> Result<(), Failed> {
         let (mut turn, mut fresh) = (1, self.conn.is_none());
+        let synced = !group.iter().all(Request::may_lag);
         loop {
             let mut conn = self.connected().await?;
-            let begun = self.connector.in_time(conn.begin()).await;
+            let begun = self.connector.in_time(conn.begin(synced)).await;
             let written = match begun {
                 // It may have been lost long ago, and nothing was asked of it yet.
                 Err(error) if !fresh && self.connector.verdict(&error) == Verdict::Connection => {
@@ -352,9 +369,9 @@ async fn transaction(conn: &mut Conn, connector: &Connector, group: &mut [Reques
     let (mut accepts, mut raises, mut applies, mut others) = (vec![], vec![], vec![], vec![]);
     for request in group {
         match request {
-            Request::Accept(a) => accepts.push(a),
-            Request::Raise(a) => raises.push(a),
-            Request::Apply(a) => applies.push(a),
+            Request::Accept(a) => accepts.push(&mut **a),
+            Request::Raise(a) => raises.push(&mut **a),
+            Request::Apply(a) => applies.push(&mut **a),
             Request::Other(work) => others.push(work),
         }
     }
@@ -362,6 +379,7 @@ async fn transaction(conn: &mut Conn, connector: &Connector, group: &mut [Reques
     t.bulk(&mut accepts).await?;
     t.bulk(&mut raises).await?;
     t.bulk(&mut applies).await?;
+    others.sort_by_key(|work| work.place());
     for work in others {
         t.begin().await?;
         if let Err(error) = work.run(t.conn).await {
@@ -513,6 +531,38 @@ mod tests {
         assert_eq!(ids(&store).await, Vec::<u8>::new());
         insert(&store, 4, Ok(())).await.unwrap();
         assert_eq!(ids(&store).await, [4], "the writer goes on");
+    }
+
+    #[tokio::test]
+    async fn starts_alone_wait_for_the_next_sync() {
+        use hub_engine::ports::{Besides, Journal};
+        use hub_testkit::contract::sample::{assigned_task, attempt, task_id};
+        use mesh_core::task::{Event, Outcome};
+
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path()).await;
+        for n in 1..=2 {
+            store.accept(&assigned_task(n)).await.unwrap();
+        }
+        let connector = Connector::Sqlite(dir.path().join("hub.db"));
+        let mut link = Link { conn: Some(connector.connect().await.unwrap()), connector, refused: None };
+        // How a group was committed: 1 is with the next sync, 2 with one of its own.
+        let mut commit = async |mut group: Vec<Request>| {
+            link.write(&mut group).await.unwrap();
+            let Some(Conn::Sqlite(conn)) = &link.conn else { panic!("no connection") };
+            conn.query_row("PRAGMA synchronous", [], |row| row.get::<_, i64>(0)).unwrap()
+        };
+        let apply = |n, event| -> Request {
+            let (reply, _) = Reply::new("test");
+            Asked { job: Apply::new(task_id(n), event, Besides::default(), 5), reply }.into()
+        };
+        let started = || Event::Started { attempt: attempt(1) };
+        let ended = || Event::Ended { attempt: attempt(1), outcome: Outcome::Exited(0) };
+        assert_eq!(commit(vec![apply(1, started())]).await, 1);
+        assert!(store.task(task_id(1)).await.unwrap().unwrap().progress.started_at.is_some(), "it is seen at once");
+        assert_eq!(commit(vec![apply(2, started()), apply(1, ended())]).await, 2);
+        assert_eq!(commit(vec![apply(1, started())]).await, 1);
+        assert_eq!(commit(vec![apply(2, ended())]).await, 2);
     }
 
     #[tokio::test]

@@ -1,7 +1,9 @@
 //! The store on SQLite passes the suites that every store passes.
 
+use hub_engine::ports::{Besides, Gauges, Journal, Retention};
 use hub_store::{Database, Store};
-use hub_testkit::contract;
+use hub_testkit::contract::{self, sample};
+use mesh_core::task::Event;
 use mesh_process::Tasks;
 use std::cell::Cell;
 use std::sync::Arc;
@@ -32,7 +34,7 @@ macro_rules! suites {
         }
     )*};
 }
-suites!(journal, output, nodes, accounts, sessions, state, meta);
+suites!(journal, output, nodes, accounts, sessions, activity_has_a_bound, state, meta);
 
 macro_rules! joint_suites {
     ($($name:ident),*) => {$(
@@ -43,4 +45,26 @@ macro_rules! joint_suites {
         }
     )*};
 }
-joint_suites!(idempotency, journal_and_output, nodes_and_sessions, sessions_and_tasks, memory, messages, purges, gauges);
+joint_suites!(idempotency, journal_and_output, nodes_and_sessions, sessions_and_tasks, memory, messages, purges, retention, gauges);
+
+#[tokio::test]
+async fn room_that_was_given_back_counts_as_free_though_the_file_stays() {
+    let fresh = Fresh::new();
+    let store = fresh.store().await;
+    for n in 1..=500 {
+        let mut t = sample::task(n);
+        t.spec = vec![n as u8; 2000];
+        store.accept(&t).await.unwrap();
+        store.apply(t.id, &Event::Expired { detail: "x".into() }, Besides::default(), t.created_at).await.unwrap();
+    }
+    let before = store.storage().await.unwrap();
+    assert!(before.journal_bytes > 1_000_000 && before.journal_bytes <= before.database_bytes, "{before:?}");
+    assert!(before.disk_bytes > before.disk_free_bytes && before.disk_free_bytes > 0, "{before:?}");
+    let erased = store.erase_tasks(i64::MAX, u64::MAX, 1000).await.unwrap();
+    assert_eq!(erased.tasks, 500);
+    let after = store.storage().await.unwrap();
+    let gone = before.journal_bytes - after.journal_bytes;
+    assert!(gone * 10 > before.journal_bytes * 7, "{before:?} {after:?}");
+    assert!(erased.bytes > gone / 2 && erased.bytes < gone * 2, "what is told is about what is gone: {erased:?} {gone}");
+    assert!(after.database_bytes >= before.database_bytes, "the file does not shrink");
+}

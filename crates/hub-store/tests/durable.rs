@@ -5,8 +5,9 @@ use hub_engine::ports::{Applied, Besides, Gauges, Journal, Meta, Output, Purges,
 use hub_engine::records::{OutputFrame, PurgeStart, PurgeStep, Stream, Task, TaskFilter};
 use hub_store::{Database, OpenError, Store};
 use hub_testkit::contract::sample::{assigned_task, attempt, frame, session, session_id, task, task_id};
-use mesh_core::TaskId;
+use mesh_core::output::Digests;
 use mesh_core::task::{Event, Outcome};
+use mesh_core::{TaskId, sha256};
 use mesh_process::Tasks;
 use mesh_process::tasks::Ended;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
@@ -33,6 +34,11 @@ fn files(dir: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(dir) else { return vec![] };
     let paths = entries.map(|e| e.unwrap().path());
     paths.flat_map(|p| if p.is_dir() { files(&p) } else { vec![p] }).collect()
+}
+
+/// More than a row holds.
+fn huge(seq: u64) -> OutputFrame {
+    frame(seq, Stream::Stdout, vec![seq as u8; 20_000])
 }
 
 fn big(seq: u64) -> OutputFrame {
@@ -102,6 +108,17 @@ async fn one_write_is_one_commit() {
     store.append(task_id(1), attempt(1), (1..=9).map(big).collect(), KEEP).await.unwrap();
     store.read(task_id(1), attempt(1), 0, 1).await.unwrap();
     assert_eq!(store.commits() - before, 2, "what changes nothing costs nothing");
+
+    // Digests come with the end, and are compared without a write.
+    let before = store.commits();
+    store.accept(&assigned_task(2)).await.unwrap();
+    store.append(task_id(2), attempt(1), vec![frame(1, Stream::Stdout, "small")], KEEP).await.unwrap();
+    let digests = store.digests(task_id(2), attempt(1)).await.unwrap();
+    let end = Event::Ended { attempt: attempt(1), outcome: Outcome::Exited(0) };
+    store.apply(task_id(2), &end, Besides { digests, ..Default::default() }, 9).await.unwrap();
+    assert_eq!(store.commits() - before, 3);
+    assert_eq!(store.task(task_id(2)).await.unwrap().unwrap().digests, digests);
+    assert_eq!(files(&dir.path().join("output")).len(), 1, "of the first task alone");
 }
 
 /// What a power cut may leave behind, for as long as `still` is held. The pages of the database are
@@ -317,11 +334,97 @@ async fn a_long_spec_is_read_only_when_it_is_wanted() {
     // Whoever looks for it now is told that it is gone.
     sqlx::query("DROP TABLE task_specs").execute(&mut raw(dir.path()).await).await.unwrap();
     assert!(store.task(long.id).await.unwrap_err().to_string().contains("task_specs"));
+    assert_eq!(store.narrow(long.id).await.unwrap().unwrap().spec, b"");
     assert_eq!(store.open_tasks(None, None, 9).await.unwrap().len(), 1);
     assert_eq!(store.tasks(&TaskFilter::default(), hub_engine::ports::Window { before: None, limit: 9 }).await.unwrap().len(), 1);
     for event in [Event::Started { attempt: attempt(1) }, Event::Ended { attempt: attempt(1), outcome: Outcome::Exited(0) }] {
         assert!(matches!(store.apply(long.id, &event, Besides::default(), 9).await.unwrap(), Applied::Done(..)));
     }
+}
+
+/// Comparing the output of a small task asks nobody: what came is remembered.
+#[tokio::test]
+async fn the_digests_of_small_output_cost_no_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _tasks) = open(dir.path()).await;
+    let (small, large) = (task_id(1), task_id(2));
+    store.append(small, attempt(1), vec![frame(1, Stream::Stdout, "out"), frame(2, Stream::Stderr, "err")], KEEP).await.unwrap();
+    store.append(large, attempt(1), vec![huge(1)], KEEP).await.unwrap();
+    let expect = Digests { stdout: sha256(b"out"), stderr: sha256(b"err") };
+    // Neither the database nor a file is there to be asked.
+    sqlx::query("DROP TABLE outputs").execute(&mut raw(dir.path()).await).await.unwrap();
+    files(&dir.path().join("output")).iter().for_each(|f| std::fs::remove_file(f).unwrap());
+    assert_eq!(store.totals(small, attempt(1)).await.unwrap().durable_seq, 2);
+    assert_eq!(store.digests(small, attempt(1)).await.unwrap(), Some(expect));
+    assert!(store.digests(large, attempt(1)).await.is_err(), "a large one is read from its file");
+}
+
+/// An append that was half-way when its session was erased: nothing of it stays, in a row or in a file.
+#[test]
+fn what_is_on_its_way_during_an_erasure_is_not_kept() {
+    // One thread for whatever blocks, so that the test can keep a file from being written; all else runs when
+    // the test waits.
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+    runtime.block_on(async {
+        for before in [0, 2] {
+            let dir = tempfile::tempdir().unwrap();
+            let (store, _tasks) = open(dir.path()).await;
+            let (session_id, id) = (session_id(1), task_id(1));
+            store.add_session(&session(1, 1)).await.unwrap();
+            store.accept(&Task { session: Some(session_id), ..assigned_task(1) }).await.unwrap();
+            if before > 0 {
+                store.append(id, attempt(1), (1..=before).map(huge).collect(), KEEP).await.unwrap();
+            }
+            assert_eq!(store.totals(id, attempt(1)).await.unwrap().kept_seq, before, "and remembered");
+            let (release, held) = std::sync::mpsc::sync_channel::<()>(1);
+            let (enter, entered) = tokio::sync::oneshot::channel();
+            let blocked = tokio::task::spawn_blocking(move || {
+                enter.send(()).unwrap();
+                let _ = held.recv();
+            });
+            entered.await.unwrap();
+            let mut late = Box::pin(store.append(id, attempt(1), vec![huge(before + 1)], KEEP));
+            // It asks nobody before it waits for the file.
+            for _ in 0..100 {
+                assert!(futures::poll!(&mut late).is_pending());
+                tokio::task::yield_now().await;
+            }
+            // Its node was revoked, so it ended without it; then all was erased.
+            store.apply(id, &Event::NodeRevoked { attempt: attempt(1) }, Besides::default(), 5).await.unwrap();
+            store.close_session(session_id, None, 6).await.unwrap();
+            assert_eq!(store.begin_purge(session_id, None, 7).await.unwrap(), PurgeStart::Begun);
+            let purge = async {
+                let mut after = None;
+                while let PurgeStep::Until(task) = store.purge_step(session_id, after, 9).await.unwrap() {
+                    after = task;
+                }
+            };
+            let watch = async {
+                let rows = async || {
+                    let (kept_seq, truncated): (i64, bool) =
+                        sqlx::query_as("SELECT kept_seq, truncated FROM outputs").fetch_one(&mut raw(dir.path()).await).await.ok()?;
+                    (kept_seq == 0 && truncated).then_some(())
+                };
+                let erased = async {
+                    while rows().await.is_none() {
+                        tokio::time::sleep(Duration::from_millis(5)).await;
+                    }
+                };
+                tokio::time::timeout(2 * GRACE, erased).await.expect("its row is not erased");
+                release.send(()).unwrap();
+            };
+            futures::join!(purge, watch);
+            blocked.await.unwrap();
+            let late = late.await.unwrap().unwrap();
+            while store.sweep(9).await.unwrap() > 0 {}
+
+            assert_eq!((late.durable_seq, late.kept_seq, late.truncated), (before + 1, 0, true), "counted, so that its node forgets it");
+            assert_eq!(store.task(id).await.unwrap().unwrap().output, late);
+            assert_eq!(store.read(id, attempt(1), 0, usize::MAX).await.unwrap(), vec![]);
+            assert_eq!(store.storage().await.unwrap().output_bytes, 0);
+            assert_eq!(files(&dir.path().join("output")), [] as [PathBuf; 0]);
+        }
+    });
 }
 
 /// The writer is a thread of this process, and the only one that a store keeps for its statements.

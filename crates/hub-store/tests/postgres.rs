@@ -2,8 +2,11 @@
 //! goes away and comes back.
 
 use futures::future::join_all;
-use hub_engine::ports::{Accounts, Applied, Besides, Creation, Idempotency, Journal, Meta, NodeDirectory, Once, Output, Sessions, Window};
-use hub_engine::records::{Claim, Node, NodeChange, OutputFrame, RefreshToken, Rotation, Stream, TaskFilter};
+use hub_engine::ports::{
+    Accounts, Applied, Besides, Creation, Gauges, Idempotency, Journal, Meta, NodeDirectory, Once, Output, Purges, Retention, Sessions,
+    Window,
+};
+use hub_engine::records::{Claim, Node, NodeChange, OutputFrame, PurgeStart, PurgeStep, RefreshToken, Rotation, Stream, Task, TaskFilter};
 use hub_store::{Database, OpenError, Store};
 use hub_testkit::contract;
 use hub_testkit::contract::sample::*;
@@ -61,7 +64,7 @@ macro_rules! suites {
         }
     )*};
 }
-suites!(journal, output, nodes, accounts, sessions, state, meta);
+suites!(journal, output, nodes, accounts, sessions, activity_has_a_bound, state, meta);
 
 macro_rules! joint_suites {
     ($($name:ident),*) => {$(
@@ -72,7 +75,7 @@ macro_rules! joint_suites {
         }
     )*};
 }
-joint_suites!(idempotency, journal_and_output, nodes_and_sessions, sessions_and_tasks, memory, messages, purges, gauges);
+joint_suites!(idempotency, journal_and_output, nodes_and_sessions, sessions_and_tasks, memory, messages, purges, retention, gauges);
 
 fn ended(code: i32) -> Event {
     Event::Ended { attempt: attempt(1), outcome: Outcome::Exited(code) }
@@ -261,6 +264,46 @@ async fn two_hubs_share_the_events_of_many_tasks() {
     for (one, two) in one.into_iter().zip(two) {
         let done = [one.unwrap(), two.unwrap()].iter().filter(|o| matches!(o, Applied::Done(..))).count();
         assert_eq!(done, 1, "each task ends by one of them");
+    }
+}
+
+/// One hub erases while output is on its way to another, which goes by what it remembers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_hubs_keep_nothing_of_what_one_erases() {
+    let hubs = Hubs::new();
+    let url = Server::shared().database();
+    let (one, two) = (&hubs.store(&url).await, &hubs.store(&url).await);
+    let (session_id, no) = (session_id(1), attempt(1));
+    one.add_session(&session(1, 1)).await.unwrap();
+    // Nothing, little and much before.
+    let some = |n: u16, seq| frame(seq, Stream::Stdout, vec![n as u8; usize::from(n) * 1000]);
+    for n in 1..=20 {
+        one.accept(&Task { session: Some(session_id), ..assigned_task(n) }).await.unwrap();
+        if n % 5 > 0 {
+            one.append(task_id(n), no, vec![some(n, 1)], KEEP).await.unwrap().unwrap();
+        }
+        one.totals(task_id(n), no).await.unwrap();
+        assert!(matches!(one.apply(task_id(n), &ended(0), Besides::default(), 9).await.unwrap(), Applied::Done(..)));
+    }
+    assert!(one.close_session(session_id, None, 10).await.unwrap());
+    assert_eq!(two.begin_purge(session_id, None, 11).await.unwrap(), PurgeStart::Begun);
+    let erase = async {
+        let mut after = None;
+        while let PurgeStep::Until(task) = two.purge_step(session_id, after, 3).await.unwrap() {
+            after = task;
+        }
+    };
+    let more = async |seq| {
+        let late = (1..=20).map(|n| one.append(task_id(n), no, vec![some(n, seq + u64::from(n % 5 > 0))], KEEP));
+        join_all(late).await.into_iter().map(|t| t.unwrap().unwrap().durable_seq).collect::<Vec<u64>>()
+    };
+    let ((), first) = futures::join!(erase, more(1));
+    let second = more(2).await;
+    assert!(first.iter().zip(&second).all(|(a, b)| a + 1 == *b), "what comes is acknowledged");
+    let fresh = hubs.store(&url).await;
+    for n in 1..=20 {
+        let t = fresh.totals(task_id(n), no).await.unwrap();
+        assert_eq!((t.durable_seq, t.kept_seq, t.truncated), (second[usize::from(n) - 1], 0, true), "{n}");
     }
 }
 
@@ -520,4 +563,34 @@ async fn a_hub_that_follows_the_registry_misses_nothing() {
     assert_eq!(epoch, 200 + removed.len() as u64, "each change has one of its own");
     assert_eq!(removed, ids.iter().copied().filter(|id| id.as_bytes()[15] % 2 == 0).collect());
     assert!(ids.iter().filter(|id| !removed.contains(id)).all(|id| known[id] == Some(9)));
+}
+
+#[tokio::test]
+async fn the_room_in_use_is_estimated_and_falls_with_what_is_erased() {
+    let hubs = Hubs::new();
+    let store = hubs.fresh().await;
+    for n in 1..=300 {
+        let mut t = task(n);
+        t.spec = (0..2000u32).map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(u32::from(n)) >> 13) as u8).collect();
+        store.accept(&t).await.unwrap();
+        store.apply(t.id, &Event::Expired { detail: "x".into() }, Besides::default(), t.created_at).await.unwrap();
+    }
+    // The server counts a little later.
+    let told = async |is: &dyn Fn(u64) -> bool| {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            let used = store.storage().await.unwrap();
+            assert!(used.database_bytes > 1_000_000, "{used:?}");
+            if is(used.journal_bytes) {
+                return used.journal_bytes;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "{used:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let full = told(&|n| n > 600_000).await;
+    assert!(full < 3_000_000, "{full}");
+    let erased = store.erase_tasks(i64::MAX, u64::MAX, 250).await.unwrap();
+    assert!(erased.tasks == 250 && erased.bytes > full / 3 && erased.bytes < full * 3, "{erased:?} {full}");
+    told(&|n| n < full / 3).await;
 }

@@ -2,10 +2,12 @@
 //! that every implementation passes, and servers to pass it on (PostgreSQL, Redis). It does *not* know SQL.
 
 pub mod contract;
+pub mod journal;
 pub mod keys;
 pub mod memory;
 pub mod postgres;
 pub mod redis;
 
+pub use journal::TestJournal;
 pub use keys::TestKeys;
 pub use memory::MemoryStore;

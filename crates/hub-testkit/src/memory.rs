@@ -6,10 +6,11 @@ use async_trait::async_trait;
 use hub_engine::ports::*;
 use hub_engine::records::*;
 use mesh_core::capability::Capabilities;
+use mesh_core::output::{Digests, Hashing};
 use mesh_core::spec::INLINE_SPEC_BYTES;
 use mesh_core::task::{Action, AttemptNo, Event, step};
 use mesh_core::*;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const MAX_NOTICES: usize = 20;
@@ -20,8 +21,12 @@ pub struct MemoryStore(Mutex<State>);
 #[derive(Debug, Default, Clone)]
 struct State {
     hub: Option<HubMeta>,
+    restored: Option<Restored>,
     tasks: BTreeMap<TaskId, (Task, Vec<TaskEvent>)>,
     outputs: BTreeMap<(TaskId, AttemptNo), (OutputTotals, Vec<OutputFrame>)>,
+    digests: BTreeMap<(TaskId, AttemptNo), Digests>,
+    /// Tasks whose output was erased.
+    erased: BTreeSet<TaskId>,
     invites: BTreeMap<InviteId, Invite>,
     nodes: BTreeMap<NodeId, Node>,
     /// With the epoch of the removal.
@@ -31,9 +36,11 @@ struct State {
     refresh: BTreeMap<Digest, Refresh>,
     keys: BTreeMap<ApiKeyId, ApiKey>,
     sessions: BTreeMap<SessionId, Session>,
+    output_erased: BTreeSet<TaskId>,
     /// Sessions whose erasure is under way.
     purging: BTreeSet<SessionId>,
-    activity: Vec<(SessionId, Activity)>,
+    /// Oldest first.
+    activity: BTreeMap<SessionId, VecDeque<Activity>>,
     memory: BTreeMap<(SessionId, String), MemoryEntry>,
     messages: BTreeMap<MessageId, Message>,
     state: BTreeMap<(String, String), StateEntry>,
@@ -86,7 +93,8 @@ impl State {
     fn shown(&self, task: &Task) -> Task {
         let no = task.progress.attempt.as_ref().map(|a| a.no);
         let output = no.and_then(|no| self.outputs.get(&(task.id, no))).map(|o| o.0).unwrap_or_default();
-        Task { output, ..task.clone() }
+        let digests = no.and_then(|no| self.digests.get(&(task.id, no))).copied();
+        Task { output, digests, ..task.clone() }
     }
     fn raise_epoch(&mut self) -> u64 {
         self.registry_epoch += 1;
@@ -121,6 +129,9 @@ impl Journal for MemoryStore {
         task.signed = besides.signed.or(task.signed.take());
         history.push(TaskEvent::of(history.len() as u64 + 1, now, event, task));
         let task = task.clone();
+        if let (Some(digests), Some(no)) = (besides.digests, event.attempt()) {
+            state.digests.insert((id, no), digests);
+        }
         let ordered = actions.iter().any(|a| matches!(a, Action::Order { .. }));
         let shown = state.shown(&task);
         Ok(Applied::Done(Box::new(if ordered { shown } else { narrow(shown) }), actions))
@@ -129,6 +140,10 @@ impl Journal for MemoryStore {
     async fn task(&self, id: TaskId) -> Stored<Option<Task>> {
         let state = self.state();
         Ok(state.tasks.get(&id).map(|(task, _)| state.shown(task)))
+    }
+
+    async fn narrow(&self, id: TaskId) -> Stored<Option<Task>> {
+        Ok(self.task(id).await?.map(narrow))
     }
 
     async fn tasks(&self, filter: &TaskFilter, window: Window<TaskId>) -> Stored<Vec<Task>> {
@@ -219,6 +234,7 @@ impl Output for MemoryStore {
                 return Ok(None);
             }
             let size = frame.data.len() as u64;
+            totals.truncated |= state.erased.contains(&task);
             totals.truncated |= totals.stdout_bytes + totals.stderr_bytes + size > keep_bytes;
             totals.durable_seq = frame.seq;
             match frame.stream {
@@ -234,8 +250,30 @@ impl Output for MemoryStore {
         Ok(Some(totals))
     }
 
+    async fn give_up(&self, task: TaskId, no: AttemptNo, to_seq: u64) -> Stored<()> {
+        let mut state = self.state();
+        let (totals, _) = state.outputs.entry((task, no)).or_default();
+        if to_seq > totals.durable_seq {
+            (totals.durable_seq, totals.truncated) = (to_seq, true);
+        }
+        Ok(())
+    }
+
     async fn totals(&self, task: TaskId, no: AttemptNo) -> Stored<OutputTotals> {
         Ok(self.state().outputs.get(&(task, no)).map(|o| o.0).unwrap_or_default())
+    }
+
+    async fn digests(&self, task: TaskId, no: AttemptNo) -> Stored<Option<Digests>> {
+        let state = self.state();
+        let Some((totals, kept)) = state.outputs.get(&(task, no)) else { return Ok(Some(Digests::of_nothing())) };
+        let mut hashing = Hashing::default();
+        for frame in kept {
+            match frame.stream {
+                Stream::Stdout => hashing.stdout(&frame.data),
+                Stream::Stderr => hashing.stderr(&frame.data),
+            }
+        }
+        Ok((!totals.truncated).then(|| hashing.digests()))
     }
 
     async fn read(&self, task: TaskId, no: AttemptNo, after_seq: u64, max_bytes: usize) -> Stored<Vec<OutputFrame>> {
@@ -322,6 +360,12 @@ impl NodeDirectory for MemoryStore {
         if let Some(node) = self.state().nodes.get_mut(&id) {
             node.version = version.to_owned();
             node.capabilities = capabilities.clone();
+        }
+        Ok(())
+    }
+    async fn add_notice(&self, id: NodeId, words: &str, now: UnixMs) -> Stored<()> {
+        if let Some(node) = self.state().nodes.get_mut(&id).filter(|n| n.notices.len() < MAX_NOTICES) {
+            node.notices.push(format!("{words} at {now}"));
         }
         Ok(())
     }
@@ -486,6 +530,23 @@ impl Accounts for MemoryStore {
 impl Meta for MemoryStore {
     async fn hub(&self, fresh: HubMeta) -> Stored<HubMeta> {
         Ok(*self.state().hub.get_or_insert(fresh))
+    }
+    async fn mark_restored(&self, at: UnixMs, backup_at: UnixMs, least: u32) -> Stored<HubMeta> {
+        let mut state = self.state();
+        let next = state.hub.and_then(|h| Some(HubMeta { incarnation: h.incarnation.checked_add(1)?.max(least), ..h }));
+        let next = next.ok_or_else(|| StoreError::new("meta.mark_restored", "no hub, or no number left"))?;
+        (state.hub, state.restored) = (Some(next), Some(Restored { at, backup_at, go: false }));
+        Ok(next)
+    }
+    async fn restored(&self) -> Stored<Option<Restored>> {
+        Ok(self.state().restored)
+    }
+    async fn ask_go(&self) -> Stored<bool> {
+        Ok(self.state().restored.as_mut().map(|r| r.go = true).is_some())
+    }
+    async fn released(&self) -> Stored<()> {
+        self.state().restored = None;
+        Ok(())
     }
     async fn ping(&self) -> Stored<()> {
         Ok(())

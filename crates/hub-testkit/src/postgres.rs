@@ -104,6 +104,15 @@ impl Server {
         format!("postgres://postgres@{}/{name}", self.folder.display().to_string().replace('/', "%2F"))
     }
 
+    /// Ends every connection to its databases; new ones are taken at once.
+    pub fn cut(&self) {
+        const CUT: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+             WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
+        let done = Command::new(self.bin.join("psql")).arg("-h").arg(&self.folder).args(["-U", "postgres", "-qc", CUT]).output();
+        let done = done.expect("psql starts");
+        assert!(done.status.success(), "psql: {}", String::from_utf8_lossy(&done.stderr));
+    }
+
     /// Ends the server as a power cut would, as far as its files are concerned.
     pub fn crash(&self) {
         self.ask("crash");

@@ -157,6 +157,7 @@ mod feeds {
             generation,
             spool: spool_id(1),
             max_tasks: 1,
+            keeps: 0,
             offers: Default::default(),
             draining: false,
             own_tasks: 1,

@@ -11,7 +11,7 @@ macro_rules! suites {
         }
     )*};
 }
-suites!(journal, output, nodes, accounts, sessions, state, meta);
+suites!(journal, output, nodes, accounts, sessions, activity_has_a_bound, state, meta);
 
 macro_rules! joint_suites {
     ($($name:ident),*) => {$(
@@ -21,4 +21,4 @@ macro_rules! joint_suites {
         }
     )*};
 }
-joint_suites!(idempotency, journal_and_output, nodes_and_sessions, sessions_and_tasks, memory, messages, purges, gauges);
+joint_suites!(idempotency, journal_and_output, nodes_and_sessions, sessions_and_tasks, memory, messages, purges, retention, gauges);

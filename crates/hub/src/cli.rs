@@ -1,5 +1,6 @@
 //! The command line of `cortex-hub`.
 
+use crate::backup;
 use crate::config::{Config, Flags};
 use crate::keys::Keys;
 use crate::serve::Hub;
@@ -54,7 +55,34 @@ enum Command {
     },
     /// Print the description of the API, as GET /openapi.json answers it
     Openapi,
-    /// Not built yet: admin, audit, backup, restore
+    /// Write all that the hub keeps into one new file, while it runs
+    Backup {
+        file: PathBuf,
+        /// With the hub's keys, under a passphrase
+        #[arg(long)]
+        with_keys: bool,
+        /// The passphrase is the first line of this file, or of standard input for -
+        #[arg(long, value_name = "FILE")]
+        passphrase_file: Option<PathBuf>,
+    },
+    /// Put a backup in place of what a stopped hub has; then let the hub go on
+    Restore {
+        #[arg(required_unless_present_any = ["go", "mark"], conflicts_with_all = ["go", "mark"])]
+        file: Option<PathBuf>,
+        /// Only read the file to its end and say what is in it
+        #[arg(long)]
+        check: bool,
+        /// Say what the restore may have undone, and let the hub go on
+        #[arg(long, conflicts_with_all = ["check", "mark"])]
+        go: bool,
+        /// The database was put back by other means, such as PostgreSQL's own: hold back as after a restore
+        #[arg(long, conflicts_with = "check")]
+        mark: bool,
+        /// The passphrase is the first line of this file, or of standard input for -
+        #[arg(long, value_name = "FILE")]
+        passphrase_file: Option<PathBuf>,
+    },
+    /// Not built yet: admin, audit
     #[command(external_subcommand)]
     Other(Vec<String>),
 }
@@ -76,7 +104,7 @@ enum CaCommand {
 /// Wrong usage or settings.
 const USAGE: u8 = 2;
 /// What the contract names and is not built.
-const PROMISED: &[&str] = &["admin", "audit", "backup", "restore"];
+const PROMISED: &[&str] = &["admin", "audit"];
 
 pub async fn run() -> ExitCode {
     let cli = Cli::parse();
@@ -101,6 +129,20 @@ pub async fn run() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
         },
+        Command::Backup { file, with_keys, passphrase_file } => {
+            let plan = backup::Plan { to: file, with_keys, passphrase_file };
+            told(&flags, async |config| backup::backup(config, &plan, SystemClock::new().now_ms())).await
+        }
+        Command::Restore { file: Some(file), check: true, passphrase_file, .. } => {
+            told(&flags, async |config| backup::check(config, &file, passphrase_file.as_deref())).await
+        }
+        Command::Restore { file: Some(file), passphrase_file, .. } => {
+            told(&flags, async |config| backup::restore(config, &file, passphrase_file.as_deref(), SystemClock::new().now_ms()).await).await
+        }
+        Command::Restore { mark: true, .. } => told(&flags, async |config| backup::mark(config, SystemClock::new().now_ms()).await).await,
+        Command::Restore { file: None, .. } => {
+            told(&flags, async |config| backup::go(config, |line| println!("{line}")).await.map(|()| vec![])).await
+        }
         Command::Other(words) => {
             let word = words.first().map_or("", String::as_str);
             if PROMISED.contains(&word) {
@@ -108,6 +150,24 @@ pub async fn run() -> ExitCode {
             } else {
                 usage(&format!("there is no command {word:?}; see cortex-hub --help"))
             }
+        }
+    }
+}
+
+/// Runs one command on the settings and prints what it gives.
+async fn told(flags: &Flags, command: impl AsyncFnOnce(&Config) -> anyhow::Result<Vec<String>>) -> ExitCode {
+    let config = match Config::load(flags) {
+        Ok(c) => c,
+        Err(e) => return usage(&e),
+    };
+    match command(&config).await {
+        Ok(lines) => {
+            lines.iter().for_each(|line| println!("{line}"));
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("cortex-hub: {e:#}");
+            ExitCode::FAILURE
         }
     }
 }
@@ -170,10 +230,21 @@ async fn serve(flags: &Flags) -> ExitCode {
         () = hub.failed() => false,
     };
     tracing::info!("stopping");
-    let clean = hub.stop().await;
-    tracing::info!(clean, "stopped");
+    let clean = tokio::select! {
+        biased;
+        clean = hub.stop() => clean,
+        Ok(again) = signals::shutdown() => {
+            tracing::warn!("a second signal: the hub ends at once, whatever is under way");
+            // What is committed is on the disk; threads that hang must not hold this up.
+            std::process::exit(again.exit_code())
+        }
+    };
     if let Some(exporter) = exporter {
         exporter.stop().await;
     }
-    if asked && clean { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if !clean {
+        // As above: what was cut off is not waited for.
+        std::process::exit(1)
+    }
+    if asked { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

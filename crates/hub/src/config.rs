@@ -1,6 +1,7 @@
 //! Settings: a TOML file, the environment and flags, in that order of rising weight; all of it is
 //! checked before a port is bound.
 
+use hub_engine::retention::Limits;
 use mesh_process::config::{BadSetting, env, read_toml};
 use mesh_process::telemetry;
 use serde::Deserialize;
@@ -59,6 +60,7 @@ pub struct Config {
     pub session_hours: u64,
     pub certificate: Duration,
     pub invite_secs: u64,
+    pub retention: Limits,
 }
 
 /// Every setting there is: its section and key, and whether it is built. What is named by the
@@ -93,11 +95,11 @@ const SETTINGS: &[(&str, &str, bool)] = &[
     ("limits", "spool_attempt_bytes", false),
     ("limits", "spool_node_bytes", false),
     ("limits", "events_replay_secs", true),
-    ("retention", "journal_days", false),
-    ("retention", "output_days", false),
+    ("retention", "journal_days", true),
+    ("retention", "output_days", true),
     ("retention", "versions_days", false),
-    ("retention", "journal_bytes", false),
-    ("retention", "output_bytes", false),
+    ("retention", "journal_bytes", true),
+    ("retention", "output_bytes", true),
     ("retention", "versions_bytes", false),
     ("retention", "workspace_days", false),
     ("log", "level", true),
@@ -220,6 +222,12 @@ impl Config {
             session_hours: l.number("auth", "session_hours", 24, 1, 720)?,
             certificate: Duration::from_secs(3600 * l.number("auth", "certificate_hours", 24, 1, 720)?),
             invite_secs: l.number("auth", "invite_secs", 3600, 1, 86_400)?,
+            retention: Limits {
+                journal_days: l.number("retention", "journal_days", 30, 0, 36_500)?,
+                journal_bytes: l.number("retention", "journal_bytes", 20 << 30, 0, 1 << 50)?,
+                output_days: l.number("retention", "output_days", 30, 0, 36_500)?,
+                output_bytes: l.number("retention", "output_bytes", 20 << 30, 0, 1 << 50)?,
+            },
         };
         if let Some(p) = &config.admin_password {
             let n = p.chars().count();
@@ -352,6 +360,8 @@ mod tests {
         let c = load("").unwrap();
         assert_eq!(c.http_addr.to_string(), "127.0.0.1:8080");
         assert_eq!((c.body_bytes, c.output_bytes, c.certificate.as_secs()), (8 << 20, 64 << 20, 86_400));
+        let r = c.retention;
+        assert_eq!((r.journal_days, r.output_days, r.journal_bytes, r.output_bytes), (30, 30, 20 << 30, 20 << 30));
         assert!(matches!(c.database, hub_store::Database::Sqlite));
     }
 

@@ -10,12 +10,16 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use hub_engine::links::Health;
 use hub_engine::pool::Pool;
-use hub_engine::ports::NodeDirectory;
+use hub_engine::ports::{Gauges, NodeDirectory};
+use hub_engine::retention::Limits;
 use hub_store::Store;
 use mesh_process::Tasks;
 use metrics::{Unit, counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -56,15 +60,21 @@ pub const NAMES: &[(&str, Kind, &str)] = &[
     ("cortex_tasks_accepted_total", Counter, "Tasks that were accepted."),
     ("cortex_tasks_finished_total", Counter, "Tasks that came to their final state."),
     ("cortex_tasks_waiting", Gauge, "Tasks that wait for a node."),
+    ("cortex_tasks_in_doubt", Gauge, "Tasks on nodes that are away."),
+    ("cortex_attempts_moved_total", Counter, "Attempts that were taken back before they ran, for another try."),
+    ("cortex_attempts_lost_total", Counter, "Attempts of which nobody can say how they ended."),
     ("cortex_task_start_seconds", Histogram(START), "Time from the acceptance of a task to its start on a node."),
     ("cortex_broken_seals_total", Counter, "Stored tasks that do not fit their seal, and were not sent."),
     ("cortex_nodes", Gauge, "Nodes by what this hub sees of them."),
+    ("cortex_nodes_spool_bytes", Gauge, "Output that the linked nodes keep until it is durable here."),
+    ("cortex_nodes_spool_full", Gauge, "Linked nodes whose spool is used to 80 % or more."),
     ("cortex_link_connections", Gauge, "Open connections of the node port."),
     ("cortex_link_connections_refused_total", Counter, "Connections of the node port beyond a limit, closed at once."),
     ("cortex_link_handshakes_total", Counter, "TLS handshakes on the node port."),
     ("cortex_links_opened_total", Counter, "Links that were accepted."),
     ("cortex_links_closed_total", Counter, "Links that ended."),
     ("cortex_envelopes_rejected_total", Counter, "Envelopes that a node refused."),
+    ("cortex_refused_reports_total", Counter, "Reports of nodes that cannot be true, and were not recorded."),
     ("cortex_output_received_bytes_total", Counter, "Output of tasks that came from nodes, repeats included."),
     ("cortex_store_up", Gauge, "1 when the database answers."),
     ("cortex_store_commits_total", Counter, "Transactions that were committed."),
@@ -73,6 +83,10 @@ pub const NAMES: &[(&str, Kind, &str)] = &[
     ("cortex_store_commit_jobs", Histogram(JOBS), "Writes that shared a transaction."),
     ("cortex_store_queue_depth", Gauge, "Writes that wait for the next transaction."),
     ("cortex_data_folder_free_bytes", Gauge, "Room on the disk of the data folder."),
+    ("cortex_storage_used_bytes", Gauge, "What is kept."),
+    ("cortex_storage_limit_bytes", Gauge, "The bound of what is kept; 0 for none."),
+    ("cortex_storage_warnings", Gauge, "1 for what is used to 80 % of its bound or more."),
+    ("cortex_retention_erased_total", Counter, "Tasks of which something was erased for its age or for want of room."),
     ("cortex_bus_connected", Gauge, "1 while live events are carried by Redis."),
     ("cortex_bus_unsent_total", Counter, "Events that other hubs did not hear."),
     ("cortex_bus_resets_total", Counter, "Times that all readers of this hub had missed something on the way through Redis."),
@@ -150,6 +164,12 @@ fn begin() {
         counter!("cortex_link_handshakes_total", "result" => result).absolute(0);
     }
     counter!("cortex_links_closed_total", "code" => "closed").absolute(0);
+    for what in ["output", "tasks"] {
+        counter!("cortex_retention_erased_total", "what" => what).absolute(0);
+    }
+    for what in ["bad_frame", "digest", "foreign", "gap", "output_missing", "unknown"] {
+        counter!("cortex_refused_reports_total", "what" => what).absolute(0);
+    }
     for reason in ["forged", "malformed", "stale", "repeated"] {
         counter!("cortex_bus_rejected_total", "reason" => reason).absolute(0);
     }
@@ -161,7 +181,14 @@ fn begin() {
                 Counter,
                 "cortex_http_connections_accepted_total" | "cortex_http_connections_refused_total" | "cortex_http_connections_cut_total",
             )
-            | (Counter, "cortex_link_handshakes_total" | "cortex_links_closed_total" | "cortex_bus_rejected_total")
+            | (
+                Counter,
+                "cortex_link_handshakes_total"
+                | "cortex_links_closed_total"
+                | "cortex_bus_rejected_total"
+                | "cortex_refused_reports_total"
+                | "cortex_retention_erased_total",
+            )
             | (Histogram(_), "cortex_http_request_duration_seconds") => {}
             (Counter, name) => counter!(name).absolute(0),
             (Histogram(_), name) => drop(histogram!(name)),
@@ -170,6 +197,19 @@ fn begin() {
             (Gauge, _) => {}
         }
     }
+}
+
+/// What is counted of one route, by method and class of status; there are few of each.
+struct OfRoute {
+    method: &'static str,
+    class: &'static str,
+    answers: metrics::Counter,
+    time: metrics::Histogram,
+}
+
+thread_local! {
+    /// Looked up once a thread: three labels are dearer to find than to count.
+    static ROUTES: RefCell<HashMap<Arc<str>, Vec<OfRoute>>> = RefCell::default();
 }
 
 /// Notes an answer of the doors.
@@ -181,8 +221,17 @@ pub fn answered(method: &'static str, route: &Arc<str>, status: StatusCode, took
         400..500 => "4xx",
         _ => "5xx",
     };
-    counter!("cortex_http_requests_total", "method" => method, "route" => route.clone(), "status" => class).increment(1);
-    histogram!("cortex_http_request_duration_seconds", "method" => method, "route" => route.clone()).record(took.as_secs_f64());
+    ROUTES.with_borrow_mut(|known| {
+        let of_route = known.entry(route.clone()).or_default();
+        let at = of_route.iter().position(|r| (r.method, r.class) == (method, class)).unwrap_or_else(|| {
+            let answers = counter!("cortex_http_requests_total", "method" => method, "route" => route.clone(), "status" => class);
+            let time = histogram!("cortex_http_request_duration_seconds", "method" => method, "route" => route.clone());
+            of_route.push(OfRoute { method, class, answers, time });
+            of_route.len() - 1
+        });
+        of_route[at].answers.increment(1);
+        of_route[at].time.record(took.as_secs_f64());
+    });
     if status == StatusCode::UNAUTHORIZED {
         let kind = match &**route {
             "/api/v1/auth/login" => "password",
@@ -198,6 +247,7 @@ pub fn answered(method: &'static str, route: &Arc<str>, status: StatusCode, took
 pub struct Scraped {
     pub pool: Arc<Pool>,
     pub store: Arc<Store>,
+    pub limits: Limits,
     pub data_dir: PathBuf,
 }
 
@@ -219,12 +269,31 @@ impl Scraped {
         if let Some(free) = free_bytes(&self.data_dir) {
             gauge!("cortex_data_folder_free_bytes").set(free as f64);
         }
+        gauge!("cortex_tasks_in_doubt").set(self.pool.links.in_doubt() as f64);
         let links = self.pool.links.all();
+        let spools = || links.iter().filter_map(|l| l.health);
+        gauge!("cortex_nodes_spool_bytes").set(spools().map(|h| h.spool_bytes as f64).sum::<f64>());
+        let full = |h: &Health| h.spool_limit > 0 && h.spool_bytes / 4 >= h.spool_limit / 5;
+        gauge!("cortex_nodes_spool_full").set(spools().filter(full).count() as f64);
         let draining = links.iter().filter(|l| l.draining).count() as u64;
         let online = links.len() as u64 - draining;
         let set = |status: &'static str, n: u64| gauge!("cortex_nodes", "status" => status).set(n as f64);
         set("online", online);
         set("draining", draining);
+        if let Ok(Ok(used)) = tokio::time::timeout(STORE_PATIENCE, self.store.storage()).await {
+            let warned = self.limits.warnings(&used);
+            let disk_used = used.disk_bytes.saturating_sub(used.disk_free_bytes);
+            let bounds = [
+                ("journal", used.journal_bytes, self.limits.journal_bytes),
+                ("output", used.output_bytes, self.limits.output_bytes),
+                ("disk", disk_used, used.disk_bytes),
+            ];
+            for (what, bytes, limit) in bounds {
+                gauge!("cortex_storage_used_bytes", "what" => what).set(bytes as f64);
+                gauge!("cortex_storage_limit_bytes", "what" => what).set(limit as f64);
+                gauge!("cortex_storage_warnings", "what" => what).set(if warned.contains(what) { 1.0 } else { 0.0 });
+            }
+        }
         let counted = tokio::time::timeout(STORE_PATIENCE, self.store.count_nodes()).await;
         gauge!("cortex_store_up").set(if matches!(counted, Ok(Ok(_))) { 1.0 } else { 0.0 });
         if let Ok(Ok(n)) = counted {

@@ -22,6 +22,8 @@ use hub_engine::nodes::{self, Nodes};
 use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::{self, Meta};
 use hub_engine::records::HubMeta;
+use hub_engine::restore::Recovery;
+use hub_engine::retention::Retention;
 use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::{self, Remembered, Statistics};
@@ -35,9 +37,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
+use tokio::time::Instant;
 
-/// How long a stop waits for work under way.
+/// How long a stop waits for work under way, and how much of that the store has at least, which is last.
 const STOP_GRACE: Duration = Duration::from_secs(10);
+const STORE_GRACE: Duration = Duration::from_secs(5);
 /// How long a start waits for Redis, so that whoever comes back at once is not told of a loss.
 const REDIS_WAIT: Duration = Duration::from_secs(3);
 /// How often the registry notes who is here.
@@ -87,6 +91,9 @@ impl Hub {
         let lock = files::Lock::try_take(&dir.join("hub.lock"))
             .with_context(|| format!("lock in {}", dir.display()))?
             .ok_or_else(|| anyhow!("the data folder {} is in use by another hub; stop it, or use another --data-dir", dir.display()))?;
+        if let Some(marker) = crate::backup::unfinished(&dir) {
+            return Err(anyhow!("a restore into {} did not finish ({}); run it again", dir.display(), marker.display()));
+        }
         // What a killed hub left must not be taken for this one.
         let _ = std::fs::remove_file(dir.join("hub.json"));
         metrics::install();
@@ -114,9 +121,11 @@ impl Hub {
         let services = Services::build(&config, &store, &keys, &clock, meta.incarnation, (&work, &doors), events)?;
         let made_password = first_admin(&services.accounts, &config, &dir).await?;
         // What ended while the hub was away has ended before anybody can ask.
-        services.expiry.round().await?;
-        services.pool.recover().await?;
-        services.manage.recover().await?;
+        let goes = services.recovery.start().await?;
+        if !goes {
+            tracing::warn!("the hub was restored from a backup: it holds back until cortex-hub restore --go");
+            println!("restored from a backup: look at what it may have undone, then run: cortex-hub restore --go");
+        }
 
         let (server_tls, certificate_end) = tls::ServerTls::new(&keys, now)?;
         let server_tls = Arc::new(server_tls);
@@ -131,18 +140,30 @@ impl Hub {
         let port_tls = server_tls.clone();
         let connections = config.connections as usize;
         doors.spawn_vital("node port", async move { link::serve(context, node_listener, port_tls, connections).await });
-        let pool = services.pool.clone();
+        let (pool, recovery) = (services.pool.clone(), services.recovery.clone());
         let stop_pool = work.token();
+        // The reconcilers begin when the hub goes: at once, or after a restore when it was told to.
+        let (went, going) = tokio::sync::watch::channel(goes);
         work.spawn_vital("pool", async move {
+            let run = async {
+                if !goes {
+                    recovery.wait().await;
+                    let _ = went.send(true);
+                }
+                pool.run().await;
+            };
             tokio::select! {
                 biased;
                 () = stop_pool.cancelled() => {}
-                () = pool.run() => {}
+                () = run => {}
             }
             Ok::<(), std::convert::Infallible>(())
         });
-        let manage = services.manage.clone();
-        work.spawn_until_cancelled("registry", async move { manage.run().await });
+        let (manage, mut gone) = (services.manage.clone(), going.clone());
+        work.spawn_until_cancelled("registry", async move {
+            let _ = gone.wait_for(|goes| *goes).await;
+            manage.run().await;
+        });
         let registry = services.nodes.clone();
         work.spawn_until_cancelled("presence", async move {
             loop {
@@ -152,8 +173,16 @@ impl Hub {
                 }
             }
         });
-        let expiry = services.expiry.clone();
-        work.spawn_until_cancelled("session ends", async move { expiry.run().await });
+        let (expiry, mut gone) = (services.expiry.clone(), going.clone());
+        work.spawn_until_cancelled("session ends", async move {
+            let _ = gone.wait_for(|goes| *goes).await;
+            expiry.run().await;
+        });
+        let (retention, mut gone) = (services.retention.clone(), going);
+        work.spawn_until_cancelled("retention", async move {
+            let _ = gone.wait_for(|goes| *goes).await;
+            retention.run().await;
+        });
         let statistics = services.statistics.clone();
         work.spawn_until_cancelled("statistics", async move {
             loop {
@@ -175,7 +204,8 @@ impl Hub {
         work.spawn_until_cancelled("hub certificate", renew_certificate(server_tls, keys.clone(), clock.clone(), certificate_end));
 
         let own_dir = std::env::current_exe().ok().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
-        let scraped = metrics::Scraped { pool: services.pool.clone(), store: store.clone(), data_dir: dir.clone() };
+        let scraped =
+            metrics::Scraped { pool: services.pool.clone(), store: store.clone(), limits: config.retention, data_dir: dir.clone() };
         let app = rest::router(Arc::new(RestState {
             accounts: services.accounts,
             nodes: services.nodes,
@@ -184,6 +214,7 @@ impl Hub {
             state: State { store: store.clone(), clock: clock.clone() },
             expiry: services.expiry,
             statistics: services.statistics,
+            retention: services.retention.clone(),
             manage: services.manage,
             sessions: services.sessions,
             tasks: services.tasks,
@@ -191,6 +222,7 @@ impl Hub {
             events: services.events,
             streams: doors.clone(),
             meta: store.clone(),
+            recovery: services.recovery,
             keys: keys.clone(),
             binaries: Binaries::beside(&own_dir),
             clock,
@@ -244,18 +276,28 @@ impl Hub {
         }
     }
 
-    /// Stops in order: doors and links first, then the work behind them, the store last.
+    /// Stops in order: doors and links first, then the work behind them, the store last. Says how it
+    /// ended; false when the time was up and something was cut off.
     pub async fn stop(self) -> bool {
+        let begun = Instant::now();
         let _ = std::fs::remove_file(self.data_dir.join("hub.json"));
         let _ = std::fs::remove_file(&self.socket);
-        let mut clean = true;
-        for (name, group) in [("doors", self.doors), ("work", self.work), ("store", self.store_tasks)] {
-            if let mesh_process::tasks::Ended::Left(n) = group.end(STOP_GRACE).await {
-                tracing::warn!(group = name, left = n, "work was left at the stop");
-                clean = false;
+        let mut cut = vec![];
+        for (name, group, least) in
+            [("doors and links", self.doors, Duration::ZERO), ("work", self.work, Duration::ZERO), ("store", self.store_tasks, STORE_GRACE)]
+        {
+            let left = STOP_GRACE.saturating_sub(begun.elapsed()).max(least);
+            if let mesh_process::tasks::Ended::Left(n) = group.end(left).await {
+                cut.push(format!("{n} of {name}"));
             }
         }
-        clean
+        let took_ms = begun.elapsed().as_millis() as u64;
+        if cut.is_empty() {
+            tracing::info!(took_ms, "stopped: all that was under way has ended");
+        } else {
+            tracing::warn!(took_ms, cut = cut.join(", "), "stopped: the time was up, and some work was cut off");
+        }
+        cut.is_empty()
     }
 }
 
@@ -269,7 +311,9 @@ struct Services {
     tasks: Arc<TaskService>,
     expiry: Arc<Expiry>,
     statistics: Arc<Statistics>,
+    retention: Arc<Retention>,
     idempotency: Arc<Idempotency>,
+    recovery: Arc<Recovery>,
     events: Events,
 }
 
@@ -301,15 +345,9 @@ impl Services {
             links: links.clone(),
             events: events.clone(),
             history: Default::default(),
+            recoveries: Default::default(),
             clock: clock.clone(),
             lifetimes: nodes::Lifetimes { certificate_ms: config.certificate.as_millis() as i64, invite_secs: config.invite_secs },
-        });
-        let sessions = Arc::new(Sessions {
-            store: store.clone(),
-            nodes: nodes.clone(),
-            events: events.clone(),
-            clock: clock.clone(),
-            session_hours: config.session_hours,
         });
         let pool = Arc::new(Pool {
             journal: store.clone(),
@@ -323,6 +361,14 @@ impl Services {
             incarnation,
             policy: built_in_policy(),
             queue: Queue::default(),
+        });
+        let sessions = Arc::new(Sessions {
+            store: store.clone(),
+            nodes: nodes.clone(),
+            pool: pool.clone(),
+            events: events.clone(),
+            clock: clock.clone(),
+            session_hours: config.session_hours,
         });
         let delivery = Arc::new(Delivery {
             journal: store.clone(),
@@ -360,6 +406,14 @@ impl Services {
             clock: clock.clone(),
             unsettled: Unsettled::default(),
         });
+        let retention = Arc::new(Retention {
+            store: store.clone(),
+            purges: store.clone(),
+            gauges: store.clone(),
+            clock: clock.clone(),
+            limits: config.retention,
+            warned: Default::default(),
+        });
         let statistics = Arc::new(Statistics {
             gauges: store.clone(),
             nodes: nodes.clone(),
@@ -368,7 +422,15 @@ impl Services {
             remembered: Remembered::default(),
         });
         let idempotency = Arc::new(Idempotency { store: store.clone(), clock: clock.clone() });
-        Ok(Self { accounts, nodes, manage, sessions, pool, delivery, tasks, expiry, statistics, idempotency, events })
+        let recovery = Arc::new(Recovery {
+            meta: store.clone(),
+            journal: store.clone(),
+            links: pool.links.clone(),
+            pool: pool.clone(),
+            manage: manage.clone(),
+            expiry: expiry.clone(),
+        });
+        Ok(Self { accounts, nodes, manage, sessions, pool, delivery, tasks, expiry, statistics, retention, idempotency, recovery, events })
     }
 }
 

@@ -29,6 +29,7 @@ pub enum Tag {
     EnrolProof = 4,
     Capabilities = 5,
     Selector = 6,
+    RecoverProof = 7,
 }
 
 #[derive(Debug, Default)]

@@ -9,6 +9,7 @@ pub mod enrol;
 pub mod ids;
 pub mod input;
 pub mod name;
+pub mod output;
 pub mod permission;
 pub mod placement;
 pub mod policy;

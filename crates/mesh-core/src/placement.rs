@@ -18,11 +18,10 @@ pub struct Candidate<'a> {
     pub taken: &'a BTreeMap<String, u32>,
 }
 
-impl Candidate<'_> {
-    fn has(&self, select: &Selector) -> bool {
-        let free = |kind: &str| self.offers.slots.get(kind).map_or(0, |all| all.saturating_sub(self.taken.get(kind).copied().unwrap_or(0)));
-        select.slots.iter().all(|(kind, n)| free(kind) >= *n)
-    }
+/// Has a node with `offers`, of which `taken` is taken, the slots that `select` asks for?
+pub fn has_slots(select: &Selector, offers: &Offers, taken: &BTreeMap<String, u32>) -> bool {
+    let free = |kind: &str| offers.slots.get(kind).map_or(0, |all| all.saturating_sub(taken.get(kind).copied().unwrap_or(0)));
+    select.slots.iter().all(|(kind, n)| free(kind) >= *n)
 }
 
 /// Why a task waits; the texts are part of the API.
@@ -63,7 +62,7 @@ pub fn choose(task: TaskId, named: Option<NodeId>, select: Option<&Selector>, ca
             }
             continue;
         }
-        if c.room == 0 || !select.is_none_or(|s| c.has(s)) {
+        if c.room == 0 || !select.is_none_or(|s| has_slots(s, c.offers, c.taken)) {
             reason = Waiting::NoSlot;
             continue;
         }

@@ -5,7 +5,7 @@
 //! HMAC-SHA256 (RFC 2104) under a key that only hubs hold.
 
 use crate::canon::{Tag, Writer};
-use crate::task::Terms;
+use crate::task::{OnLost, Terms};
 use crate::{Digest, NodeId, TaskId, UnixMs, UserId, sha256};
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use hmac::{Hmac, KeyInit, Mac};
@@ -23,6 +23,12 @@ pub fn pae(kind: &str, body: &[u8]) -> Vec<u8> {
     v.extend_from_slice(format!("DSSEv1 {} {} {} ", kind.len(), kind, body.len()).as_bytes());
     v.extend_from_slice(body);
     v
+}
+
+/// The key in a SubjectPublicKeyInfo (DER), if it is an Ed25519 one (RFC 8410).
+pub fn ed25519_of(spki_der: &[u8]) -> Option<[u8; 32]> {
+    const HEAD: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+    spki_der.strip_prefix(&HEAD)?.try_into().ok()
 }
 
 /// Names a public key: the first eight bytes of its SHA-256, as hex. A hint, never proof.
@@ -80,10 +86,21 @@ pub struct Intent {
 }
 
 impl Intent {
-    /// Version 1 knows no terms; what asks for none is still written so, and older seals hold.
+    /// Version 1 knows no terms, version 2 nothing of lost work; what asks for neither is still written
+    /// so, and older seals hold.
     pub fn encode(&self) -> Vec<u8> {
         let plain = self.terms == Terms::default();
-        let mut w = Writer::new(Tag::Intent, if plain { 1 } else { 2 });
+        let losing = self.terms.on_lost != OnLost::Wait || self.terms.lost_after.is_some();
+        let mut w = Writer::new(
+            Tag::Intent,
+            if plain {
+                1
+            } else if losing {
+                3
+            } else {
+                2
+            },
+        );
         w.raw(self.task.as_bytes()).raw(&self.spec).raw(self.actor.as_bytes());
         w.option(self.node, |w, n| {
             w.raw(n.as_bytes());
@@ -101,6 +118,12 @@ impl Intent {
                 });
             }
             w.u32(t.retries).u64(t.backoff_ms);
+            if losing {
+                w.bytes(t.on_lost.as_str().as_bytes());
+                w.option(t.lost_after, |w, secs| {
+                    w.u64(secs);
+                });
+            }
         }
         w.finish()
     }
@@ -198,6 +221,8 @@ mod tests {
             with(|t| t.deadline = Some(9)),
             with(|t| t.retries = 9),
             with(|t| t.backoff_ms = 9),
+            with(|t| t.on_lost = OnLost::Requeue),
+            with(|t| t.lost_after = Some(0)),
         ];
         for c in changed {
             assert!(!c.is_sealed_by(&k, &seal), "{c:?}");
@@ -211,8 +236,11 @@ mod tests {
                 deadline: Some(3),
                 retries: 4,
                 backoff_ms: 5,
+                ..Terms::default()
             }
         });
         assert_eq!(hex::encode(sha256(&every.encode())), "3c4cf9ac8862743f5cdd606b9e0c144984b2c289702900db8628ae5e3b1706f4");
+        let losing = Intent { terms: Terms { on_lost: OnLost::Fail, lost_after: Some(6), ..every.terms }, ..every };
+        assert_eq!(hex::encode(sha256(&losing.encode())), "2b1fe3bdd173d4936c92e7b69728d046fde16921f0288ee2e668c57e81290313");
     }
 }

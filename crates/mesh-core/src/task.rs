@@ -1,17 +1,19 @@
 //! The life of a task.
 //!
 //! ```text
+//!                        ┌─► moved, while not granted
 //! pending ──────────────► assigned ──► running ──► succeeded | failed | cancelled
 //!   │  ▲                    │  │          │
 //!   │  └── withdrawn, late ─┘  └──────────┴──► (the node's word ends it, or the hub's on a revoked node)
-//!   │  └── failed, and a retry is left ───┘
-//!   └──► cancelled | failed (no node, deadline)
+//!   │  └── failed, and a retry is left ───┤
+//!   │  └── lost, and on_lost is requeue ──┘
+//!   └──► cancelled | failed (no node, deadline, restored)
 //! ```
 //! [`step`] is the only way from one state to the next. It decides and returns [`Action`]s; whoever
 //! owns an effect performs it. A write that names a superseded attempt, or comes after the end,
 //! is refused and changes nothing.
 
-pub use crate::terms::{BadTerms, DEFAULT_BACKOFF_MS, MAX_BACKOFF_MS, MAX_PRIORITY, MAX_RETRIES, Terms};
+pub use crate::terms::{BadTerms, DEFAULT_BACKOFF_MS, MAX_BACKOFF_MS, MAX_PRIORITY, MAX_RETRIES, OnLost, Terms};
 use crate::{NodeId, SpoolId, UnixMs};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -58,6 +60,10 @@ impl AttemptNo {
     }
     pub fn next(self, incarnation: u32) -> Self {
         Self((u64::from(incarnation) << 32) | u64::from(self.ordinal() + 1))
+    }
+    /// Of the hub that handed it out.
+    pub fn incarnation(self) -> u32 {
+        (self.0 >> 32) as u32
     }
     /// 1, 2, 3 … per task: what people see.
     pub fn ordinal(self) -> u32 {
@@ -234,7 +240,8 @@ impl Default for Progress {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// The pool chose a node. With `granted` the node may start at once.
+    /// The pool chose a node. With `granted` the node may start at once. An attempt that was not granted
+    /// is moved by it, to its own node or another, in the same write.
     Assigned {
         attempt: AttemptNo,
         node: NodeId,
@@ -260,6 +267,10 @@ pub enum Event {
     NodeRevoked {
         attempt: AttemptNo,
     },
+    /// The node has been away longer than the task's caller allows: the hub's own word.
+    NodeSilent {
+        attempt: AttemptNo,
+    },
     CancelRequested {
         reason: ReasonCode,
     },
@@ -269,6 +280,8 @@ pub enum Event {
     Expired {
         detail: String,
     },
+    /// The hub was restored from a backup in which the task waited: since then it may have run.
+    Restored,
 }
 
 impl Event {
@@ -281,9 +294,11 @@ impl Event {
             Self::Started { .. } => "started",
             Self::Ended { .. } => "ended",
             Self::NodeRevoked { .. } => "node_revoked",
+            Self::NodeSilent { .. } => "node_silent",
             Self::CancelRequested { .. } => "cancel_requested",
             Self::DeadlinePassed => "deadline_passed",
             Self::Expired { .. } => "expired",
+            Self::Restored => "restored",
         }
     }
     pub fn attempt(&self) -> Option<AttemptNo> {
@@ -293,8 +308,9 @@ impl Event {
             | Self::Withdrawn { attempt }
             | Self::Started { attempt }
             | Self::NodeRevoked { attempt }
+            | Self::NodeSilent { attempt }
             | Self::Ended { attempt, .. } => Some(*attempt),
-            Self::CancelRequested { .. } | Self::DeadlinePassed | Self::Expired { .. } => None,
+            Self::CancelRequested { .. } | Self::DeadlinePassed | Self::Expired { .. } | Self::Restored => None,
         }
     }
 }
@@ -326,6 +342,9 @@ pub enum Refused {
     Illegal,
 }
 
+/// The detail of a loss of which nobody can say whether anything was started.
+pub const MAYBE_RAN: &str = "maybe_ran";
+
 /// What an attempt's end says of its task, when no retry follows. `cancel` is what was asked for before.
 pub fn verdict(outcome: &Outcome, cancel: Option<&Cancel>) -> (TaskState, Option<Reason>) {
     use TaskState::{Failed, Succeeded};
@@ -353,6 +372,11 @@ fn ended_by(cancel: Option<&Cancel>) -> (TaskState, Option<Reason>) {
     }
 }
 
+/// Is this what `on_lost` speaks of?
+pub fn is_loss(code: ReasonCode) -> bool {
+    matches!(code, ReasonCode::Lost | ReasonCode::NodeRevoked)
+}
+
 /// May what ended so be run again, if its caller asked for that?
 fn retriable(code: ReasonCode) -> bool {
     use ReasonCode::*;
@@ -378,7 +402,8 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
     }
     match event {
         Event::Assigned { attempt, node, granted } => {
-            if p.state != Pending {
+            let left = ungranted(&p).cloned();
+            if p.state != Pending && left.is_none() {
                 return Err(Refused::Illegal);
             }
             if p.attempt.as_ref().is_some_and(|a| a.no >= *attempt) {
@@ -388,7 +413,9 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
             p.attempt = Some(Attempt { no: *attempt, node: *node, granted: *granted });
             p.assigned_at = Some(now);
             p.retry_at = None;
-            Ok((p, vec![Action::Order { node: *node, attempt: *attempt }]))
+            let mut actions = left.map_or(vec![], take_back);
+            actions.push(Action::Order { node: *node, attempt: *attempt });
+            Ok((p, actions))
         }
         Event::Granted { spool, .. } => {
             let a = p.attempt.as_mut().expect("checked above");
@@ -401,14 +428,11 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
             Ok((p, vec![action]))
         }
         Event::Withdrawn { .. } => {
-            let a = p.attempt.as_ref().expect("checked above");
-            if a.granted.is_some() || p.state != Assigned {
-                return Err(Refused::Illegal);
-            }
-            let node = a.node;
+            let mut actions = take_back(ungranted(&p).ok_or(Refused::Illegal)?.clone());
             p.state = Pending;
             p.assigned_at = None;
-            Ok((p, vec![Action::Release { node }, Action::Requeue]))
+            actions.push(Action::Requeue);
+            Ok((p, actions))
         }
         Event::Started { .. } => {
             if p.state == Running {
@@ -421,6 +445,8 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
             p.started_at = Some(now);
             Ok((p, vec![]))
         }
+        // What was not permitted to start cannot have run.
+        Event::Ended { outcome, .. } if ungranted(&p).is_some() && !matches!(outcome, Outcome::NeverStarted(_)) => Err(Refused::Illegal),
         Event::Ended { outcome, .. } => {
             let node = p.attempt.as_ref().expect("checked above").node;
             let late = matches!(outcome, Outcome::NeverStarted(NeverStarted::Late));
@@ -433,7 +459,7 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
                 return Ok((p, vec![Action::Release { node }, Action::Requeue]));
             }
             let (state, reason) = verdict(outcome, p.cancel.as_ref());
-            if let Some(again) = retry(terms, &p, reason.as_ref(), now) {
+            if let Some(again) = again(terms, &p, reason.as_ref(), now) {
                 return Ok((again, vec![Action::Release { node }, Action::Requeue]));
             }
             p.exit_code = if let Outcome::Exited(c) = outcome { Some(*c) } else { None };
@@ -441,13 +467,20 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
             end(&mut p, state, reason, now);
             Ok((p, vec![Action::Release { node }, Action::Finished]))
         }
-        Event::NodeRevoked { .. } => {
-            let node = p.attempt.as_ref().expect("checked above").node;
+        Event::NodeRevoked { .. } | Event::NodeSilent { .. } => {
+            let a = p.attempt.as_ref().expect("checked above");
+            let node = a.node;
+            let silent = matches!(event, Event::NodeSilent { .. });
+            if silent && a.granted.is_none() {
+                // Nothing can have begun: it is withdrawn, not lost.
+                return Err(Refused::Illegal);
+            }
             let (state, reason) = match &p.cancel {
                 Some(_) => ended_by(p.cancel.as_ref()),
+                None if silent => (Failed, Some(Reason::new(ReasonCode::Lost, MAYBE_RAN))),
                 None => (Failed, Some(Reason::new(ReasonCode::NodeRevoked, ""))),
             };
-            if let Some(again) = retry(terms, &p, reason.as_ref(), now) {
+            if let Some(again) = again(terms, &p, reason.as_ref(), now) {
                 return Ok((again, vec![Action::Release { node }, Action::Requeue]));
             }
             end(&mut p, state, reason, now);
@@ -456,13 +489,34 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
         Event::CancelRequested { reason } => stop(p, *reason, now),
         Event::DeadlinePassed => stop(p, ReasonCode::Deadline, now),
         Event::Expired { detail } => {
-            if p.state != Pending {
+            let left = ungranted(&p).cloned();
+            if p.state != Pending && left.is_none() {
                 return Err(Refused::Illegal);
             }
             end(&mut p, Failed, Some(Reason::new(ReasonCode::NoNode, detail.clone())), now);
+            let mut actions = left.map_or(vec![], take_back);
+            actions.push(Action::Finished);
+            Ok((p, actions))
+        }
+        Event::Restored => {
+            // What was told ahead may have been granted since, as what waited may have been assigned.
+            if !matches!(p.state, Pending | AwaitingApproval) && ungranted(&p).is_none() {
+                return Err(Refused::Illegal);
+            }
+            end(&mut p, Failed, Some(Reason::new(ReasonCode::Lost, MAYBE_RAN)), now);
             Ok((p, vec![Action::Finished]))
         }
     }
+}
+
+/// The attempt that a node was told of and may not start yet.
+fn ungranted(p: &Progress) -> Option<&Attempt> {
+    p.attempt.as_ref().filter(|a| p.state == TaskState::Assigned && a.granted.is_none())
+}
+
+/// Its node forgets an attempt that was not granted; a late word about it is not waited for.
+fn take_back(a: Attempt) -> Vec<Action> {
+    vec![Action::Cancel { node: a.node, attempt: a.no }, Action::Release { node: a.node }]
 }
 
 /// Asks for the end: waiting work has it at once, granted work when its node has answered.
@@ -477,11 +531,7 @@ fn stop(mut p: Progress, reason: ReasonCode, now: UnixMs) -> Result<(Progress, V
         other => {
             let (state, reason) = ended_by(p.cancel.as_ref());
             end(&mut p, state, reason, now);
-            let mut actions = vec![];
-            if let Some(a) = other {
-                actions.push(Action::Cancel { node: a.node, attempt: a.no });
-                actions.push(Action::Release { node: a.node });
-            }
+            let mut actions = other.map_or(vec![], take_back);
             actions.push(Action::Finished);
             Ok((p, actions))
         }
@@ -489,16 +539,23 @@ fn stop(mut p: Progress, reason: ReasonCode, now: UnixMs) -> Result<(Progress, V
 }
 
 /// The task as it waits for its next attempt, when one is left and nobody wants its end.
-fn retry(terms: &Terms, p: &Progress, reason: Option<&Reason>, now: UnixMs) -> Option<Progress> {
-    if p.cancel.is_some() || p.retried >= terms.retries || !reason.is_some_and(|r| retriable(r.code)) {
+fn again(terms: &Terms, p: &Progress, reason: Option<&Reason>, now: UnixMs) -> Option<Progress> {
+    let code = reason?.code;
+    let (pause, retried) = if p.cancel.is_some() {
         return None;
-    }
+    } else if terms.on_lost == OnLost::Requeue && is_loss(code) {
+        (terms.pause_after_loss_ms(p.attempt.as_ref()?.no.ordinal()), p.retried)
+    } else if p.retried < terms.retries && retriable(code) {
+        (terms.pause_ms(p.retried), p.retried + 1)
+    } else {
+        return None;
+    };
     Some(Progress {
         state: TaskState::Pending,
         assigned_at: None,
         started_at: None,
-        retry_at: Some(now.saturating_add(terms.pause_ms(p.retried) as i64)),
-        retried: p.retried + 1,
+        retry_at: Some(now.saturating_add(pause as i64)),
+        retried,
         ..p.clone()
     })
 }

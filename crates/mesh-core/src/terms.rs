@@ -11,6 +11,38 @@ pub const MAX_BACKOFF_MS: u64 = 3_600_000;
 /// The first pause of who asks for retries and names none.
 pub const DEFAULT_BACKOFF_MS: u64 = 500;
 
+/// How long the node of granted work may be away, when its caller names no time: seconds.
+pub const WAIT_FOR_NODE_SECS: u64 = 3600;
+/// The same for who would rather fail or run again: longer than a node takes to come back after any outage.
+pub const GIVE_UP_NODE_SECS: u64 = 60;
+
+/// What becomes of granted work that is lost: its node says that it cannot tell how it went, or stays
+/// away too long.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum OnLost {
+    /// A node that is away is waited for; then it fails.
+    #[default]
+    Wait,
+    /// It fails.
+    Fail,
+    /// It is run again, though it may have run.
+    Requeue,
+}
+
+impl OnLost {
+    pub const ALL: [Self; 3] = [Self::Wait, Self::Fail, Self::Requeue];
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Wait => "wait",
+            Self::Fail => "fail",
+            Self::Requeue => "requeue",
+        }
+    }
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|o| o.as_str() == text)
+    }
+}
+
 /// Fixed at acceptance and sealed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Terms {
@@ -26,6 +58,10 @@ pub struct Terms {
     pub retries: u32,
     /// The pause before the first of them; it doubles each time.
     pub backoff_ms: u64,
+    pub on_lost: OnLost,
+    /// How long a node may be away before its granted work counts as lost; 0 is for ever, None what
+    /// [`Terms::lost_after_secs`] says.
+    pub lost_after: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -78,6 +114,22 @@ impl Terms {
         Ok(self.select.as_ref().map_or(Ok(()), Selector::validate)?)
     }
 
+    /// After how many seconds without its node granted work counts as lost; None is never.
+    pub fn lost_after_secs(&self) -> Option<u64> {
+        let secs = self.lost_after.unwrap_or(match self.on_lost {
+            OnLost::Wait => WAIT_FOR_NODE_SECS,
+            OnLost::Fail | OnLost::Requeue => GIVE_UP_NODE_SECS,
+        });
+        (secs > 0).then_some(secs)
+    }
+
+    /// The pause before work that was lost is run again, after so many attempts.
+    /// It doubles like that of retries: what brings its node down must not go through all of them at once.
+    pub fn pause_after_loss_ms(&self, attempts: u32) -> u64 {
+        let first = Self { backoff_ms: if self.backoff_ms > 0 { self.backoff_ms } else { DEFAULT_BACKOFF_MS }, ..Self::default() };
+        first.pause_ms(attempts.saturating_sub(1))
+    }
+
     /// The pause before the retry that follows `retried` others.
     pub fn pause_ms(&self, retried: u32) -> u64 {
         // Twenty-two doublings of one millisecond are more than an hour.
@@ -108,6 +160,22 @@ mod tests {
         assert_eq!(with(|t| t.deadline = Some(1000)), Err("bad_deadline"));
         assert_eq!(with(|t| (t.not_before, t.deadline) = (Some(2000), Some(2000))), Err("bad_deadline"));
         assert_eq!(with(|t| t.select = Some(Selector { skills: ["".to_owned()].into(), ..Default::default() })), Err("bad_select"));
+    }
+
+    #[test]
+    fn how_long_a_node_may_be_away() {
+        let secs = |on_lost, lost_after| Terms { on_lost, lost_after, ..Terms::default() }.lost_after_secs();
+        assert_eq!(secs(OnLost::Wait, None), Some(3600));
+        assert_eq!(secs(OnLost::Fail, None), Some(60));
+        assert_eq!(secs(OnLost::Requeue, None), Some(60));
+        for kind in OnLost::ALL {
+            assert_eq!(secs(kind, Some(7)), Some(7));
+            assert_eq!(secs(kind, Some(0)), None);
+            assert_eq!(OnLost::parse(kind.as_str()), Some(kind));
+        }
+        let pauses = |backoff_ms| [1, 2, 3, 40].map(|n| Terms { backoff_ms, ..Terms::default() }.pause_after_loss_ms(n));
+        assert_eq!(pauses(0), [500, 1000, 2000, 3_600_000]);
+        assert_eq!(pauses(7), [7, 14, 28, 3_600_000]);
     }
 
     #[test]

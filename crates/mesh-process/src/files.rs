@@ -13,15 +13,26 @@ pub fn private_dir(path: &Path) -> io::Result<()> {
 /// Replaces a file as a whole, readable by its owner alone: after a crash the old or the new content
 /// is there, never a part.
 pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
+    replace(path, content, true)
+}
+
+/// As [`write_private`], for what is only shown: it waits for no disk, and a power cut may leave it empty.
+pub fn show_private(path: &Path, content: &[u8]) -> io::Result<()> {
+    replace(path, content, false)
+}
+
+fn replace(path: &Path, content: &[u8], synced: bool) -> io::Result<()> {
     let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().ok_or_else(|| io::Error::other("a file needs a name"))?;
     let tmp = dir.join(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
     let write = || -> io::Result<()> {
         let mut f = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&tmp)?;
         f.write_all(content)?;
-        f.sync_all()?;
+        if synced {
+            f.sync_all()?;
+        }
         std::fs::rename(&tmp, path)?;
-        File::open(dir)?.sync_all()
+        if synced { File::open(dir)?.sync_all() } else { Ok(()) }
     };
     write().inspect_err(|_| {
         let _ = std::fs::remove_file(&tmp);
@@ -63,6 +74,8 @@ mod tests {
         write_private(&p, b"one").unwrap();
         write_private(&p, b"two").unwrap();
         assert_eq!(std::fs::read(&p).unwrap(), b"two");
+        show_private(&p, b"seen").unwrap();
+        assert_eq!(std::fs::read(&p).unwrap(), b"seen");
         assert_eq!(std::fs::metadata(&p).unwrap().permissions().mode() & 0o777, 0o600);
         assert!(create_private(&p, b"three").is_err());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");

@@ -11,6 +11,16 @@ pub enum Asked {
     Terminate,
 }
 
+impl Asked {
+    /// By which a shell tells that a process ended by this signal.
+    pub fn exit_code(self) -> i32 {
+        match self {
+            Self::Interrupt => 130,
+            Self::Terminate => 143,
+        }
+    }
+}
+
 /// Waits for SIGINT or SIGTERM.
 pub async fn shutdown() -> std::io::Result<Asked> {
     let (mut int, mut term) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);

@@ -72,19 +72,22 @@ impl Tasks {
     }
     /// Runs `work` to its end even if the caller stops waiting: what crosses a commit must not be
     /// dropped half-way because somebody hung up. `None` when the work panicked.
-    pub async fn complete<F>(&self, name: &'static str, work: F) -> Option<F::Output>
+    ///
+    /// The work begins with the call. It is boxed once: each future that holds another holds it twice,
+    /// as what it was given and as what it waits for.
+    pub fn complete<F>(&self, name: &'static str, work: F) -> impl Future<Output = Option<F::Output>> + Send + use<F>
     where
         F: Future + Send + 'static,
         F::Output: Send,
     {
         let (done, answer) = tokio::sync::oneshot::channel();
         // It is its caller's work: what it logs belongs to the caller's request.
-        let work = work.in_current_span();
+        let work = Box::pin(work.in_current_span());
         self.spawn(name, async move {
             // An error says that nobody waits any more, which is what this is for.
             let _ = done.send(work.await);
         });
-        answer.await.ok()
+        async move { answer.await.ok() }
     }
     /// Runs work that must not be lost; an error or a panic asks the whole group to end.
     pub fn spawn_vital<F, E>(&self, name: &'static str, work: F)

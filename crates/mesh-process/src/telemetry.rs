@@ -16,7 +16,9 @@ pub fn init(level: &str, json: bool) -> Result<(), String> {
 pub fn init_with(level: &str, json: bool, besides: Option<Besides>) -> Result<(), String> {
     let filter = check(level)?;
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let lines = tracing_subscriber::fmt::layer().with_ansi(colours).with_writer(std::io::stderr);
+    // A log that cannot be written (a full disk, a closed pipe) is told on standard error by default,
+    // which is the same file: that would be a panic.
+    let lines = tracing_subscriber::fmt::layer().with_ansi(colours).with_writer(std::io::stderr).log_internal_errors(false);
     // One object a line: time, level and target, the event's own fields, and those of its span.
     let lines = if json {
         lines.json().flatten_event(true).with_current_span(true).with_span_list(false).with_filter(filter).boxed()

@@ -3,6 +3,7 @@
 use crate::node;
 use mesh_core::UnixMs;
 use mesh_core::input::Fate;
+use mesh_core::output::Digests;
 use mesh_core::task::{NeverStarted, Outcome, Reason, ReasonCode};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -29,6 +30,15 @@ pub fn id<T: std::str::FromStr<Err = mesh_core::BadId>>(field: &'static str, tex
 /// Reads a byte field of a fixed length.
 pub fn fixed<const N: usize>(field: &'static str, bytes: &[u8]) -> Result<[u8; N], BadMessage> {
     bytes.try_into().map_err(|_| BadMessage::new(field, format!("{N} bytes are expected, not {}", bytes.len())))
+}
+
+/// Reads the digests of a result: both, or none.
+pub fn digests(r: &node::TaskResult) -> Result<Option<Digests>, BadMessage> {
+    if r.stdout_sha256.is_empty() && r.stderr_sha256.is_empty() {
+        return Ok(None);
+    }
+    let (stdout, stderr) = (fixed("result.stdout_sha256", &r.stdout_sha256)?, fixed("result.stderr_sha256", &r.stderr_sha256)?);
+    Ok(Some(Digests { stdout, stderr }))
 }
 
 impl From<&Outcome> for node::Outcome {
@@ -155,6 +165,16 @@ mod tests {
             assert_eq!(Fate::try_from(node::input_answer::Code::from(fate)).unwrap(), fate);
         }
         assert!(Fate::try_from(node::input_answer::Code::Unspecified).is_err());
+    }
+
+    #[test]
+    fn digests_come_in_pairs() {
+        let told = |stdout: &[u8], stderr: &[u8]| {
+            digests(&node::TaskResult { stdout_sha256: stdout.into(), stderr_sha256: stderr.into(), ..Default::default() })
+        };
+        assert_eq!(told(&[], &[]), Ok(None));
+        assert_eq!(told(&[1; 32], &[2; 32]), Ok(Some(Digests { stdout: [1; 32], stderr: [2; 32] })));
+        assert!(told(&[1; 32], &[]).is_err() && told(&[], &[2; 32]).is_err() && told(&[1; 31], &[2; 32]).is_err());
     }
 
     #[test]

@@ -416,8 +416,13 @@ pub struct DispatchRequest {
     pub queue_secs: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wait_secs: Option<u64>,
+    /// What becomes of the task when its node cannot tell how it went, or is away too long: `wait` (the
+    /// default) and `fail` let it fail as `lost`, `requeue` runs it again, though it may have run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_lost: Option<String>,
+    /// Seconds that its node may be away: 3600 with `wait`, 60 with the others; 0 is for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lost_after_secs: Option<u64>,
     /// `permissive` is what there is; `strict` is refused until the cage is built.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sandbox: Option<String>,
@@ -448,8 +453,6 @@ pub struct DispatchRequest {
     pub tool: Option<serde_json::Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent: Option<serde_json::Value>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub lost_after_secs: Option<serde_json::Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limits: Option<serde_json::Value>,
 }
@@ -599,6 +602,10 @@ pub struct TaskView {
     pub stderr_lossy: bool,
     pub stdout_bytes: u64,
     pub stderr_bytes: u64,
+    /// Hex, of all that was written to it, kept or not; null until the end, and where the node cannot tell.
+    pub stdout_sha256: Option<String>,
+    /// The same of standard error.
+    pub stderr_sha256: Option<String>,
     pub truncated: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
@@ -619,6 +626,12 @@ pub struct TaskView {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub retries: Option<RetriesView>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
+    pub on_lost: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
+    pub lost_after_secs: Option<u64>,
 }
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -715,6 +728,35 @@ pub struct Health {
 pub struct Ready {
     pub status: String,
     pub uptime_secs: u64,
+    /// Storage that is used to 80 % of its bound or more: `journal`, `output`, `disk`.
+    #[serde(default)]
+    pub warnings: Vec<String>,
+}
+/// A hub that holds back after a restore.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct RestoredView {
+    pub restored_at: String,
+    /// When the backup was made.
+    pub backup_at: String,
+    /// The machines that linked since the hub started.
+    pub nodes: Vec<RestoredNode>,
+}
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct RestoredNode {
+    pub id: String,
+    pub name: String,
+    /// What the machine said it holds.
+    pub attempts: Vec<RestoredAttempt>,
+}
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct RestoredAttempt {
+    pub task_id: String,
+    pub attempt: u32,
+    /// Open in the restored journal too; what is not is ended when the hub goes on.
+    pub known: bool,
 }
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -757,8 +799,19 @@ pub struct NodeStats {
 pub struct StorageStats {
     pub database_bytes: u64,
     pub output_bytes: u64,
-    /// Null while nothing limits it.
+    /// Of both bounds together; null unless both are set.
     pub limit_bytes: Option<u64>,
+    /// What of the database is in use.
+    pub journal_bytes: u64,
+    /// Beyond it the oldest tasks go; null: no bound.
+    pub journal_limit_bytes: Option<u64>,
+    /// Beyond it the oldest output goes; null: no bound.
+    pub output_limit_bytes: Option<u64>,
+    /// The disk of the data folder.
+    pub disk_bytes: Option<u64>,
+    pub disk_free_bytes: Option<u64>,
+    /// What is used to 80 % of its bound or more: `journal`, `output`, `disk`.
+    pub warnings: Vec<String>,
 }
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]

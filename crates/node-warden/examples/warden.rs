@@ -13,6 +13,7 @@ fn main() {
         let number = || value.parse::<u64>().unwrap_or_else(|e| panic!("{name}: {e}"));
         match name.as_str() {
             "--data-dir" => config.data_dir = value.into(),
+            "--beside" => config.beside = Some(value.into()),
             "--attempt-bytes" => config.spool_attempt_bytes = number(),
             "--node-bytes" => config.spool_node_bytes = number(),
             "--grace-ms" => config.grace = Duration::from_millis(number()),

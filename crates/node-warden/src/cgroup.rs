@@ -1,6 +1,5 @@
 //! The fallback where no pid namespace can be made: a control group (version 2) per task.
 
-use mesh_core::SpoolId;
 use rustix::fs::{Mode, OFlags};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -21,12 +20,12 @@ pub(crate) fn parent() -> Option<PathBuf> {
     can_kill.then_some(parent)
 }
 
-fn name(spool: SpoolId) -> String {
+fn name(spool: &str) -> String {
     format!("cortex-{spool}-")
 }
 
 /// A new group and a descriptor to clone into it.
-pub(crate) fn make(spool: SpoolId, slot: usize, generation: u32) -> io::Result<(PathBuf, OwnedFd)> {
+pub(crate) fn make(spool: &str, slot: usize, generation: u32) -> io::Result<(PathBuf, OwnedFd)> {
     let parent = parent().ok_or(io::ErrorKind::NotFound)?;
     let path = parent.join(format!("{}{slot}-{generation}", name(spool)));
     std::fs::create_dir(&path)?;
@@ -42,7 +41,7 @@ pub(crate) fn make(spool: SpoolId, slot: usize, generation: u32) -> io::Result<(
 /// Ends every process of the group.
 pub(crate) fn kill(path: &Path) {
     if let Err(e) = std::fs::write(path.join("cgroup.kill"), "1") {
-        eprintln!("warden: control group {}: {e}", path.display());
+        say!("warden: control group {}: {e}", path.display());
     }
 }
 
@@ -58,7 +57,7 @@ pub(crate) fn remove(path: &Path) {
 }
 
 /// Ends what a killed warden of this spool has left.
-pub(crate) fn sweep(spool: SpoolId) {
+pub(crate) fn sweep(spool: &str) {
     let Some(parent) = parent() else { return };
     for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
         if entry.file_name().to_str().is_some_and(|n| n.starts_with(&name(spool))) {

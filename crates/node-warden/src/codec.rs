@@ -3,6 +3,7 @@
 use crate::Key;
 use mesh_core::canon::{Malformed, Reader, Writer};
 use mesh_core::input::Fate;
+use mesh_core::output::Digests;
 use mesh_core::task::{AttemptNo, NeverStarted, Outcome, Reason, ReasonCode};
 use mesh_core::{Digest, TaskId};
 
@@ -16,6 +17,7 @@ pub(crate) trait PutWords {
     fn key(&mut self, key: &Key) -> &mut Self;
     fn outcome(&mut self, v: &Outcome) -> &mut Self;
     fn fate(&mut self, v: Fate) -> &mut Self;
+    fn digests(&mut self, v: Option<&Digests>) -> &mut Self;
 }
 
 /// The same words, read.
@@ -24,6 +26,7 @@ pub(crate) trait TakeWords {
     fn digest(&mut self) -> Result<Digest, Malformed>;
     fn outcome(&mut self) -> Result<Outcome, Malformed>;
     fn fate(&mut self) -> Result<Fate, Malformed>;
+    fn digests(&mut self) -> Result<Option<Digests>, Malformed>;
 }
 
 impl PutWords for Writer {
@@ -61,6 +64,14 @@ impl PutWords for Writer {
             Fate::Ended => 7,
         })
     }
+    /// Those of nothing take one byte, so that the list of all that is known stays within its frame.
+    fn digests(&mut self, v: Option<&Digests>) -> &mut Self {
+        match v {
+            None => self.u8(0),
+            Some(d) if *d == Digests::of_nothing() => self.u8(1),
+            Some(d) => self.u8(2).raw(&d.stdout).raw(&d.stderr),
+        }
+    }
 }
 
 impl TakeWords for Reader<'_> {
@@ -97,6 +108,14 @@ impl TakeWords for Reader<'_> {
             6 => Fate::NotRunning,
             7 => Fate::Ended,
             v => return Err(Malformed::Unknown { what: "fate", value: v.into() }),
+        })
+    }
+    fn digests(&mut self) -> Result<Option<Digests>, Malformed> {
+        Ok(match self.u8()? {
+            0 => None,
+            1 => Some(Digests::of_nothing()),
+            2 => Some(Digests { stdout: self.array()?, stderr: self.array()? }),
+            v => return Err(Malformed::Unknown { what: "digests", value: v.into() }),
         })
     }
 }

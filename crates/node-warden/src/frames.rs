@@ -8,6 +8,7 @@ use crate::Key;
 use crate::codec::{PutWords, TakeWords};
 use mesh_core::canon::{Malformed, Reader, Writer};
 use mesh_core::input::Fate;
+use mesh_core::output::Digests;
 use mesh_core::policy::Grant;
 use mesh_core::task::{AttemptNo, Outcome};
 use mesh_core::{SpoolId, TaskId, UnixMs};
@@ -15,9 +16,11 @@ use std::marker::PhantomData;
 
 /// Raised by what an older peer cannot read. The warden answers with the lower of both, and neither
 /// says what that version does not know: a daemon is replaced while its warden and the tasks go on.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// From this version on there is live input.
 pub const WITH_INPUT: u32 = 2;
+/// From this version on an end says the digests of its output.
+pub const WITH_DIGESTS: u32 = 3;
 /// Bytes of one frame; a larger length ends the connection.
 pub const MAX_FRAME: usize = 16 << 20;
 
@@ -78,6 +81,8 @@ pub struct Known {
     pub last_seq: u64,
     /// 0 when it was never started.
     pub started_at_ms: UnixMs,
+    /// As in [`Event::Ended`].
+    pub digests: Option<Digests>,
 }
 
 /// From the warden to the daemon.
@@ -111,6 +116,8 @@ pub enum Event {
         at_ms: UnixMs,
         /// Processes of the task that could not be ended; 0 with namespaces.
         leftover: u32,
+        /// Of its whole output; none for what did not run to its end.
+        digests: Option<Digests>,
     },
     /// A start named another spec than the one known for this attempt; nothing was done.
     Conflict {
@@ -231,31 +238,54 @@ impl Event {
     pub fn encode(&self) -> Vec<u8> {
         Message::encode(self)
     }
+
+    /// Without what a peer of this version cannot read.
+    pub fn for_version(mut self, version: u32) -> Self {
+        if version < WITH_DIGESTS {
+            match &mut self {
+                Self::Welcome { attempts, .. } => attempts.iter_mut().for_each(|k| k.digests = None),
+                Self::Ended { digests, .. } => *digests = None,
+                _ => {}
+            }
+        }
+        self
+    }
 }
 
 impl Message for Event {
     fn encode(&self) -> Vec<u8> {
         match self {
-            Self::Welcome { version, spool, attempts } => frame(1, |p| {
-                p.u32(*version).raw(spool.as_bytes()).u32(attempts.len() as u32);
-                for k in attempts {
-                    p.key(&k.key());
-                    match &k.state {
-                        KnownState::Running => p.u8(0),
-                        KnownState::Ended(o) => p.u8(1).outcome(o),
-                    };
-                    p.u64(k.output_end).u64(k.last_seq).i64(k.started_at_ms);
-                }
-            }),
+            Self::Welcome { version, spool, attempts } => {
+                let any = attempts.iter().any(|k| k.digests.is_some());
+                frame(if any { 7 } else { 1 }, |p| {
+                    p.u32(*version).raw(spool.as_bytes()).u32(attempts.len() as u32);
+                    for k in attempts {
+                        p.key(&k.key());
+                        match &k.state {
+                            KnownState::Running => p.u8(0),
+                            KnownState::Ended(o) => p.u8(1).outcome(o),
+                        };
+                        p.u64(k.output_end).u64(k.last_seq).i64(k.started_at_ms);
+                        if any {
+                            p.digests(k.digests.as_ref());
+                        }
+                    }
+                })
+            }
             Self::Started { task, attempt, at_ms } => frame(2, |p| {
                 p.key(&(*task, *attempt)).i64(*at_ms);
             }),
             Self::Output { task, attempt, end, last_seq } => frame(3, |p| {
                 p.key(&(*task, *attempt)).u64(*end).u64(*last_seq);
             }),
-            Self::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover } => frame(4, |p| {
-                p.key(&(*task, *attempt)).outcome(outcome).u64(*output_end).u64(*last_seq).i64(*at_ms).u32(*leftover);
-            }),
+            Self::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover, digests } => {
+                frame(if digests.is_some() { 8 } else { 4 }, |p| {
+                    p.key(&(*task, *attempt)).outcome(outcome).u64(*output_end).u64(*last_seq).i64(*at_ms).u32(*leftover);
+                    if digests.is_some() {
+                        p.digests(digests.as_ref());
+                    }
+                })
+            }
             Self::Conflict { task, attempt } => frame(5, |p| {
                 p.key(&(*task, *attempt));
             }),
@@ -268,7 +298,7 @@ impl Message for Event {
     fn decode(body: &[u8]) -> Result<Self, FrameError> {
         let mut t = Reader::plain(body);
         let event = match t.u8()? {
-            1 => {
+            kind @ (1 | 7) => {
                 let version = t.u32()?;
                 let spool = SpoolId::from_bytes(t.array()?);
                 let n = t.u32()?;
@@ -281,7 +311,8 @@ impl Message for Event {
                         v => return Err(Malformed::Unknown { what: "state", value: v.into() }.into()),
                     };
                     let (output_end, last_seq, started_at_ms) = (t.u64()?, t.u64()?, t.i64()?);
-                    attempts.push(Known { task, attempt, state, output_end, last_seq, started_at_ms });
+                    let digests = if kind == 7 { t.digests()? } else { None };
+                    attempts.push(Known { task, attempt, state, output_end, last_seq, started_at_ms, digests });
                 }
                 Self::Welcome { version, spool, attempts }
             }
@@ -293,11 +324,12 @@ impl Message for Event {
                 let (task, attempt) = t.key()?;
                 Self::Output { task, attempt, end: t.u64()?, last_seq: t.u64()? }
             }
-            4 => {
+            kind @ (4 | 8) => {
                 let (task, attempt) = t.key()?;
                 let outcome = t.outcome()?;
                 let (output_end, last_seq, at_ms, leftover) = (t.u64()?, t.u64()?, t.i64()?, t.u32()?);
-                Self::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover }
+                let digests = if kind == 8 { t.digests()? } else { None };
+                Self::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover, digests }
             }
             5 => {
                 let (task, attempt) = t.key()?;
@@ -369,6 +401,8 @@ mod tests {
     use mesh_core::task::{NeverStarted, Reason, ReasonCode};
     use proptest::prelude::*;
 
+    const DIGESTS: Digests = Digests { stdout: [1; 32], stderr: [2; 32] };
+
     fn outcomes() -> Vec<Outcome> {
         vec![
             Outcome::Exited(-3),
@@ -387,11 +421,15 @@ mod tests {
         let (task, attempt) = (TaskId::from_bytes([3; 16]), AttemptNo(7));
         let mut all: Vec<Event> = outcomes()
             .into_iter()
-            .map(|outcome| Event::Ended { task, attempt, outcome, output_end: 1, last_seq: 2, at_ms: 3, leftover: 0 })
+            .zip([None, Some(Digests::of_nothing()), Some(DIGESTS)].into_iter().cycle())
+            .map(|(outcome, digests)| Event::Ended { task, attempt, outcome, output_end: 1, last_seq: 2, at_ms: 3, leftover: 0, digests })
             .collect();
-        let known = |state| Known { task, attempt, state, output_end: 9, last_seq: 8, started_at_ms: 7 };
-        let attempts = vec![known(KnownState::Running), known(KnownState::Ended(Outcome::Exited(1)))];
-        all.push(Event::Welcome { version: VERSION, spool: SpoolId::from_bytes([1; 16]), attempts });
+        let known = |state, digests| Known { task, attempt, state, output_end: 9, last_seq: 8, started_at_ms: 7, digests };
+        let running = known(KnownState::Running, None);
+        for digests in [None, Some(DIGESTS)] {
+            let attempts = vec![running.clone(), known(KnownState::Ended(Outcome::Exited(1)), digests)];
+            all.push(Event::Welcome { version: VERSION, spool: SpoolId::from_bytes([1; 16]), attempts });
+        }
         all.push(Event::Started { task, attempt, at_ms: 1 });
         all.push(Event::Output { task, attempt, end: 1, last_seq: 2 });
         all.push(Event::Conflict { task, attempt });
@@ -414,6 +452,24 @@ mod tests {
             }
             assert_eq!(got, all);
         }
+    }
+
+    /// The frames of version 2, byte by byte: what a daemon of it reads.
+    #[test]
+    fn an_older_daemon_is_told_in_its_own_words() {
+        let (task, attempt) = (TaskId::from_bytes([3; 16]), AttemptNo(7));
+        let (outcome, output_end, last_seq, at_ms, leftover, digests) = (Outcome::Exited(1), 2, 3, 4, 5, Some(DIGESTS));
+        let ended = Event::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover, digests };
+        let key = [&[3; 16][..], &7u64.to_be_bytes()].concat();
+        let body = [&[4], &key[..], &[0, 0, 0, 0, 1], &2u64.to_be_bytes(), &3u64.to_be_bytes(), &4u64.to_be_bytes(), &5u32.to_be_bytes()];
+        assert_eq!(ended.clone().for_version(2).encode()[4..], body.concat());
+        assert_eq!(ended.clone().for_version(3), ended);
+        let state = KnownState::Ended(Outcome::Exited(1));
+        let attempts = vec![Known { task, attempt, state, output_end, last_seq, started_at_ms: at_ms, digests }];
+        let welcome = Event::Welcome { version: 2, spool: SpoolId::from_bytes([9; 16]), attempts };
+        let head = [&[1], &2u32.to_be_bytes()[..], &[9; 16], &1u32.to_be_bytes()].concat();
+        let body = [&head, &key[..], &[1, 0, 0, 0, 0, 1], &2u64.to_be_bytes(), &3u64.to_be_bytes(), &4u64.to_be_bytes()];
+        assert_eq!(welcome.for_version(2).encode()[4..], body.concat());
     }
 
     #[test]

@@ -1,6 +1,12 @@
-//! Starting a warden from the daemon, so that it outlives it.
+//! Starting wardens from the daemon, so that they outlive it.
+//!
+//! A warden lives in a *seat*: a folder with its lock, socket, log and spool. The node's data folder is the
+//! first; `w2` to `w9` in it serve while a warden of another program has tasks. So after an upgrade, or a
+//! downgrade, new tasks go to a warden of the present program, and the one before keeps what it began until
+//! it is empty. A seat whose warden is gone belongs to whoever starts one there next: a seat is its spool.
 
-use crate::Error;
+use crate::{Error, spool};
+use mesh_core::SpoolId;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -49,6 +55,77 @@ pub(crate) fn try_lock(data_dir: &Path) -> Result<Option<std::fs::File>, Error> 
 /// at most some seconds.
 pub fn launch(exe: &Path, data_dir: &Path) -> Result<(), Error> {
     let dir = make_data_dir(data_dir)?;
+    launch_in(exe, &dir, None)
+}
+
+/// The warden that takes new tasks, and those that have tasks from before.
+#[derive(Debug)]
+pub struct Wardens {
+    /// Their seats; the first takes new tasks.
+    pub seats: Vec<PathBuf>,
+    /// What the hub is told: the newest of all. Once a seat has lost its memory, that is a new one.
+    pub spool: SpoolId,
+}
+
+/// Makes sure that a warden of the program `exe` answers, and one in each seat that remembers anything. To be
+/// called by one daemon at a time. Blocks for at most some seconds a seat.
+pub fn launch_all(exe: &Path, data_dir: &Path) -> Result<Wardens, Error> {
+    let dir = make_data_dir(data_dir)?;
+    let own = program_of(exe);
+    let (mut current, mut free, mut dead, mut before) = (None, None, vec![], vec![]);
+    for seat in seats(&dir) {
+        if seat.is_dir() && try_lock(&seat)?.is_none() {
+            // It may be starting still.
+            launch_in(exe, &seat, Some(&dir))?;
+            let same = own.is_none() || std::fs::read_to_string(program_path(&seat)).ok() == own;
+            if same && current.is_none() { current = Some(seat) } else { before.push(seat) }
+        } else if spool::remembers(&seat, &dir) {
+            dead.push(seat);
+        } else {
+            if seat != dir {
+                spool::remove_beside(&seat, &dir).map_err(Error::io(format!("remove {}", seat.display())))?;
+            }
+            free.get_or_insert(seat);
+        }
+    }
+    let mut dead = dead.into_iter();
+    let current = match current.or_else(|| dead.next()).or(free) {
+        Some(seat) => seat,
+        // Nine programs at once: one of them serves on.
+        None => before.remove(0),
+    };
+    let mut all = vec![current];
+    all.extend(dead);
+    for seat in &all {
+        launch_in(exe, seat, Some(&dir))?;
+    }
+    all.extend(before);
+    let newest = seats(&dir).filter_map(|s| spool::read_id(&s).ok()).max();
+    let spool = newest.ok_or_else(|| Error::Spool { path: dir, why: "it has no id".into() })?;
+    Ok(Wardens { seats: all, spool })
+}
+
+/// All places where a warden of this node may live.
+pub fn seats(data_dir: &Path) -> impl Iterator<Item = PathBuf> {
+    let dir = data_dir.to_owned();
+    std::iter::once(dir.clone()).chain((2..=9).map(move |n| dir.join(format!("w{n}"))))
+}
+
+/// Which file a path leads to now. A running warden keeps its own file from being another's.
+fn program_of(exe: &Path) -> Option<String> {
+    use std::os::unix::fs::MetadataExt;
+    let m = std::fs::metadata(exe).ok()?;
+    Some(format!("{} {}\n", m.dev(), m.ino()))
+}
+
+/// Says of which program the warden of a seat is; holds while it lives.
+fn program_path(seat: &Path) -> PathBuf {
+    seat.join("warden.program")
+}
+
+fn launch_in(exe: &Path, seat: &Path, home: Option<&Path>) -> Result<(), Error> {
+    let dir = make_data_dir(seat)?;
+    let home = home.filter(|h| *h != dir);
     let socket = socket_path(&dir);
     let log = dir.join("warden.log");
     let begun = crate::clock::now();
@@ -69,7 +146,9 @@ pub fn launch(exe: &Path, data_dir: &Path) -> Result<(), Error> {
                 mine = None;
             }
         } else if try_lock(&dir)?.is_some() {
-            mine = Some(spawn(exe, &dir, &log)?);
+            let program = program_of(exe).unwrap_or_default();
+            std::fs::write(program_path(&dir), program).map_err(Error::io(format!("write in {}", dir.display())))?;
+            mine = Some(spawn(exe, &dir, home, &log)?);
         }
         if begun.elapsed() > PATIENCE {
             started.extend(mine);
@@ -80,13 +159,15 @@ pub fn launch(exe: &Path, data_dir: &Path) -> Result<(), Error> {
 }
 
 #[expect(clippy::disallowed_methods, reason = "the one place that starts a warden")]
-fn spawn(exe: &Path, dir: &Path, log: &Path) -> Result<Child, Error> {
+fn spawn(exe: &Path, dir: &Path, home: Option<&Path>, log: &Path) -> Result<Child, Error> {
     let stderr = std::fs::File::options().append(true).create(true).mode(0o600).open(log);
     let stderr = stderr.map_err(Error::io(format!("open {}", log.display())))?;
-    std::process::Command::new(exe)
-        .arg("warden")
-        .arg("--data-dir")
-        .arg(dir)
+    let mut command = std::process::Command::new(exe);
+    command.arg("warden").arg("--data-dir").arg(dir);
+    if let Some(home) = home {
+        command.arg("--beside").arg(home);
+    }
+    command
         // The daemon's environment holds what a task's parent must not know.
         .env_clear()
         .current_dir("/")

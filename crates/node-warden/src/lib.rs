@@ -16,6 +16,15 @@
 //!
 //! It does *not* know networks, skills or policy, and decides nothing about what may run.
 
+/// A line in the log. It may lie on a disk that is full, and nothing may hang on it: `eprintln!` would
+/// end the warden, and with it every task.
+macro_rules! say {
+    ($($line:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($line)*);
+    }};
+}
+
 mod cgroup;
 mod child;
 mod clock;
@@ -30,9 +39,10 @@ pub mod spool;
 mod sys;
 mod workspace;
 
-pub use launch::{launch, socket_path};
+pub use launch::{Wardens, launch, launch_all, seats, socket_path};
 pub use sandbox::{Probe, TreeKill, probe};
 pub use serve::run;
+pub use workspace::sweep_doomed;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -45,6 +55,9 @@ pub type Key = (mesh_core::TaskId, mesh_core::task::AttemptNo);
 pub struct Config {
     /// Holds the socket, the lock, the log and the spool; made with mode 0700 when missing.
     pub data_dir: PathBuf,
+    /// The node's data folder, when this warden lives beside the first one in it: the memory of both counts
+    /// as one, under one id.
+    pub beside: Option<PathBuf>,
     /// Unacknowledged output of one attempt, in bytes, beyond which its pipes are left unread.
     pub spool_attempt_bytes: u64,
     /// The same, over all attempts of the node.
@@ -55,12 +68,16 @@ pub struct Config {
     pub orphan_after: Duration,
 }
 
+/// Unacknowledged output that a node keeps, unless its warden is told otherwise.
+pub const SPOOL_NODE_BYTES: u64 = 2 << 30;
+
 impl Config {
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
         Self {
             data_dir: data_dir.into(),
+            beside: None,
             spool_attempt_bytes: 256 << 20,
-            spool_node_bytes: 2 << 30,
+            spool_node_bytes: SPOOL_NODE_BYTES,
             grace: Duration::from_secs(3),
             orphan_after: Duration::from_secs(3600),
         }

@@ -51,6 +51,8 @@ pub(crate) struct Conn {
     pub fd: OwnedFd,
     pub generation: u32,
     pub greeted: bool,
+    /// What both speak.
+    version: u32,
     decoder: Decoder<Request>,
     out: Vec<u8>,
     sent: usize,
@@ -59,7 +61,7 @@ pub(crate) struct Conn {
 
 impl Conn {
     pub fn new(fd: OwnedFd, generation: u32) -> Self {
-        Self { fd, generation, greeted: false, decoder: Decoder::new(), out: vec![], sent: 0, wants_write: false }
+        Self { fd, generation, greeted: false, version: 1, decoder: Decoder::new(), out: vec![], sent: 0, wants_write: false }
     }
 
     /// Reads once; false at the end of the stream.
@@ -79,8 +81,12 @@ impl Conn {
         self.decoder.pop()
     }
 
-    pub fn tell(&mut self, event: &Event) {
-        self.out.extend_from_slice(&event.encode());
+    pub fn greet(&mut self, version: u32) {
+        (self.greeted, self.version) = (true, version);
+    }
+
+    pub fn tell(&mut self, event: Event) {
+        self.out.extend_from_slice(&event.for_version(self.version).encode());
     }
 
     pub fn has_room(&self) -> bool {
@@ -92,7 +98,7 @@ impl Conn {
         while self.has_room() {
             let Some((key, news)) = pending.pop() else { return };
             for event in describe(key, news) {
-                self.tell(&event);
+                self.tell(event);
             }
         }
     }

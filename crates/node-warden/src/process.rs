@@ -370,7 +370,7 @@ mod tests {
         let lock = tempfile::tempfile().unwrap();
         let mut spawner = Spawner::new(status_far, lock.as_raw_fd()).unwrap();
         let spool = mesh_core::SpoolId::from_parts(crate::clock::unix_ms(), [std::process::id() as u8; 10]);
-        let (path, group) = crate::cgroup::make(spool, 1, 1).unwrap();
+        let (path, group) = crate::cgroup::make(&spool.to_string(), 1, 1).unwrap();
         let cwd = crate::workspace::enter(&grant).unwrap();
         let program = Program::prepare(&grant).unwrap();
         let (slot, generation, stdin) = (1, 1, grant.stdin());

@@ -79,7 +79,7 @@ pub(crate) fn enter() -> TreeKill {
     let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     // SAFETY: one thread; nothing of this process is shared with another.
     if let Err(e) = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWUSER) } {
-        eprintln!("warden: no user namespace: {e}");
+        say!("warden: no user namespace: {e}");
         return TreeKill::None;
     }
     let write =
@@ -90,7 +90,7 @@ pub(crate) fn enter() -> TreeKill {
     match mapped {
         Ok(()) => TreeKill::UserPidNamespace,
         Err(e) => {
-            eprintln!("warden: the user namespace cannot be mapped: {e}");
+            say!("warden: the user namespace cannot be mapped: {e}");
             TreeKill::None
         }
     }
@@ -99,6 +99,6 @@ pub(crate) fn enter() -> TreeKill {
 /// Keeps other processes of the same user out of this one's memory.
 pub(crate) fn hide() {
     if let Err(e) = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable) {
-        eprintln!("warden: stays dumpable: {e}");
+        say!("warden: stays dumpable: {e}");
     }
 }

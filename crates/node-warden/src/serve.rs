@@ -24,6 +24,7 @@ use crate::spool::{self, FRAME_HEAD, MAX_FRAME_BYTES, OutputWriter, Spool, Strea
 use crate::workspace::{self, Remover};
 use crate::{Config, Error, Key, sys};
 use mesh_core::input::Sequence;
+use mesh_core::output::Digests;
 use mesh_core::policy::Grant;
 use mesh_core::task::{NeverStarted, Outcome, Reason, ReasonCode};
 use mesh_core::{Digest, UnixMs};
@@ -38,8 +39,9 @@ use std::time::{Duration, Instant};
 const MAX_KNOWN: usize = 50_000;
 /// Connections at once; more than one is a daemon that is being replaced.
 const MAX_CONNS: usize = 16;
-/// Acknowledged output is freed in steps of at least so many bytes.
-const FREE_STEP: u64 = 1 << 20;
+/// Acknowledged output is freed in steps of such a part of what an attempt may hold: each costs a sync of
+/// the journal, which others wait for.
+const FREE_PART: u64 = 16;
 /// After a failed write, until it is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 /// How long a pipe is read on after everything in the task's namespace is dead. Only a descriptor
@@ -92,12 +94,14 @@ struct Attempt {
     freed: u64,
     started_at: UnixMs,
     ephemeral: Option<PathBuf>,
+    /// Of its whole output, once it has run to its end.
+    digests: Option<Digests>,
 }
 
 impl Attempt {
     fn new(spec: Option<Digest>) -> Self {
-        let (state, ephemeral) = (State::Deciding, None);
-        Self { spec, state, output_end: 0, last_seq: 0, acked: 0, freed: 0, started_at: 0, ephemeral }
+        let (state, ephemeral, digests) = (State::Deciding, None, None);
+        Self { spec, state, output_end: 0, last_seq: 0, acked: 0, freed: 0, started_at: 0, ephemeral, digests }
     }
     fn unacked(&self) -> u64 {
         self.output_end - self.acked
@@ -202,7 +206,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     let tree = sandbox::enter();
     sandbox::hide();
     if tree == TreeKill::None {
-        eprintln!("warden: neither pid namespaces nor control groups work here; every start is refused");
+        say!("warden: neither pid namespaces nor control groups work here; every start is refused");
     }
     let mut warden = Warden::open(config, lock, signal, tree)?;
     let result = warden.serve();
@@ -253,14 +257,14 @@ fn listen(dir: &Path) -> Result<OwnedFd, Error> {
 impl Warden {
     fn open(config: Config, lock: std::fs::File, signal: OwnedFd, tree: TreeKill) -> Result<Self, Error> {
         let os = |e: Errno| Error::io("set up the warden")(e.into());
-        let (spool, records) = Spool::open(&config.data_dir)?;
+        let (spool, records) = Spool::open(&config.data_dir, config.beside.as_deref())?;
         let (status, status_far) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(os)?;
         rustix::fs::fcntl_setfl(&status, rustix::fs::OFlags::NONBLOCK).map_err(os)?;
         let spawner = Spawner::new(status_far, lock.as_raw_fd()).map_err(Error::io("set up the warden"))?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(os)?;
         let uid = rustix::process::geteuid();
         if tree == TreeKill::Cgroup {
-            cgroup::sweep(spool.id);
+            cgroup::sweep(&spool.name);
         }
         let listener = listen(&config.data_dir)?;
         let mut w = Self {
@@ -319,8 +323,8 @@ impl Warden {
                 Record::Acked { offset, seq, .. } => {
                     acked.insert(key, (offset, seq));
                 }
-                Record::Exit { outcome, output_end, last_seq, at, started_at, .. } => {
-                    (a.output_end, a.last_seq, a.started_at) = (output_end, last_seq, started_at);
+                Record::Exit { outcome, output_end, last_seq, at, started_at, digests, .. } => {
+                    (a.output_end, a.last_seq, a.started_at, a.digests) = (output_end, last_seq, started_at, digests);
                     a.state = State::Ended { outcome, at };
                 }
                 Record::Refused { spec, outcome, at, .. } => {
@@ -356,6 +360,8 @@ impl Warden {
                     last_seq: a.last_seq,
                     at: now,
                     started_at: a.started_at,
+                    // A part of it may have been given back, and with it what a digest needs.
+                    digests: None,
                 });
                 a.state = State::Ended { outcome, at: now };
             }
@@ -454,7 +460,7 @@ impl Warden {
             }
         }
         if !self.stopping && !self.has_daemon() && now.duration_since(self.alone_since) >= self.config.orphan_after {
-            eprintln!("warden: no daemon for {} s; ending", self.config.orphan_after.as_secs());
+            say!("warden: no daemon for {} s; ending", self.config.orphan_after.as_secs());
             self.stop();
         }
     }

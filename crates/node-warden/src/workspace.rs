@@ -68,8 +68,14 @@ fn open_workspace(place: &Place) -> io::Result<OwnedFd> {
     };
     // The way to a workspace must be open to the task's user, the workspace to nobody else.
     let _open_way = Umask::set(0o022);
-    std::fs::DirBuilder::new().recursive(true).mode(0o711).create(parent)?;
-    let parent = rustix::fs::open(parent, OFlags::RDONLY | DIR, Mode::empty())?;
+    let open_parent = || rustix::fs::open(parent, OFlags::RDONLY | DIR, Mode::empty());
+    let parent = match open_parent() {
+        Err(Errno::NOENT) => {
+            std::fs::DirBuilder::new().recursive(true).mode(0o711).create(parent)?;
+            open_parent()?
+        }
+        there => there?,
+    };
     match rustix::fs::mkdirat(&parent, name, Mode::RWXU) {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(e) => return Err(e.into()),
@@ -128,7 +134,7 @@ impl Remover {
         if let Err(e) = std::fs::rename(path, &doomed)
             && e.kind() != io::ErrorKind::NotFound
         {
-            eprintln!("warden: workspace {}: {e}", path.display());
+            say!("warden: workspace {}: {e}", path.display());
             return;
         }
         if doomed.symlink_metadata().is_err() {
@@ -139,7 +145,7 @@ impl Remover {
             let thread = std::thread::Builder::new().name("workspace-remover".into()).spawn(move || {
                 for path in orders {
                     if let Err(e) = remove_tree(&path) {
-                        eprintln!("warden: remove {}: {e}", path.display());
+                        say!("warden: remove {}: {e}", path.display());
                     }
                 }
             });
@@ -147,7 +153,7 @@ impl Remover {
             (self.work, self.thread) = (Some(work), Some(thread));
         }
         if let Some(Err(e)) = self.work.as_ref().map(|w| w.try_send(doomed)) {
-            eprintln!("warden: a workspace stays for now: {e}");
+            say!("warden: a workspace stays for now: {e}");
         }
     }
 }
@@ -159,6 +165,27 @@ impl Drop for Remover {
             let _ = thread.join();
         }
     }
+}
+
+/// Removes what wardens that were killed have left half removed under `root`, in the folders of its users:
+/// an attempt that the hub has acknowledged meanwhile is in no journal any more. Gives how many there
+/// were. Only doomed names go: another node may have its workspaces under the same root.
+pub fn sweep_doomed(root: &Path) -> usize {
+    let mut count = 0;
+    let folders = |at: &Path| std::fs::read_dir(at).into_iter().flatten().flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir()));
+    for user in folders(root) {
+        for entry in folders(&user.path()) {
+            let name = entry.file_name();
+            if !name.to_str().is_some_and(|n| n.starts_with(".ephemeral-") && n.contains(".gone-")) {
+                continue;
+            }
+            match remove_tree(&entry.path()) {
+                Ok(()) => count += 1,
+                Err(e) => eprintln!("remove {}: {e}", entry.path().display()),
+            }
+        }
+    }
+    count
 }
 
 /// Removes a tree by descriptors, following no link. Folders deeper than some levels are moved up
@@ -231,6 +258,24 @@ fn remove_tree(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_killed_warden_left_half_removed_goes_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let user = dir.path().join("user_1");
+        let doomed = user.join(".ephemeral-task_1.gone-task_1-1");
+        std::fs::create_dir_all(doomed.join("a/b")).unwrap();
+        std::fs::write(doomed.join("a/f"), "x").unwrap();
+        let kept = ["ephemeral-task_2", "sess_3", ".hidden", ".other.gone-1"];
+        kept.iter().for_each(|name| std::fs::create_dir(user.join(name)).unwrap());
+        let elsewhere = tempfile::tempdir().unwrap();
+        std::fs::create_dir(elsewhere.path().join(".ephemeral-t.gone-t")).unwrap();
+        std::os::unix::fs::symlink(elsewhere.path(), dir.path().join("link")).unwrap();
+        assert_eq!(sweep_doomed(dir.path()), 1);
+        assert!(!doomed.exists() && kept.iter().all(|name| user.join(name).exists()));
+        assert!(elsewhere.path().join(".ephemeral-t.gone-t").exists(), "no link is followed");
+        assert_eq!(sweep_doomed(dir.path()), 0);
+    }
 
     #[test]
     fn a_deep_tree_with_links_goes_and_what_it_points_to_stays() {

@@ -4,8 +4,10 @@
 mod common;
 
 use common::*;
+use mesh_core::output::Digests;
+use mesh_core::sha256;
 use mesh_core::task::Outcome;
-use node_warden::frames::{KnownState, Request};
+use node_warden::frames::{KnownState, Request, WITH_DIGESTS};
 use node_warden::spool::{OutputReader, Stream};
 use std::collections::HashSet;
 use std::time::Instant;
@@ -99,6 +101,47 @@ fn a_new_daemon_finds_everything() {
     assert_eq!(newer.run(&p.order(&["true"])).outcome, Outcome::Exited(0));
     assert!(OutputReader::open(&p.data(), live.key().0, live.key().1).unwrap().is_none());
     assert_eq!(p.connect().known.len(), 1);
+}
+
+#[test]
+fn digests_are_of_the_whole_output_and_last_as_long_as_the_end() {
+    let mut p = Node::new(&[]);
+    let go = p.open_file("go");
+    let both =
+        p.sh(&format!("head -c 3000000 /dev/zero; echo e >&2; until [ -s {} ]; do sleep 0.01; done; echo tail; exit 3", go.display()));
+    let (silent, missing) = (p.order(&["true"]), p.order(&["/no/such/program"]));
+    let live = p.order(&["sleep", "4000"]);
+    let key = both.key();
+    {
+        let mut c = p.connect();
+        c.start(&both);
+        c.start(&live);
+        c.wait_started(live.key());
+        let (end, _) = c.wait_output(key, 3_000_000);
+        // What was given back counts all the same.
+        let frames = p.read_output(key, end);
+        c.acked(key, frames.iter().find(|f| f.end_offset > 2_000_000).unwrap().end_offset);
+        assert_eq!(c.run(&silent).digests, Some(Digests::of_nothing()));
+        assert_eq!(c.run(&missing).digests, None, "what never ran has none");
+    }
+    // The daemon was replaced in the middle.
+    let mut c = p.connect();
+    std::fs::write(&go, "go").unwrap();
+    let end = c.wait_end(key);
+    let whole = [&vec![0; 3_000_000][..], b"tail\n"].concat();
+    let expect = Digests { stdout: sha256(&whole), stderr: sha256(b"e\n") };
+    assert_eq!((end.outcome, end.digests), (Outcome::Exited(3), Some(expect)));
+    let digests = |c: &Client, key| c.known.iter().find(|k| k.key() == key).unwrap().digests;
+    p.kill();
+    p.start();
+    let c = p.connect();
+    assert_eq!((digests(&c, key), digests(&c, silent.key())), (Some(expect), Some(Digests::of_nothing())), "kept with the end");
+    assert_eq!((digests(&c, missing.key()), digests(&c, live.key())), (None, None));
+    // A daemon of the version before is told what it can read.
+    let mut c = Client::speaking(&p.data(), WITH_DIGESTS - 1);
+    assert_eq!(c.known.len(), 4);
+    assert!(c.known.iter().all(|k| k.digests.is_none()));
+    assert_eq!(c.run(&p.sh("echo x")).digests, None);
 }
 
 #[test]
@@ -220,7 +263,8 @@ fn a_full_spool_pauses_the_task_and_an_ack_lets_it_go_on() {
 
 #[test]
 fn freed_output_is_not_asked_for_after_a_kill() {
-    let mut p = Node::new(&[]);
+    // It is freed in steps of a sixteenth of this.
+    let mut p = Node::new(&["--attempt-bytes", "16777216"]);
     let mut c = p.connect();
     let o = p.sh("head -c 6000000 /dev/zero; echo; sleep 4000");
     let key = c.start(&o);

@@ -118,7 +118,7 @@ pub fn sandbox_applied(probe: &Probe) -> String {
 }
 
 /// Total and free bytes of the file system that holds `path`.
-fn disk_of(path: &Path) -> (u64, u64) {
+pub fn disk_of(path: &Path) -> (u64, u64) {
     let real = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     rustix::fs::statvfs(&real).map_or((0, 0), |s| (s.f_blocks.saturating_mul(s.f_frsize), s.f_bavail.saturating_mul(s.f_frsize)))
 }
@@ -154,6 +154,7 @@ impl Health {
             disk_total,
             load_1m: System::load_average().map_or(0.0, |l| l.one),
             running,
+            ..HealthReport::default()
         }
     }
 }

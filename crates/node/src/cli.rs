@@ -3,8 +3,10 @@
 use crate::capabilities;
 use crate::config::{self, environment, read_invite, strike_secret};
 use crate::daemon::{self, DaemonError};
+use crate::doctor::{self, Verdict};
 use crate::enrolment::{self, EnrolError};
 use crate::link::engine::Exit;
+use crate::record::{self, Follower, Ran, Reader};
 use crate::state::{DataDir, State, StateError};
 use crate::status::Status;
 use crate::warden::{self, WardenError};
@@ -14,7 +16,7 @@ use mesh_process::files::Lock;
 use mesh_process::{SystemClock, telemetry};
 use mesh_wire::convert::rfc3339;
 use node_warden::frames::KnownState;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -22,6 +24,8 @@ use std::time::Duration;
 /// Until a running daemon has ended its tasks: the warden's grace, and some.
 const STOP_PATIENCE: Duration = Duration::from_secs(40);
 const POLL: Duration = Duration::from_millis(100);
+/// A clock that is off by more is shown.
+const CLOCK_SKEW_SECS: i64 = 600;
 /// Said to scripts when the node was revoked.
 const EXIT_REVOKED: u8 = 3;
 
@@ -56,14 +60,27 @@ enum Command {
     /// End all tasks, the warden and the daemon
     Stop,
     /// Show id, hub, certificate, link and running tasks
-    Status,
+    Status(Shown),
+    /// Check this machine and the way to the hub; name the hop that fails
+    Doctor(Shown),
+    /// Show the machine's own record of what ran
+    Log {
+        /// Only the last so many
+        #[arg(short = 'n', value_name = "N")]
+        last: Option<usize>,
+        /// Go on, and show each attempt once it has ended
+        #[arg(short, long)]
+        follow: bool,
+        #[command(flatten)]
+        shown: Shown,
+    },
     /// Parent of all tasks; started by the daemon
     #[command(hide = true)]
-    Warden,
-    /// Not yet: check this machine and the way to the hub
-    Doctor(Rest),
-    /// Not yet: the machine's own record of what ran
-    Log(Rest),
+    Warden {
+        /// The folder of the node in which another warden lives
+        #[arg(long)]
+        beside: Option<PathBuf>,
+    },
     /// Not yet: show or set the owner's ceiling
     Policy(Rest),
     /// Not yet: take no more work
@@ -80,6 +97,18 @@ enum Command {
     Update(Rest),
     /// Not yet: go back to the version before
     Rollback(Rest),
+}
+
+#[derive(clap::Args)]
+struct Shown {
+    #[arg(long, value_name = "FORM", default_value = "table")]
+    output: Form,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Form {
+    Table,
+    Json,
 }
 
 #[derive(clap::Args)]
@@ -135,12 +164,10 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
 pub fn main(cli: Cli) -> Result<ExitCode, Error> {
     let dir = DataDir::new(config::data_dir(cli.data_dir)?);
     let not_yet = match &cli.command {
-        Command::Warden => {
-            node_warden::run(node_warden::Config::new(dir.path()))?;
+        Command::Warden { beside } => {
+            node_warden::run(node_warden::Config { beside: beside.clone(), ..node_warden::Config::new(dir.path()) })?;
             return Ok(ExitCode::SUCCESS);
         }
-        Command::Doctor(_) => "doctor",
-        Command::Log(_) => "log",
         Command::Policy(_) => "policy",
         Command::Disable(_) => "disable",
         Command::Enable(_) => "enable",
@@ -149,13 +176,14 @@ pub fn main(cli: Cli) -> Result<ExitCode, Error> {
         Command::Leave(_) => "leave",
         Command::Update(_) => "update",
         Command::Rollback(_) => "rollback",
-        Command::Join { .. } | Command::Run | Command::Stop | Command::Status => "",
+        Command::Join { .. } | Command::Run | Command::Stop | Command::Status(_) | Command::Doctor(_) | Command::Log { .. } => "",
     };
     if !not_yet.is_empty() {
         return Err(Error::NotYet(not_yet));
     }
     telemetry::init(&cli.log, cli.log_json).map_err(|e| BadSetting::new("command line", "--log", e))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(io("the runtime"))?;
+    // One thread: whatever one part of the daemon tells another would else wake a thread of its own.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(io("the runtime"))?;
     let code = runtime.block_on(async {
         match cli.command {
             Command::Join { invite, enroll_only } => {
@@ -164,7 +192,10 @@ pub fn main(cli: Cli) -> Result<ExitCode, Error> {
             }
             Command::Run => run(dir).await,
             Command::Stop => stop(&dir).await,
-            _ => status(&dir).await,
+            Command::Doctor(shown) => doctor_command(&dir, shown.output).await,
+            Command::Log { last, follow, shown } => log(&dir, last, follow, shown.output).await,
+            Command::Status(shown) => status(&dir, shown.output).await,
+            _ => Ok(ExitCode::SUCCESS),
         }
     });
     // A read that hangs in a background thread must not hold the end up.
@@ -245,7 +276,65 @@ async fn stop(dir: &DataDir) -> Result<ExitCode, Error> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn status(dir: &DataDir) -> Result<ExitCode, Error> {
+async fn doctor_command(dir: &DataDir, form: Form) -> Result<ExitCode, Error> {
+    let report = doctor::run(dir).await;
+    if form == Form::Json {
+        println!("{}", serde_json::to_string_pretty(&report).unwrap_or_default());
+    } else {
+        for c in &report.checks {
+            let mark = match c.verdict {
+                Verdict::Ok => "ok     ",
+                Verdict::Warning => "WARNING",
+                Verdict::Failed => "FAILED ",
+                Verdict::Skipped => "-      ",
+            };
+            println!("{mark}  {:<12} {}", c.hop, record::shown(&c.detail));
+            if !c.advice.is_empty() {
+                println!("         {:<12} → {}", "", record::shown(&c.advice));
+            }
+        }
+        match report.failed {
+            None => println!("all is well"),
+            Some(hop) => println!("the first hop that fails: {hop}"),
+        }
+    }
+    Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn log(dir: &DataDir, last: Option<usize>, follow: bool, form: Form) -> Result<ExitCode, Error> {
+    if !dir.path().exists() {
+        return Err(DaemonError::NotEnrolled(dir.path().to_path_buf()).into());
+    }
+    let mut out = std::io::stdout();
+    let mut show = |ran: &[Ran]| {
+        ran.iter().try_for_each(|r| {
+            let text = if form == Form::Json { serde_json::to_string(r).unwrap_or_default() } else { r.line() };
+            writeln!(out, "{text}")
+        })?;
+        out.flush()
+    };
+    let newest = |ran: Vec<Ran>| ran[ran.len().saturating_sub(last.unwrap_or(usize::MAX))..].to_vec();
+    let shown: std::io::Result<()> = async {
+        if !follow {
+            return show(&newest(Reader::read(dir.path())));
+        }
+        let (mut follower, before) = Follower::new(dir.path())?;
+        // Those that still run are shown when they have ended.
+        show(&newest(before.into_iter().filter(|r| r.end.is_some()).collect()))?;
+        loop {
+            tokio::time::sleep(POLL).await;
+            show(&follower.look()?)?;
+        }
+    }
+    .await;
+    match shown {
+        // Whoever read it has left.
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(io("the record of what ran")(e)),
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+async fn status(dir: &DataDir, form: Form) -> Result<ExitCode, Error> {
     let runs = dir.lock().exists() && Lock::try_take(&dir.lock()).map_err(io("the lock"))?.is_none();
     let mut s = Status::read(dir).unwrap_or_default();
     if !runs {
@@ -254,7 +343,7 @@ async fn status(dir: &DataDir) -> Result<ExitCode, Error> {
         }
         let settings = State::open(dir)?.settings()?.ok_or_else(|| DaemonError::NotEnrolled(dir.path().to_path_buf()))?;
         (s.node_id, s.node_name, s.hub_id, s.hub) = (settings.node_id, settings.node_name, settings.hub_id, settings.grpc);
-        s.workspace_root = settings.workspace_root;
+        (s.workspace_root, s.max_tasks) = (settings.workspace_root, settings.max_tasks);
         if let Some(v) = dir.certificates().ok().and_then(|c| enrolment::validity(&c.0)) {
             s.certificate_not_after = rfc3339(v.not_after_ms);
         }
@@ -265,6 +354,12 @@ async fn status(dir: &DataDir) -> Result<ExitCode, Error> {
             s.link = "stopped".into();
             s.link_detail = "no daemon runs".into();
         }
+        s.unschedulable = if s.link == "revoked" { "revoked".into() } else { "offline".into() };
+        (s.spool_bytes, s.spool_limit) = (node_warden::spool::used(dir.path()), node_warden::SPOOL_NODE_BYTES);
+    }
+    if form == Form::Json {
+        println!("{}", serde_json::to_string_pretty(&s).unwrap_or_default());
+        return Ok(ExitCode::SUCCESS);
     }
     println!("node         {} ({})", s.node_name, s.node_id);
     println!("hub          {} at {}", s.hub_id, s.hub);
@@ -272,8 +367,14 @@ async fn status(dir: &DataDir) -> Result<ExitCode, Error> {
     println!("daemon       {}", if runs { format!("running, pid {}", s.pid) } else { "not running".into() });
     let detail = if s.link_detail.is_empty() { String::new() } else { format!(" · {}", s.link_detail) };
     println!("link         {} since {}{detail}", s.link, s.since);
+    let no = if s.unschedulable.is_empty() { "yes".to_owned() } else { format!("no: {}", s.unschedulable) };
+    println!("takes work   {no}");
+    if s.clock_skew_secs.abs() > CLOCK_SKEW_SECS {
+        println!("clock        {} s from the hub's: set it", s.clock_skew_secs);
+    }
     println!("workspace    {}", s.workspace_root);
-    println!("running      {}", s.running.len());
+    println!("spool        {} of {} MiB", s.spool_bytes >> 20, s.spool_limit >> 20);
+    println!("running      {} of {}", s.running.len(), s.max_tasks);
     for r in &s.running {
         println!("             {r}");
     }

@@ -85,14 +85,18 @@ pub async fn run(dir: DataDir, exe: &Path, clock: SharedClock) -> Result<Exit, D
     let identity = dir.identity()?;
     let certificate = enrolment::validity(&dir.certificates()?.0).ok_or_else(|| DaemonError::Certificate(dir.certificate()))?;
     let root = workspace_root(&settings.workspace_root)?;
+    let doomed = root.path().to_owned();
+    tasks.spawn_until_cancelled("workspace sweep", async move {
+        let swept = tokio::task::spawn_blocking(move || node_warden::sweep_doomed(Path::new(&doomed))).await;
+        if let Ok(count @ 1..) = swept {
+            tracing::info!(count, "removed workspaces that were left half removed");
+        }
+    });
     let probe = node_warden::probe();
     let capabilities = capabilities::gather(Path::new(root.path()), &probe);
     let time = NodeTime::new(state.hub_time_ms()?, clock.clone());
     if time.for_tls() >= certificate.not_after_ms {
-        tracing::warn!(
-            "the certificate of this node has ended; the hub will refuse it. Remove {} and join anew with a fresh invite",
-            dir.path().display()
-        );
+        tracing::info!("the certificate of this node has ended; its hub is asked for a new one");
     }
     let warden = warden::attach(exe.to_path_buf(), dir.path().to_path_buf(), &tasks).await?;
     let engine = Engine::new(Parts {

@@ -16,6 +16,8 @@ const UIDS: TableDefinition<'static, &[u8], u32> = TableDefinition::new("session
 
 const SETTINGS: &str = "settings";
 const HUB_TIME: &str = "hub_time_ms";
+/// Of the newest welcome.
+const LINK_SESSION: &str = "link_session";
 const COUNTER: &str = "renewal_counter";
 /// The hub's words, once it has said that this node is revoked.
 const REVOKED: &str = "revoked";
@@ -140,6 +142,10 @@ impl Identity {
     pub fn private(&self) -> PrivateKeyDer<'static> {
         PrivatePkcs8KeyDer::from(self.key.serialize_der()).into()
     }
+    pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+        use rcgen::SigningKey;
+        self.key.sign(message)
+    }
     /// A request of which the hub takes the public key only.
     pub fn csr(&self) -> Result<Vec<u8>, rcgen::Error> {
         Ok(rcgen::CertificateParams::new(Vec::<String>::new())?.serialize_request(&self.key)?.der().to_vec())
@@ -213,6 +219,19 @@ impl State {
     pub fn set_hub_time_ms(&self, ms: i64) -> Result<(), StateError> {
         self.write(|tx| {
             tx.open_table(VALUES)?.insert(HUB_TIME, ms.to_be_bytes().as_slice())?;
+            Ok(())
+        })
+    }
+    /// The link session of the newest welcome; empty before the first.
+    pub fn link_session(&self) -> Result<Vec<u8>, StateError> {
+        Ok(self.value(LINK_SESSION)?.unwrap_or_default())
+    }
+    /// Notes a welcome: its session, and the hub's time.
+    pub fn set_linked(&self, session: &[u8], hub_time_ms: i64) -> Result<(), StateError> {
+        self.write(|tx| {
+            let mut t = tx.open_table(VALUES)?;
+            t.insert(LINK_SESSION, session)?;
+            t.insert(HUB_TIME, hub_time_ms.to_be_bytes().as_slice())?;
             Ok(())
         })
     }

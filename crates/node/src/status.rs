@@ -12,7 +12,7 @@ pub struct Status {
     pub node_name: String,
     pub hub_id: String,
     pub hub: String,
-    /// `up`, `connecting`, `waiting`, `superseded`, `revoked` or `stopped`.
+    /// `up`, `connecting`, `waiting`, `superseded`, `expired`, `revoked` or `stopped`.
     pub link: String,
     /// Why it is not up, and what happens next.
     pub link_detail: String,
@@ -22,12 +22,20 @@ pub struct Status {
     pub spool_id: String,
     /// `task/attempt` of what runs.
     pub running: Vec<String>,
+    pub max_tasks: u32,
+    /// Why the hub gives this node no work, in its own words of last; empty: it does.
+    pub unschedulable: String,
+    /// Output that is kept until it is durable at the hub.
+    pub spool_bytes: u64,
+    pub spool_limit: u64,
+    /// How far the machine's clock is ahead of the hub's.
+    pub clock_skew_secs: i64,
 }
 
 impl Status {
     pub fn write(&self, dir: &DataDir) {
         let json = serde_json::to_vec_pretty(self).unwrap_or_default();
-        if let Err(error) = mesh_process::files::write_private(&dir.status(), &json) {
+        if let Err(error) = mesh_process::files::show_private(&dir.status(), &json) {
             tracing::warn!(%error, "the status file cannot be written");
         }
     }

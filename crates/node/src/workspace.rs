@@ -68,6 +68,14 @@ fn check_passable(path: &Path) -> Result<(), BadRoot> {
 }
 
 impl WorkspaceRoot {
+    /// What a setting names.
+    pub fn path_of(text: &str, home: &Path, root: bool) -> Result<PathBuf, BadRoot> {
+        expand(text, home, root)
+    }
+    /// Can tasks reach it? Only those of root have other uids.
+    pub fn check(path: &Path, root: bool) -> Result<(), BadRoot> {
+        if root { check_passable(path) } else { Ok(()) }
+    }
     /// Makes the folder where it is missing, and checks that tasks can reach it.
     pub fn prepare(text: &str, home: &Path, root: bool) -> Result<Self, BadRoot> {
         let path = expand(text, home, root)?;

@@ -6,7 +6,7 @@ use mesh_core::spec::{Program, Shell, Spec};
 use mesh_core::{SessionId, TaskId};
 use mesh_process::entropy;
 use mesh_wire::node::outcome::Kind as Ended;
-use mesh_wire::node::{Goodbye, InputBody, hub_frame, node_frame};
+use mesh_wire::node::{Goodbye, InputBody, Order, TaskResult, hub_frame, node_frame};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -19,6 +19,7 @@ struct Node {
     dir: PathBuf,
     invite: PathBuf,
     root: PathBuf,
+    places: u32,
     child: Option<(Child, mpsc::Receiver<String>)>,
 }
 
@@ -34,13 +35,14 @@ impl Node {
         let invite = tmp.path().join("box.yaml");
         std::fs::write(&invite, &hub.yaml).unwrap();
         let (dir, root) = (tmp.path().join("d"), tmp.path().join("w"));
-        Self { dir, root, invite, _tmp: tmp, child: None }
+        Self { dir, root, invite, places: 4, _tmp: tmp, child: None }
     }
     fn command(&self, args: &[&str]) -> std::process::Command {
         let mut c = program();
         c.args(args)
             .env("CORTEX_NODE_DATA_DIR", &self.dir)
             .env("CORTEX_NODE_WORKSPACE_ROOT", &self.root)
+            .env("CORTEX_NODE_MAX_TASKS", self.places.to_string())
             .env("CORTEX_NODE_LOG", "debug,h2=info,hyper=info,rustls=info,tower=info");
         c
     }
@@ -65,7 +67,11 @@ impl Node {
         rustix::process::kill_process(rustix::process::Pid::from_raw(id).unwrap(), s).unwrap();
     }
     async fn up(hub: &mut Hub) -> (Self, Link) {
+        Self::up_with(hub, 4).await
+    }
+    async fn up_with(hub: &mut Hub, places: u32) -> (Self, Link) {
         let mut n = Self::new(hub);
+        n.places = places;
         let invite = n.invite.to_str().unwrap().to_owned();
         n.start(&["join", &invite]);
         let link = hub.link().await;
@@ -319,6 +325,91 @@ async fn tasks_outlive_the_daemon_and_nothing_is_lost() {
     assert!(!node.dir.join("warden.sock").exists());
 }
 
+/// The next word about an order that was sent ahead; results on the way are put aside.
+async fn ahead_word(link: &mut Link, results: &mut Vec<TaskResult>) -> node_frame::Kind {
+    loop {
+        match link.frame().await {
+            node_frame::Kind::Result(r) => results.push(r),
+            other => return other,
+        }
+    }
+}
+async fn is_kept(link: &mut Link, t: TaskId) {
+    let node_frame::Kind::Kept(k) = link.frame().await else { panic!("it is not kept") };
+    assert_eq!((k.task_id, k.attempt), (t.to_string(), 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_ahead_asks_for_its_place_and_runs_once_it_is_granted() {
+    let mut hub = support::start().await;
+    let (mut node, mut link) = Node::up_with(&mut hub, 1).await;
+    assert_eq!(link.hello.keeps, 64);
+    let (first, session) = (task(), SessionId::from_bytes([9; 16]));
+    link.orders(vec![hub.order(first, &script("while [ ! -e go ]; do sleep 0.05; done"), Some(session))]).await;
+    link.started().await;
+    let counts = script("echo x >> count; wc -l < count");
+    let t = task();
+    let go = hub.order(t, &counts, Some(session));
+    // The window of an order that may not start yet is that of its grant.
+    let ahead = Order { granted: false, start_before_ms: 1, ..go.clone() };
+    link.orders(vec![ahead.clone()]).await;
+    is_kept(&mut link, t).await;
+    link.orders(vec![ahead.clone()]).await;
+    is_kept(&mut link, t).await;
+    // Another spec under the same attempt is no order at all.
+    link.orders(vec![Order { granted: false, ..hub.order(t, &script("echo other"), Some(session)) }]).await;
+    let node_frame::Kind::Rejected(r) = link.frame().await else { panic!() };
+    assert_eq!(r.code, "conflict");
+    // One that the hub takes back is forgotten without a word; had it been said, it would come next.
+    let moved = task();
+    link.orders(vec![Order { granted: false, ..hub.order(moved, &counts, Some(session)) }]).await;
+    is_kept(&mut link, moved).await;
+    link.cancel(moved).await;
+
+    let folder = std::fs::read_dir(&node.root).unwrap().next().unwrap().unwrap().path().join(session.to_string());
+    std::fs::write(folder.join("go"), "").unwrap();
+    let mut results = vec![];
+    for round in 0..2 {
+        // Said again when no answer comes, and nothing starts.
+        let node_frame::Kind::Ready(r) = ahead_word(&mut link, &mut results).await else { panic!("not asked in round {round}") };
+        assert_eq!((&r.task_id, r.attempt), (&t.to_string(), 1));
+        assert_eq!(r.ended.iter().map(|e| e.task_id.clone()).collect::<Vec<_>>(), [first.to_string()], "what made the place");
+    }
+    // The link is cut between that and the answer: the grant comes on the next, where the order is unknown.
+    link.send(hub_frame::Kind::Goodbye(Goodbye { code: "shutdown".into(), detail: String::new() })).await;
+    drop(link);
+    let mut link = hub.link().await;
+    assert_eq!(link.hello.attempts.iter().map(|a| a.task_id.clone()).collect::<Vec<_>>(), [first.to_string()]);
+    assert!(!folder.join("count").exists(), "nothing ran without leave");
+    link.orders(vec![go.clone()]).await;
+    link.orders(vec![go.clone()]).await;
+    let mut seen = 0;
+    while seen < 2 {
+        let r = link.result().await;
+        link.acknowledge(&r).await;
+        seen += usize::from(r.task_id == first.to_string()) + usize::from(r.task_id == t.to_string());
+    }
+    assert_eq!(output(&hub, t).trim(), "1");
+
+    // The daemon dies with what it keeps: the next one has forgotten it, and runs what is granted.
+    let t = task();
+    let go = hub.order(t, &counts, Some(session));
+    link.orders(vec![hub.order(task(), &script("sleep 600"), None)]).await;
+    while !matches!(link.frame().await, node_frame::Kind::Started(_)) {}
+    link.orders(vec![Order { granted: false, ..go.clone() }]).await;
+    while !matches!(link.frame().await, node_frame::Kind::Kept(_)) {}
+    node.signal(rustix::process::Signal::KILL);
+    node.child.take().unwrap().0.wait().unwrap();
+    link.ended().await;
+    node.start(&["run"]);
+    let mut link = hub.link().await;
+    assert!(!link.hello.attempts.iter().any(|a| a.task_id == t.to_string()));
+    link.orders(vec![go]).await;
+    let r = link.result().await;
+    assert_eq!(r.task_id, t.to_string());
+    assert_eq!(output(&hub, t).trim(), "2");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_certificate_is_renewed_make_before_break() {
     let mut hub = support::start().await;
@@ -333,6 +424,55 @@ async fn a_certificate_is_renewed_make_before_break() {
     second.orders(vec![hub.order(t, &Spec::Echo { payload: b"x".to_vec() }, None)]).await;
     assert_eq!(second.result().await.task_id, t.to_string());
     drop(node);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_asks_for_a_new_certificate_when_its_own_has_ended() {
+    let mut hub = support::start().await;
+    // It has ended when it comes: the link can only be made with another.
+    hub.knobs().certificate = (-5, 100);
+    hub.knobs().refuse_recovery = vec![tonic::Status::unavailable("try again"), tonic::Status::unauthenticated("not registered here")];
+    let (mut node, link) = Node::up(&mut hub).await;
+    assert_eq!(hub.knobs().recoveries, [2, 2, 2], "asked again under the same counter, and for ever");
+    drop(link);
+
+    // The hub says so while this machine's clock sees nothing wrong.
+    node.signal(rustix::process::Signal::TERM);
+    assert_eq!(node.wait(), Some(0));
+    hub.knobs().ended = true;
+    node.start(&["run"]);
+    let mut link = hub.link().await;
+    assert_eq!(hub.knobs().recoveries, [2, 2, 2, 3]);
+    let t = task();
+    link.orders(vec![hub.order(t, &Spec::Echo { payload: b"x".to_vec() }, None)]).await;
+    assert_eq!(link.result().await.task_id, t.to_string());
+
+    // Too late: it says what to do, its tasks go on.
+    let t = task();
+    link.orders(vec![hub.order(t, &script("sleep 100"), None)]).await;
+    while link.started().await.task_id != t.to_string() {}
+    node.signal(rustix::process::Signal::TERM);
+    assert_eq!(node.wait(), Some(0));
+    hub.knobs().ended = true;
+    hub.knobs().refuse_recovery = vec![tonic::Status::failed_precondition("recover_too_late: it ended")];
+    node.start(&["run"]);
+    let begun = mesh_process::SystemClock::new();
+    let expired = || std::fs::read_to_string(node.dir.join("status.json")).is_ok_and(|s| s.contains("\"expired\""));
+    while !expired() {
+        assert!(mesh_process::Clock::steady(&begun) < PATIENCE, "it does not say that it is too late");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    let status = String::from_utf8(node.call(&["status"]).stdout).unwrap();
+    assert!(status.contains("link         expired") && status.contains("join anew") && status.contains(&t.to_string()), "{status}");
+    assert_eq!(hub.knobs().recoveries, [2, 2, 2, 3, 4]);
+
+    // The next start asks again; a revocation is the last word.
+    node.signal(rustix::process::Signal::TERM);
+    assert_eq!(node.wait(), Some(0));
+    hub.knobs().refuse_recovery = vec![tonic::Status::permission_denied("revoked: by its owner")];
+    node.start(&["run"]);
+    assert_eq!(node.wait(), Some(3));
+    assert!(!node.dir.join("warden.sock").exists());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -362,7 +502,7 @@ async fn refusals_are_shown_as_the_hub_said_them() {
     assert!(String::from_utf8_lossy(&out.stderr).contains("ca_pin"), "{out:?}");
 
     // what cannot be
-    assert_eq!(node.call(&["doctor", "--x"]).status.code(), Some(2));
+    assert_eq!(node.call(&["leave", "--x"]).status.code(), Some(2));
     assert_eq!(node.call(&["run"]).status.code(), Some(1));
     std::fs::write(&node.invite, "hub: 3").unwrap();
     let out = node.call(&["join", node.invite.to_str().unwrap()]);

@@ -59,6 +59,8 @@ pub enum Command {
     /// API keys for programs
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Check the way to the hub; name the hop that fails
+    Doctor,
     #[command(flatten)]
     Later(Later),
 }
@@ -107,8 +109,6 @@ pub enum Later {
     #[command(hide = true)]
     Mcp(Anything),
     #[command(hide = true)]
-    Doctor(Anything),
-    #[command(hide = true)]
     Completions(Anything),
 }
 
@@ -132,7 +132,6 @@ impl Later {
             Self::Events(_) => "`cortex events` is not built; one task is followed with: cortex task logs -f TASK",
             Self::Connect(_) => "`cortex connect` is not built.",
             Self::Mcp(_) => "`cortex mcp` is not built.",
-            Self::Doctor(_) => "`cortex doctor` is not built; whether the hub answers is told by: cortex whoami",
             Self::Completions(_) => "`cortex completions` is not built.",
         }
     }
@@ -325,6 +324,13 @@ pub struct RunArgs {
     /// The pause before the first retry; it doubles each time
     #[arg(long, value_name = "MS", requires = "retries")]
     pub backoff: Option<u64>,
+    /// What becomes of it when its machine cannot tell how it went: `requeue` runs it again, though it
+    /// may have run
+    #[arg(long, value_name = "WORD", value_parser = ["wait", "fail", "requeue"])]
+    pub on_lost: Option<String>,
+    /// It counts as lost when its machine is away for so long; 0 waits for ever
+    #[arg(long, value_name = "SECS")]
+    pub lost_after: Option<u64>,
     /// Do not start before this time, in RFC 3339
     #[arg(long, value_name = "TIME")]
     pub not_before: Option<String>,
@@ -438,8 +444,13 @@ mod tests {
         assert_eq!((r.queue, r.timeout, r.node.as_deref()), (60, Some(5), Some("a")));
         let Ok(Command::Run(r)) = parse("cortex run --script true --queue 0") else { panic!() };
         assert_eq!((r.script.as_deref(), r.queue), (Some("true"), 0));
-        let Ok(Command::Run(r)) = parse("cortex run --select os=linux,gpu --priority -5 --retries 2 --backoff 9 -- x") else { panic!() };
+        let Ok(Command::Run(r)) =
+            parse("cortex run --select os=linux,gpu --priority -5 --retries 2 --backoff 9 --on-lost requeue --lost-after 3 -- x")
+        else {
+            panic!()
+        };
         assert_eq!((r.select.as_deref(), r.priority, r.retries, r.backoff), (Some("os=linux,gpu"), Some(-5), Some(2), Some(9)));
+        assert_eq!((r.on_lost.as_deref(), r.lost_after), (Some("requeue"), Some(3)));
         for wrong in [
             "cortex run",
             "cortex run --script x -- y",
@@ -449,6 +460,7 @@ mod tests {
             "cortex run --timeout soon -- y",
             "cortex run --node a --select os -- y",
             "cortex run --backoff 5 -- y",
+            "cortex run --on-lost never -- y",
             "cortex login --password-stdin",
             "cortex key new k",
             "cortex nonsense",
@@ -465,8 +477,8 @@ mod tests {
 
     #[test]
     fn what_is_not_built_takes_anything() {
-        for verb in "shell cp file approval agent workflow bundle tool audit user grant device policy events connect mcp doctor completions"
-            .split(' ')
+        for verb in
+            "shell cp file approval agent workflow bundle tool audit user grant device policy events connect mcp completions".split(' ')
         {
             for rest in ["", " --help", " -x y --z=1 -- a"] {
                 let Ok(Command::Later(l)) = parse(&format!("cortex {verb}{rest}")) else { panic!("{verb}{rest}") };

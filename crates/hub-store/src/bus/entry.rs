@@ -117,6 +117,8 @@ mod kind {
     pub const RESUMED: u8 = 10;
     pub const REVOKED: u8 = 11;
     pub const REMOVED: u8 = 12;
+    pub const RECOVERED: u8 = 13;
+    pub const SUPERSEDED: u8 = 14;
     pub const TASK: u8 = 16;
     pub const CREATED: u8 = 32;
     pub const CLOSED: u8 = 33;
@@ -165,6 +167,7 @@ fn write(w: &mut Writer, event: &Event) {
                 NodeNews::Online => of(kind::ONLINE),
                 NodeNews::Offline => of(kind::OFFLINE),
                 NodeNews::Renewed { not_after } => of(kind::RENEWED).i64(*not_after),
+                NodeNews::Recovered { not_after } => of(kind::RECOVERED).i64(*not_after),
                 NodeNews::Health(h) => of(kind::HEALTH)
                     .u64(h.cpu_percent.to_bits())
                     .u64(h.memory_used)
@@ -179,6 +182,7 @@ fn write(w: &mut Writer, event: &Event) {
                 NodeNews::Resumed => of(kind::RESUMED),
                 NodeNews::Revoked => of(kind::REVOKED),
                 NodeNews::Removed => of(kind::REMOVED),
+                NodeNews::Superseded => of(kind::SUPERSEDED),
             }
         }
         Data::Task(news) => write_task(head(kind::TASK), news),
@@ -254,7 +258,7 @@ fn read(body: &[u8]) -> Result<Option<Entry>, Malformed> {
 
 /// None where a later version wrote it.
 fn read_event(kind: u8, r: &mut Reader<'_>) -> Result<Option<Word>, Malformed> {
-    if !(kind::ENROLLED..=kind::REMOVED).contains(&kind)
+    if !(kind::ENROLLED..=kind::SUPERSEDED).contains(&kind)
         && kind != kind::TASK
         && !(kind::CREATED..=kind::MESSAGE).contains(&kind)
         && !(kind::RIGHTS_USER..=kind::RIGHTS_LOGIN).contains(&kind)
@@ -267,7 +271,7 @@ fn read_event(kind: u8, r: &mut Reader<'_>) -> Result<Option<Word>, Malformed> {
             Some(news) => Data::Task(Box::new(news)),
             None => return Ok(None),
         },
-        kind::ENROLLED..=kind::REMOVED => Data::Node(NodeId::from_bytes(r.array()?), read_node(kind, r)?),
+        kind::ENROLLED..=kind::SUPERSEDED => Data::Node(NodeId::from_bytes(r.array()?), read_node(kind, r)?),
         kind::CREATED..=kind::MESSAGE => {
             let session = SessionId::from_bytes(r.array()?);
             match read_session(kind, r)? {
@@ -319,12 +323,14 @@ fn read_node(kind: u8, r: &mut Reader<'_>) -> Result<NodeNews, Malformed> {
         kind::ONLINE => NodeNews::Online,
         kind::OFFLINE => NodeNews::Offline,
         kind::RENEWED => NodeNews::Renewed { not_after: r.i64()? },
+        kind::RECOVERED => NodeNews::Recovered { not_after: r.i64()? },
         kind::RENAMED => NodeNews::Renamed { name: r.str()?.to_owned() },
         kind::CHANGED => read_change(r)?,
         kind::DRAINING => NodeNews::Draining,
         kind::RESUMED => NodeNews::Resumed,
         kind::REVOKED => NodeNews::Revoked,
         kind::REMOVED => NodeNews::Removed,
+        kind::SUPERSEDED => NodeNews::Superseded,
         _ => NodeNews::Health(Health {
             cpu_percent: f64::from_bits(r.u64()?),
             memory_used: r.u64()?,
@@ -333,6 +339,7 @@ fn read_node(kind: u8, r: &mut Reader<'_>) -> Result<NodeNews, Malformed> {
             disk_total: r.u64()?,
             load_1m: f64::from_bits(r.u64()?),
             running: r.u32()?,
+            ..Health::default()
         }),
     })
 }
@@ -381,13 +388,23 @@ mod tests {
     }
     fn words() -> Vec<Word> {
         let (node, session) = (NodeId::from_bytes([6; 16]), SessionId::from_bytes([5; 16]));
-        let health = Health { cpu_percent: 1.5, memory_used: 1, memory_total: 2, disk_used: 3, disk_total: 4, load_1m: 0.1, running: 5 };
+        let health = Health {
+            cpu_percent: 1.5,
+            memory_used: 1,
+            memory_total: 2,
+            disk_used: 3,
+            disk_total: 4,
+            load_1m: 0.1,
+            running: 5,
+            ..Health::default()
+        };
         let nodes = [
             NodeNews::Enrolled { name: "büro".into() },
             NodeNews::Registered { version: "1".into() },
             NodeNews::Online,
             NodeNews::Offline,
             NodeNews::Renewed { not_after: 12 },
+            NodeNews::Recovered { not_after: 13 },
             NodeNews::Health(health),
             NodeNews::Renamed { name: "b".into() },
             NodeNews::Changed {
@@ -399,6 +416,7 @@ mod tests {
             NodeNews::Resumed,
             NodeNews::Revoked,
             NodeNews::Removed,
+            NodeNews::Superseded,
         ];
         let sessions = [
             SessionNews::Created { name: String::new() },
@@ -443,7 +461,7 @@ mod tests {
             000000066661696c65640000000301000000046578697400000003c3a40001ffffffff0100000009";
         assert_eq!(hex(&sealed[MAC..]), body);
         let all: Vec<u8> = words().iter().flat_map(|w| sealer().seal(&LIFE, 1, 2, w)).collect();
-        assert_eq!(hex(&sha256(&all)), "7413570d8e06c151d2fcbf93b9f3354196402db7056cbb1ba579df508b6ef910");
+        assert_eq!(hex(&sha256(&all)), "80a096e5844bce3e9c1e0a82c79f91e1027f1961feafd89de4a18b01ebd07298");
     }
 
     #[test]
@@ -478,7 +496,7 @@ mod tests {
         };
         let kind_at = 1 + 16 + 8 + 8;
         assert_eq!(body(&|b| b[0] = 2), Ok(None));
-        for kind in [0, 13, 15, 17, 40, 51, 200, 255] {
+        for kind in [0, 14, 15, 17, 40, 51, 200, 255] {
             assert!(matches!(body(&|b| b[kind_at] = kind), Ok(Some(Entry { word: Word::Unknown, number: 1, .. }))), "{kind}");
         }
         let state = |b: &mut Vec<u8>| {

@@ -73,17 +73,26 @@ impl Dialect {
             Self::Postgres => "lower(username)",
         }
     }
-    /// A query for the bytes that the database takes on its disk.
-    pub(crate) fn size(self) -> &'static str {
+    /// A query for the bytes that the database takes on its disk, and how many of them are in use.
+    ///
+    /// PostgreSQL does not tell the second: it is added up from the rows that it counts as alive and the
+    /// stored size of some of them. After a crash of the server it counts anew, from 0, which errs on
+    /// the side of keeping.
+    pub(crate) fn sizes(self) -> &'static str {
         match self {
-            Self::Sqlite => "SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()",
-            Self::Postgres => "SELECT pg_database_size(current_database())",
-        }
-    }
-    fn begin(self) -> &'static str {
-        match self {
-            Self::Sqlite => "BEGIN IMMEDIATE",
-            Self::Postgres => "BEGIN",
+            Self::Sqlite => {
+                "SELECT page_count * page_size, (page_count - freelist_count) * page_size \
+                 FROM pragma_page_count(), pragma_freelist_count(), pragma_page_size()"
+            }
+            Self::Postgres => {
+                "SELECT pg_database_size(current_database()), CAST(COALESCE(SUM(s.n_live_tup * w.width), 0) AS BIGINT) FROM ( \
+                 SELECT 'tasks' AS relname, 1000 + AVG(pg_column_size(t.spec) + COALESCE(pg_column_size(t.result), 0)) AS width \
+                 FROM (SELECT spec, result FROM tasks LIMIT 200) t \
+                 UNION ALL SELECT 'task_events', 100 + AVG(pg_column_size(e.detail)) FROM (SELECT detail FROM task_events LIMIT 200) e \
+                 UNION ALL SELECT 'task_specs', 100 + AVG(pg_column_size(p.spec)) FROM (SELECT spec FROM task_specs LIMIT 200) p \
+                 UNION ALL SELECT 'outputs', 200 + AVG(pg_column_size(o.held)) FROM (SELECT held FROM outputs LIMIT 200) o \
+                 ) w JOIN pg_stat_user_tables s ON s.relname = w.relname AND s.schemaname = current_schema()"
+            }
         }
     }
 }
@@ -187,8 +196,12 @@ impl Conn {
 
     /// Adds `rows`, whose values are those of `columns`.
     pub(crate) async fn insert(&mut self, table: &str, columns: &str, rows: &Rows<'_>, after: &str) -> Result<(), Failed> {
+        self.insert_counted(table, columns, rows, after).await.map(drop)
+    }
+    /// The same; gives how many rows were written.
+    pub(crate) async fn insert_counted(&mut self, table: &str, columns: &str, rows: &Rows<'_>, after: &str) -> Result<u64, Failed> {
         if rows.values.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
         match self {
             Self::Sqlite(c) => {
@@ -207,12 +220,12 @@ impl Conn {
         match self {
             Self::Sqlite(c) => {
                 let set = columns.join(" = ?, ");
-                sqlite::for_each(c, &format!("UPDATE {table} SET {set} = ? WHERE id = ?"), rows)
+                sqlite::for_each(c, &format!("UPDATE {table} SET {set} = ? WHERE id = ?"), rows).map(drop)
             }
             Self::Postgres(c) => {
                 let set: Vec<String> = columns.iter().zip(1..).map(|(column, n)| format!("{column} = v.column{n}")).collect();
                 let before = format!("UPDATE {table} SET {} FROM (", set.join(", "));
-                postgres::over(c, &before, rows, &format!(") AS v WHERE {table}.id = v.column{}", rows.width)).await
+                postgres::over(c, &before, rows, &format!(") AS v WHERE {table}.id = v.column{}", rows.width)).await.map(drop)
             }
         }
     }
@@ -242,9 +255,18 @@ impl Conn {
         }
     }
 
-    /// Begins a transaction and its first job.
-    pub(crate) async fn begin(&mut self) -> Result<(), Failed> {
-        self.control([self.dialect().begin(), "SAVEPOINT job"]).await
+    /// Begins a transaction and its first job. One that is not `synced` is seen by all once it is
+    /// committed, and durable with the next one that is.
+    pub(crate) async fn begin(&mut self, synced: bool) -> Result<(), Failed> {
+        match self {
+            Self::Sqlite(c) => {
+                // It counts when it is compiled, so it is never one of the prepared statements.
+                c.execute_batch(if synced { "PRAGMA synchronous = FULL" } else { "PRAGMA synchronous = NORMAL" })?;
+                self.control(["BEGIN IMMEDIATE", "SAVEPOINT job"]).await
+            }
+            Self::Postgres(_) if synced => self.control(["BEGIN", "SAVEPOINT job"]).await,
+            Self::Postgres(_) => self.control(["BEGIN", "SET LOCAL synchronous_commit = off", "SAVEPOINT job"]).await,
+        }
     }
     /// What was done so far stays, whatever becomes of the next job.
     pub(crate) async fn next_job(&mut self) -> Result<(), Failed> {

@@ -121,6 +121,20 @@ pub(crate) async fn open(url: &Url) -> Result<Opened, OpenError> {
     Ok(Opened { conn: Conn::Postgres(conn), connector: Connector::Postgres(url.clone()), read: Readers::Postgres(read) })
 }
 
+/// One read on a connection of its own.
+pub(crate) async fn mark(url: &Url, query: &'static str) -> Result<Option<(i64, i64, bool)>, Failed> {
+    let mut conn = plain(url).await?;
+    Ok(sqlx::query_as(query).fetch_optional(&mut conn).await?)
+}
+
+/// One statement on a connection of its own, committed on the disk.
+pub(crate) async fn once(url: &Url, statement: &'static str) -> Result<(), Failed> {
+    let mut conn = plain(url).await?;
+    begin_session(&mut conn, &[SESSION]).await?;
+    sqlx::query(statement).execute(&mut conn).await?;
+    Ok(())
+}
+
 async fn plain(url: &Url) -> Result<PgConnection, Failed> {
     match tokio::time::timeout(CONNECT, url.options.connect()).await {
         Ok(Ok(conn)) => Ok(conn),
@@ -231,7 +245,7 @@ fn storable(text: &str) -> String {
 /// One array a column, taken apart by `unnest`: one statement text, however many rows.
 ///
 /// It stands between `before` and `after` as a query with the columns `column1`, `column2`, ….
-pub(super) async fn over(conn: &mut PgConnection, before: &str, rows: &Rows<'_>, after: &str) -> Result<(), Failed> {
+pub(super) async fn over(conn: &mut PgConnection, before: &str, rows: &Rows<'_>, after: &str) -> Result<u64, Failed> {
     let Rows { width, values } = rows;
     let mut columns: Vec<Column> = values.iter().take(*width).map(Column::of).collect();
     for (i, value) in values.iter().enumerate() {
@@ -252,7 +266,7 @@ pub(super) async fn over(conn: &mut PgConnection, before: &str, rows: &Rows<'_>,
         .map_err(unbound)?;
     }
     let text = AssertSqlSafe([before, &list, after].concat());
-    Ok(sqlx::query_with(text, arguments).execute(conn).await.map(drop)?)
+    Ok(sqlx::query_with(text, arguments).execute(conn).await?.rows_affected())
 }
 
 enum Column {

@@ -59,7 +59,7 @@ fn make_files(dir: &Path, db: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn common(path: &Path) -> Result<Connection, Failed> {
+pub(crate) fn common(path: &Path) -> Result<Connection, Failed> {
     let conn = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
     conn.busy_timeout(BUSY_TIMEOUT)?;
     conn.set_prepared_statement_cache_capacity(PREPARED);
@@ -68,7 +68,7 @@ fn common(path: &Path) -> Result<Connection, Failed> {
     Ok(conn)
 }
 
-pub(super) fn writing(path: &Path) -> Result<Connection, Failed> {
+pub(crate) fn writing(path: &Path) -> Result<Connection, Failed> {
     let conn = common(path)?;
     // A log that has grown is cut to the limit when it begins anew.
     conn.execute_batch("PRAGMA journal_mode = WAL; PRAGMA journal_size_limit = 67108864")?;
@@ -238,15 +238,16 @@ pub(super) fn each<T>(
 }
 
 /// One prepared statement, run for each row.
-pub(super) fn for_each(conn: &Connection, text: &str, rows: &Rows<'_>) -> Result<(), Failed> {
+pub(super) fn for_each(conn: &Connection, text: &str, rows: &Rows<'_>) -> Result<u64, Failed> {
     let mut statement = conn.prepare_cached(text)?;
+    let mut changed = 0;
     for row in rows.values.chunks_exact(rows.width) {
         for (value, at) in row.iter().zip(1..) {
             statement.raw_bind_parameter(at, value)?;
         }
-        statement.raw_execute()?;
+        changed += statement.raw_execute()? as u64;
     }
-    Ok(())
+    Ok(changed)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use super::frames::Source;
 use bytes::Bytes;
 use hub_engine::records::OutputTotals;
 use mesh_core::TaskId;
+use mesh_core::output::Digests;
 use mesh_core::task::AttemptNo;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
@@ -15,6 +16,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The index has about one mark in this many bytes.
 const STRIDE: u64 = 256 * 1024;
+
+/// Bytes of a file that are synced at once. Whoever syncs meanwhile, the journal above all, waits for the
+/// disk to take what is before it.
+const SYNC_AT_ONCE: usize = 1 << 20;
 
 /// What the row says.
 #[derive(Debug, Clone, Default)]
@@ -43,6 +48,8 @@ struct Known {
     forgotten: u64,
     /// From a frame's seq to its offset. Frames never move, so a mark stays true.
     marks: BTreeMap<u64, u64>,
+    /// Of the frames up to that one, once somebody has asked.
+    digests: Option<(u64, Digests)>,
 }
 
 impl Entry {
@@ -79,6 +86,12 @@ impl Entry {
         let mut known = self.lock();
         known.kept = None;
         known.forgotten += 1;
+    }
+    pub(super) fn digests(&self, kept_seq: u64) -> Option<Digests> {
+        self.lock().digests.filter(|(seq, _)| *seq == kept_seq).map(|(_, digests)| digests)
+    }
+    pub(super) fn set_digests(&self, kept_seq: u64, digests: Digests) {
+        self.lock().digests = Some((kept_seq, digests));
     }
     pub(super) fn close(&self) {
         if let Ok(mut file) = self.file.try_lock() {
@@ -130,8 +143,12 @@ pub(super) fn write(open: Option<OpenFile>, path: &Path, at: u64, bytes: &[u8], 
             OpenFile(file, count)
         }
     };
-    open.0.write_all_at(bytes, at).map_err(named)?;
-    open.0.sync_data().map_err(named)?;
+    let mut at = at;
+    for part in bytes.chunks(SYNC_AT_ONCE) {
+        open.0.write_all_at(part, at).map_err(named)?;
+        open.0.sync_data().map_err(named)?;
+        at += part.len() as u64;
+    }
     Ok(open)
 }
 

@@ -4,6 +4,7 @@ use futures::future::join_all;
 use hub_engine::ports::{Applied, Besides, Journal, Output};
 use hub_engine::records::{OutputTotals, Stream, Task, TaskFilter};
 use mesh_core::TaskId;
+use mesh_core::output::Digests;
 use mesh_core::spec::INLINE_SPEC_BYTES;
 use mesh_core::task::*;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ pub async fn journal(make: impl AsyncFn() -> Arc<dyn Journal>) {
     lists(&*make().await).await;
     narrow(&*make().await).await;
     retries(&*make().await).await;
+    losses(&*make().await).await;
 }
 
 async fn apply(store: &dyn Journal, n: u16, event: Event, now: i64) -> Applied {
@@ -73,11 +75,12 @@ async fn a_whole_life(store: &dyn Journal) {
     assert_eq!(actions, [Action::Order { node: node_id(1), attempt: attempt(1) }]);
     let (t, actions) = done(store, 1, Event::Withdrawn { attempt: attempt(1) }, T0 + 11).await;
     assert_eq!((t.progress.state, t.progress.assigned_at), (Pending, None));
-    assert_eq!(actions, [Action::Release { node: node_id(1) }, Action::Requeue]);
+    let taken_back = [Action::Cancel { node: node_id(1), attempt: attempt(1) }, Action::Release { node: node_id(1) }];
+    assert_eq!(actions, [&taken_back[..], &[Action::Requeue]].concat());
     done(store, 1, assigned(2, false), T0 + 12).await;
     let (t, _) = done(store, 1, Event::Granted { attempt: attempt(2), spool: spool_id(7) }, T0 + 13).await;
     assert_eq!(t.progress.attempt, Some(Attempt { no: attempt(2), node: node_id(2), granted: Some(spool_id(7)) }));
-    let besides = Besides { result: None, sandbox_applied: Some("strict".into()), signed: Some(("key".into(), [8; 32])) };
+    let besides = Besides { result: None, sandbox_applied: Some("strict".into()), signed: Some(("key".into(), [8; 32])), digests: None };
     let started = Event::Started { attempt: attempt(2) };
     let Applied::Done(t, _) = store.apply(task_id(1), &started, besides, T0 + 14).await.unwrap() else { panic!() };
     assert_eq!((t.progress.state, t.progress.started_at), (Running, Some(T0 + 14)));
@@ -118,10 +121,22 @@ async fn refusals(store: &dyn Journal) {
     store.accept(&task(1)).await.unwrap();
     assert_eq!(apply(store, 1, ended(1, Outcome::Done), T0).await, Applied::Refused(Illegal));
     done(store, 1, assigned(1, false), T0).await;
-    done(store, 1, Event::Withdrawn { attempt: attempt(1) }, T0).await;
-    done(store, 1, assigned(2, true), T0).await;
+    // Moved by one write.
+    let (moved, actions) = done(store, 1, assigned(2, true), T0).await;
+    let taken_back = [Action::Cancel { node: node_id(1), attempt: attempt(1) }, Action::Release { node: node_id(1) }];
+    assert_eq!(actions, [&taken_back[..], &[Action::Order { node: node_id(2), attempt: attempt(2) }]].concat());
+    assert_eq!(moved.spec, task(1).spec, "the order needs it");
+    for (node, found) in [(1, 0), (2, 1)] {
+        let there = TaskFilter { node: Some(node_id(node)), ..Default::default() };
+        assert_eq!(store.tasks(&there, all()).await.unwrap().len(), found);
+    }
     let (before, lines) = (store.task(task_id(1)).await.unwrap(), history(store, task_id(1)).await);
-    let besides = Besides { result: Some(vec![1]), sandbox_applied: Some("x".into()), signed: Some(("k".into(), [1; 32])) };
+    let besides = Besides {
+        result: Some(vec![1]),
+        sandbox_applied: Some("x".into()),
+        signed: Some(("k".into(), [1; 32])),
+        digests: Some(Digests::of_nothing()),
+    };
     for late in [ended(1, Outcome::Done), Event::Started { attempt: attempt(1) }] {
         let applied = store.apply(task_id(1), &late, besides.clone(), T0).await.unwrap();
         assert_eq!(applied, Applied::Refused(Superseded), "a later attempt has taken over");
@@ -185,16 +200,29 @@ async fn every_field(store: &dyn Journal) {
 /// The terms of the stored row decide, the pause is kept, and each attempt's end stands in the history.
 async fn retries(store: &dyn Journal) {
     let mut t = task(1);
-    t.terms = Terms { retries: 1, backoff_ms: 500, deadline: Some(T0 + 9_000), ..Terms::default() };
+    t.terms = Terms {
+        retries: 1,
+        backoff_ms: 500,
+        deadline: Some(T0 + 9_000),
+        on_lost: OnLost::Requeue,
+        lost_after: Some(0),
+        ..Terms::default()
+    };
     store.accept(&t).await.unwrap();
     done(store, 1, assigned(1, true), T0 + 10).await;
-    let besides = Besides { result: Some(vec![1]), sandbox_applied: Some("x".into()), signed: None };
+    let digests = Some(Digests { stdout: [1; 32], stderr: [2; 32] });
+    let besides = Besides { result: Some(vec![1]), sandbox_applied: Some("x".into()), digests, signed: None };
     let Applied::Done(t, actions) = store.apply(t.id, &ended(1, Outcome::Exited(7)), besides, T0 + 20).await.unwrap() else { panic!() };
     assert_eq!(actions, [Action::Release { node: node_id(1) }, Action::Requeue]);
     assert_eq!((t.progress.state, t.progress.retried, t.progress.retry_at), (TaskState::Pending, 1, Some(T0 + 520)));
+    assert_eq!(t.digests, digests, "also of an attempt without any output");
     assert_eq!(store.open_tasks(None, None, 10).await.unwrap(), [*t], "and is there after a restart");
     let (t, _) = done(store, 1, assigned(2, true), T0 + 530).await;
-    assert_eq!((t.progress.retry_at, t.result, t.sandbox_applied), (None, None, None), "nothing of the attempt before is shown");
+    assert_eq!(
+        (t.progress.retry_at, t.result, t.sandbox_applied, t.digests),
+        (None, None, None, None),
+        "nothing of the attempt before is shown"
+    );
     let (t, actions) = done(store, 1, Event::DeadlinePassed, T0 + 9_000).await;
     assert_eq!((t.progress.state, actions), (TaskState::Assigned, vec![Action::Cancel { node: node_id(2), attempt: attempt(2) }]));
     let (t, _) = done(store, 1, ended(2, Outcome::Cancelled), T0 + 9_001).await;
@@ -203,6 +231,26 @@ async fn retries(store: &dyn Journal) {
     let kinds: Vec<&str> = lines.iter().map(|l| l.kind.as_str()).collect();
     assert_eq!(kinds, ["accepted", "assigned", "ended", "assigned", "deadline_passed", "ended"]);
     assert_eq!((lines[2].state, lines[2].detail.as_str()), (TaskState::Pending, "exit: exit code 7; retry 1 of 1 in 500 ms"));
+}
+
+/// The terms of the stored row decide what is lost and what is run again, and after a restart too.
+async fn losses(store: &dyn Journal) {
+    let silent = |n| Event::NodeSilent { attempt: attempt(n) };
+    let mut t = task(1);
+    t.terms = Terms { on_lost: OnLost::Requeue, lost_after: Some(u64::MAX), ..Terms::default() };
+    store.accept(&t).await.unwrap();
+    assert_eq!(store.task(t.id).await.unwrap().unwrap().terms, t.terms);
+    done(store, 1, assigned(1, true), T0 + 10).await;
+    let (t, actions) = done(store, 1, silent(1), T0 + 20).await;
+    assert_eq!(actions, [Action::Release { node: node_id(1) }, Action::Requeue]);
+    assert_eq!((t.progress.state, t.progress.retried, t.progress.retry_at), (TaskState::Pending, 0, Some(T0 + 520)));
+    assert_eq!(store.open_tasks(None, None, 10).await.unwrap(), [t]);
+    let lines = store.history(task_id(1)).await.unwrap();
+    assert_eq!((lines[2].kind.as_str(), lines[2].state), ("node_silent", TaskState::Pending));
+    assert_eq!(lines[2].detail, "its node was away too long; run again in 500 ms, as on_lost asks");
+    store.accept(&assigned_task(2)).await.unwrap();
+    let (t, _) = done(store, 2, silent(1), T0 + 30).await;
+    assert_eq!((t.progress.state, t.progress.reason), (TaskState::Failed, Some(Reason::new(ReasonCode::Lost, "maybe_ran"))));
 }
 
 async fn races(store: &dyn Journal) {
@@ -357,6 +405,12 @@ async fn narrow(store: &dyn Journal) {
     for t in store.open_tasks(None, None, 9).await.unwrap() {
         assert!(t.spec == short(&t), "{}: {} bytes", t.id, t.spec.len());
     }
+    for n in 1..=4 {
+        let t = store.narrow(task_id(n)).await.unwrap().unwrap();
+        assert!(t.spec == short(&t), "{}: {} bytes", t.id, t.spec.len());
+        assert_eq!(Task { spec: vec![], ..t.clone() }, Task { spec: vec![], ..store.task(t.id).await.unwrap().unwrap() });
+    }
+    assert_eq!(store.narrow(task_id(9)).await.unwrap(), None);
     let wanted: Vec<TaskId> = [3, 1, 9, 4, 2].map(task_id).into();
     let read = async |max| store.specs(&wanted, max).await.unwrap();
     let in_order = [2, 0, 3, 1].map(|i: usize| specs[i].clone());
@@ -407,5 +461,14 @@ pub async fn journal_and_output<S: Journal + Output + ?Sized>(make: impl AsyncFn
     assert_eq!(store.open_tasks(None, None, 9).await.unwrap()[0].output, second);
     append(1, "late").await;
     assert_eq!(read().await, second, "an older attempt's output is not the task's");
-    assert_eq!(apply(ended(2, Outcome::Exited(0))).await, second);
+    // What its node tells of the output stands beside it, and neither takes anything from the other.
+    let digests = Some(Digests { stdout: [1; 32], stderr: [2; 32] });
+    let end = ended(2, Outcome::Exited(0));
+    let Applied::Done(t, _) = store.apply(id, &end, Besides { digests, ..Default::default() }, T0).await.unwrap() else { panic!() };
+    assert_eq!((t.output, t.digests), (second, digests));
+    assert_eq!(read().await, second);
+    assert_eq!(store.task(id).await.unwrap().unwrap().digests, digests);
+    store.append(id, attempt(2), vec![frame(2, Stream::Stderr, "later")], 99).await.unwrap().unwrap();
+    let t = store.task(id).await.unwrap().unwrap();
+    assert_eq!((t.output.stderr_bytes, t.digests), (5, digests));
 }

@@ -12,6 +12,7 @@ mod meta;
 mod nodes;
 mod output;
 mod purges;
+mod retention;
 mod sessions;
 mod state;
 
@@ -26,7 +27,8 @@ pub use meta::meta;
 pub use nodes::{nodes, nodes_and_sessions};
 pub use output::output;
 pub use purges::purges;
-pub use sessions::{sessions, sessions_and_tasks};
+pub use retention::retention;
+pub use sessions::{activity_has_a_bound, sessions, sessions_and_tasks};
 pub use state::state;
 
 use hub_engine::ports::Window;
@@ -83,6 +85,7 @@ pub mod sample {
             created_at: T0 + i64::from(n),
             progress: Progress::new(),
             output: OutputTotals::default(),
+            digests: None,
             result: None,
             sandbox_applied: None,
             signed: None,

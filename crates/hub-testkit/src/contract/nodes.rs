@@ -19,6 +19,23 @@ pub async fn nodes(make: impl AsyncFn() -> Arc<dyn NodeDirectory>) {
     removal(&*make().await).await;
     racing_ends(&*make().await).await;
     counts(&*make().await).await;
+    notices(&*make().await).await;
+}
+
+async fn notices(store: &dyn NodeDirectory) {
+    store.add_notice(node_id(1), "nobody", T0).await.unwrap();
+    store.add_invite(&invite(1)).await.unwrap();
+    let added = Node { notices: vec![], ..node(1, 1) };
+    assert_eq!(store.claim_invite(invite_id(1), &added, T0, AGAIN_MS).await.unwrap(), Claim::Claimed);
+    let now = async || store.node(node_id(1)).await.unwrap().unwrap();
+    join_all(["one", "two"].map(|words| store.add_notice(node_id(1), words, T0))).await.into_iter().for_each(|r| r.unwrap());
+    let lines = now().await.notices;
+    assert!(lines.len() == 2 && ["one at ", "two at "].iter().all(|w| lines.iter().any(|l| l.starts_with(w))), "{lines:?}");
+    assert_eq!(Node { notices: vec![], ..now().await }, added, "nothing else of it changes");
+    for _ in 0..200 {
+        store.add_notice(node_id(1), "again", T0).await.unwrap();
+    }
+    assert!(now().await.notices.len() < 50, "a node cannot fill the store");
 }
 
 async fn counts(store: &dyn NodeDirectory) {

@@ -2,6 +2,8 @@ use super::sample::{attempt, frame, task_id};
 use futures::future::join_all;
 use hub_engine::ports::Output;
 use hub_engine::records::{OutputFrame, OutputTotals, Stream::*};
+use mesh_core::output::Digests;
+use mesh_core::sha256;
 use std::sync::Arc;
 
 const KEEP: u64 = 1 << 30;
@@ -9,8 +11,28 @@ const KEEP: u64 = 1 << 30;
 pub async fn output(make: impl AsyncFn() -> Arc<dyn Output>) {
     repeats_and_gaps(&*make().await).await;
     the_limit(&*make().await).await;
+    given_up(&*make().await).await;
     bytes_are_exact(&*make().await).await;
+    digests(&*make().await).await;
     concurrent(&*make().await).await;
+}
+
+/// What will never come is passed over, and said to be missing.
+async fn given_up(store: &dyn Output) {
+    let (task, no) = (task_id(1), attempt(1));
+    let append = async |seq: u64| store.append(task, no, vec![frame(seq, Stdout, "x")], KEEP).await.unwrap();
+    append(1).await.unwrap();
+    assert_eq!(append(5).await, None);
+    store.give_up(task, no, 1).await.unwrap();
+    assert!(!store.totals(task, no).await.unwrap().truncated, "nothing is missing");
+    store.give_up(task, no, 4).await.unwrap();
+    store.give_up(task, no, 3).await.unwrap();
+    let gone = OutputTotals { durable_seq: 4, stdout_bytes: 1, stderr_bytes: 0, kept_seq: 1, truncated: true };
+    assert_eq!(store.totals(task, no).await.unwrap(), gone);
+    assert_eq!(append(5).await, Some(OutputTotals { durable_seq: 5, stdout_bytes: 2, ..gone }), "counted, and not kept");
+    assert_eq!(store.read(task, no, 0, 99).await.unwrap().len(), 1);
+    store.give_up(task, attempt(2), 7).await.unwrap();
+    assert_eq!(store.totals(task, attempt(2)).await.unwrap().durable_seq, 7, "also where there is nothing at all");
 }
 
 async fn repeats_and_gaps(store: &dyn Output) {
@@ -108,6 +130,29 @@ async fn bytes_are_exact(store: &dyn Output) {
             assert!(tail == all[all.len().saturating_sub(max)..], "the last {max} bytes of {stream:?}");
         }
     }
+}
+
+/// `frames` hashed by stream.
+fn hashed(frames: &[OutputFrame]) -> Option<Digests> {
+    let of = |stream| sha256(&frames.iter().filter(|f| f.stream == stream).flat_map(|f| f.data.to_vec()).collect::<Vec<_>>());
+    Some(Digests { stdout: of(Stdout), stderr: of(Stderr) })
+}
+
+async fn digests(store: &dyn Output) {
+    let (task, no) = (task_id(1), attempt(1));
+    let digests = async || store.digests(task, no).await.unwrap();
+    assert_eq!(digests().await, Some(Digests::of_nothing()));
+    // From a few bytes to more than a store holds in a row; asked for in between, and twice.
+    let all: Vec<OutputFrame> =
+        (1..=9).map(|seq| frame(seq, if seq % 3 == 0 { Stderr } else { Stdout }, vec![seq as u8; 1 << (2 * seq)])).collect();
+    for n in 1..=all.len() {
+        store.append(task, no, vec![all[n - 1].clone()], KEEP).await.unwrap().unwrap();
+        assert_eq!(digests().await, hashed(&all[..n]), "{n} frames");
+        assert_eq!(digests().await, hashed(&all[..n]), "{n} frames, again");
+    }
+    assert_eq!(store.digests(task, attempt(2)).await.unwrap(), Some(Digests::of_nothing()), "each attempt has its own");
+    store.append(task, no, vec![frame(10, Stdout, "more")], 9).await.unwrap().unwrap();
+    assert_eq!(digests().await, None, "not all of it is here");
 }
 
 async fn concurrent(store: &dyn Output) {

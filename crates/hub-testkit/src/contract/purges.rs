@@ -19,6 +19,10 @@ where
     assert_eq!(store.begin_purge(session_id(9), by, T0).await.unwrap(), PurgeStart::Unknown);
     assert_eq!(store.begin_purge(id, by, T0).await.unwrap(), PurgeStart::Active);
     store.accept(&Task { session: Some(id), ..task(90) }).await.unwrap();
+    // One that ended without a word.
+    let silent = Task { session: Some(id), ..assigned_task(91) };
+    store.accept(&silent).await.unwrap();
+    store.apply(silent.id, &Event::Ended { attempt: attempt(1), outcome: Outcome::Done }, Besides::default(), T0 + 40).await.unwrap();
     store.close_session(id, by, T0 + 50).await.unwrap();
     assert_eq!(store.begin_purge(id, by, T0).await.unwrap(), PurgeStart::TasksOpen, "what runs may still send output");
     store.apply(task_id(90), &Event::Expired { detail: "x".into() }, Besides::default(), T0 + 60).await.unwrap();
@@ -52,7 +56,19 @@ where
         assert_eq!(store.read(t.id, attempt(1), 0, usize::MAX).await.unwrap(), vec![]);
         assert_eq!(store.tail(t.id, attempt(1), Stream::Stdout, 99).await.unwrap(), b"");
     }
-    assert!(!store.task(task_id(90)).await.unwrap().unwrap().output.truncated, "what had no output lost none");
+    for n in [90, 91] {
+        assert!(!store.task(task_id(n)).await.unwrap().unwrap().output.truncated, "what had no output lost none");
+    }
+    // What was on its way and comes later is counted and not kept, little or much.
+    for (task, seq, size) in [(task_id(11), 3, 9), (task_id(12), 3, 90_000), (silent.id, 1, 9), (silent.id, 2, 90_000)] {
+        let before = store.totals(task, attempt(1)).await.unwrap();
+        let late = store.append(task, attempt(1), vec![frame(seq, Stream::Stdout, vec![7; size])], 1 << 20).await.unwrap().unwrap();
+        let bytes = before.stdout_bytes + size as u64;
+        assert_eq!((late.durable_seq, late.kept_seq, late.stdout_bytes, late.truncated), (seq, 0, bytes, true), "{task}");
+        assert_eq!(store.totals(task, attempt(1)).await.unwrap(), late);
+        assert_eq!(store.task(task).await.unwrap().unwrap().output, late);
+        assert_eq!(store.read(task, attempt(1), 0, usize::MAX).await.unwrap(), vec![]);
+    }
     let acts: Vec<_> =
         store.activity(id, None, 99).await.unwrap().into_iter().filter(|a| a.place.1 == Place::OWN).map(|a| a.what).collect();
     assert_eq!(acts, [Happened::Session { act: SessionAct::Purged, subject: String::new() }]);

@@ -1,6 +1,7 @@
 use super::sample::{assigned_task, attempt, node_id, session, session_id, task, task_id, user_id};
 use super::{T0, all, window};
-use hub_engine::ports::{Applied, Besides, Journal, Sessions};
+use futures::future::join_all;
+use hub_engine::ports::{ACTIVITY_KEPT, ACTIVITY_OVER, Applied, Besides, Journal, Sessions};
 use hub_engine::records::SessionAct::{self, *};
 use hub_engine::records::{Activity, Happened, Session, SessionChange, Task};
 use mesh_core::SessionId;
@@ -14,6 +15,43 @@ pub async fn sessions(make: impl AsyncFn() -> Arc<dyn Sessions>) {
     changes(&*make().await).await;
     expiry(&*make().await).await;
     activity_of_its_own(&*make().await).await;
+}
+
+const GROUP: usize = 500;
+
+/// A session that is used for ever does not fill the store.
+pub async fn activity_has_a_bound(make: impl AsyncFn() -> Arc<dyn Sessions>) {
+    let store = &*make().await;
+    let (busy, quiet) = (session_id(1), session_id(2));
+    store.add_session(&session(1, 1)).await.unwrap();
+    store.add_session(&session(2, 1)).await.unwrap();
+    let (kept, most) = (ACTIVITY_KEPT as usize, (ACTIVITY_KEPT + ACTIVITY_OVER) as usize);
+    let names = async || {
+        let lines = store.activity(busy, None, u32::MAX).await.unwrap();
+        let name = |a: Activity| match a.what {
+            Happened::Session { subject, .. } => subject,
+            other => panic!("{other:?}"),
+        };
+        lines.into_iter().map(name).collect::<Vec<String>>()
+    };
+    let rename = async |n: usize| {
+        let change = SessionChange { name: Some(n.to_string()), ..Default::default() };
+        assert!(store.change_session(busy, &change, None, T0).await.unwrap());
+    };
+    let mut at = 0;
+    for until in [kept - 1, most + 100, most + 700] {
+        while at < until {
+            let next = until.min(at + GROUP);
+            join_all((at + 1..=next).map(&rename)).await;
+            at = next;
+        }
+        let names = names().await;
+        let expect = (at + 1).min(kept)..=(at + 1).min(most);
+        assert!(expect.contains(&names.len()), "{} lines after {at}", names.len());
+        // Those of one group may have been written in any order.
+        assert!(names.iter().take(kept).filter_map(|n| n.parse::<usize>().ok()).all(|n| n + kept + GROUP > at), "the newest are there");
+    }
+    assert_eq!(store.activity(quiet, None, u32::MAX).await.unwrap().len(), 1, "another's are its own");
 }
 
 async fn lists(store: &dyn Sessions) {

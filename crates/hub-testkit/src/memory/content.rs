@@ -6,16 +6,43 @@ use mesh_process::entropy;
 
 impl State {
     fn note(&mut self, id: SessionId, act: SessionAct, subject: impl ToString, actor: Option<UserId>, at: UnixMs) {
-        let newest = self.activity.iter().filter(|(s, _)| *s == id).map(|(_, a)| *a.place.0.as_bytes()).max();
+        let lines = self.activity.entry(id).or_default();
+        let newest = lines.back().map(|a| *a.place.0.as_bytes());
         let place = Place(EntryId::from_bytes(above(newest, *EntryId::from_parts(at, entropy::bytes()).as_bytes())), Place::OWN);
         let what = Happened::Session { act, subject: subject.to_string() };
-        self.activity.push((id, Activity { place, at, actor, what }));
+        lines.push_back(Activity { place, at, actor, what });
+        if lines.len() > ACTIVITY_KEPT as usize {
+            lines.pop_front();
+        }
     }
     fn active(&mut self, id: SessionId) -> Option<&mut Session> {
         self.sessions.get_mut(&id).filter(|s| s.is_active())
     }
     fn touch(&mut self, id: SessionId, now: UnixMs) -> bool {
         self.active(id).map(|s| s.expires_at = now + s.ttl_ms).is_some()
+    }
+    /// Gives the bytes of what is no more.
+    fn erase_outputs(&mut self, tasks: &[TaskId]) -> u64 {
+        let mut bytes = 0;
+        for task in tasks {
+            self.tasks.entry(*task).and_modify(|(t, _)| t.result = None);
+            self.erased.insert(*task);
+            for (_, (totals, kept)) in self.outputs.iter_mut().filter(|((t, _), o)| t == task && o.0.kept_seq > 0) {
+                bytes += kept.iter().map(|f| f.data.len() as u64).sum::<u64>();
+                (totals.kept_seq, totals.truncated) = (0, true);
+                kept.clear();
+            }
+        }
+        bytes
+    }
+    fn kept_of(&self, id: TaskId) -> u64 {
+        self.outputs.iter().filter(|((t, _), _)| *t == id).flat_map(|(_, o)| &o.1).map(|f| f.data.len() as u64).sum()
+    }
+    /// Tasks that ended before, in the order in which they did.
+    fn ended(&self, before: UnixMs) -> Vec<TaskId> {
+        let ends = self.tasks.values().filter_map(|(t, _)| Some((t.progress.finished_at.filter(|at| *at < before)?, t.id)));
+        let ends: BTreeSet<_> = ends.collect();
+        ends.into_iter().map(|(_, id)| id).collect()
     }
     fn tasks_of(&self, id: SessionId) -> impl Iterator<Item = &Task> {
         self.tasks.values().map(|(t, _)| t).filter(move |t| t.session == Some(id))
@@ -134,7 +161,7 @@ impl Sessions for MemoryStore {
     }
     async fn activity(&self, id: SessionId, before: Option<Place>, limit: u32) -> Stored<Vec<Activity>> {
         let state = self.state();
-        let mut lines: Vec<Activity> = state.activity.iter().filter(|(s, _)| *s == id).map(|(_, a)| a.clone()).collect();
+        let mut lines: Vec<Activity> = state.activity.get(&id).into_iter().flatten().cloned().collect();
         for t in state.tasks_of(id) {
             let (task, actor) = (t.id, Some(t.actor.user));
             let what = Happened::TaskAccepted { task, skill: t.skill.clone() };
@@ -167,7 +194,7 @@ impl Purges for MemoryStore {
             return Ok(PurgeStart::TasksOpen);
         }
         state.memory.retain(|(s, _), _| *s != id);
-        state.activity.retain(|(s, _)| *s != id);
+        state.activity.remove(&id);
         state.sessions.entry(id).and_modify(|s| s.purged_at = Some(now));
         state.purging.insert(id);
         state.note(id, SessionAct::Purged, "", by, now);
@@ -185,13 +212,7 @@ impl Purges for MemoryStore {
             state.purging.remove(&id);
             return Ok(PurgeStep::Done);
         };
-        for task in &tasks {
-            state.tasks.entry(*task).and_modify(|(t, _)| t.result = None);
-            for (_, (totals, kept)) in state.outputs.iter_mut().filter(|((t, _), o)| t == task && o.0.kept_seq > 0) {
-                (totals.kept_seq, totals.truncated) = (0, true);
-                kept.clear();
-            }
-        }
+        state.erase_outputs(&tasks);
         Ok(PurgeStep::Until(Some(*last)))
     }
     async fn purging(&self, limit: u32) -> Stored<Vec<SessionId>> {
@@ -199,6 +220,49 @@ impl Purges for MemoryStore {
     }
     async fn sweep(&self, _limit: u32) -> Stored<u32> {
         Ok(0)
+    }
+}
+
+/// Frames of less stay in the row of a real store, and are no file.
+const FILE_FROM: u64 = 8192;
+
+#[async_trait]
+impl Retention for MemoryStore {
+    async fn erase_output(&self, before: UnixMs, limit: u32) -> Stored<Erased> {
+        let mut state = self.state();
+        let due = state.ended(before).into_iter().filter(|id| !state.output_erased.contains(id));
+        let due: Vec<TaskId> = due.take(limit as usize).collect();
+        state.output_erased.extend(&due);
+        Ok(Erased { tasks: due.len() as u32, bytes: state.erase_outputs(&due) })
+    }
+    async fn erase_files(&self, enough: u64, limit: u32) -> Stored<Erased> {
+        let mut state = self.state();
+        let ended = state.tasks.values().filter(|(t, _)| t.progress.finished_at.is_some()).map(|(t, _)| t.id);
+        let large: Vec<TaskId> = ended.filter(|id| state.kept_of(*id) > FILE_FROM).take(limit as usize).collect();
+        let mut erased = Erased::default();
+        for id in large {
+            if erased.bytes >= enough {
+                break;
+            }
+            state.output_erased.insert(id);
+            erased.bytes += state.erase_outputs(&[id]);
+            erased.tasks += 1;
+        }
+        Ok(erased)
+    }
+    async fn erase_tasks(&self, before: UnixMs, enough: u64, limit: u32) -> Stored<Erased> {
+        let mut state = self.state();
+        let mut erased = Erased::default();
+        for id in state.ended(before).into_iter().take(limit as usize) {
+            if erased.bytes >= enough {
+                break;
+            }
+            let Some((task, history)) = state.tasks.remove(&id) else { continue };
+            state.outputs.retain(|(t, _), _| *t != id);
+            erased.bytes += 1000 + (task.spec.len() + 150 * history.len()) as u64;
+            erased.tasks += 1;
+        }
+        Ok(erased)
     }
 }
 
@@ -311,7 +375,9 @@ impl Gauges for MemoryStore {
         Ok(counts)
     }
     async fn storage(&self) -> Stored<StorageUse> {
-        let kept = self.state().outputs.values().flat_map(|o| &o.1).map(|f| f.data.len() as u64).sum();
-        Ok(StorageUse { database_bytes: 0, output_bytes: kept })
+        let state = self.state();
+        let output_bytes = state.outputs.values().flat_map(|o| &o.1).map(|f| f.data.len() as u64).sum();
+        let journal_bytes = state.tasks.values().map(|(t, history)| 1000 + (t.spec.len() + 150 * history.len()) as u64).sum();
+        Ok(StorageUse { database_bytes: journal_bytes, journal_bytes, output_bytes, ..StorageUse::default() })
     }
 }

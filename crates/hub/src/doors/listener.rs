@@ -200,6 +200,9 @@ where
     });
     if let Some(cut) = cut.await {
         metrics::counter!("cortex_http_connections_cut_total", "listener" => name, "reason" => cut.as_str()).increment(1);
+        if cut == Cut::Stopping && watch.is_busy() {
+            tracing::warn!(listener = name, "a request was cut off: the hub stops, and its time was up");
+        }
         tracing::debug!(listener = name, reason = cut.as_str(), "a connection was cut");
     }
 }

@@ -14,6 +14,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
     SerialNumber, SubjectPublicKeyInfo,
 };
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use time::OffsetDateTime;
 
@@ -47,6 +48,63 @@ pub struct Keys {
     intent: [u8; 32],
     token: [u8; 32],
     jwt: tokens::TokenKeys,
+}
+
+/// Every key file that a hub cannot be without.
+const FILES: [&str; 7] = ["hub-id", "root.key", "root.crt", "task.key", "intent.key", "token.key", "jwt.key"];
+
+/// The files of the keys folder, by name.
+pub fn files(data_dir: &Path) -> std::io::Result<BTreeMap<String, Vec<u8>>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(data_dir.join("keys"))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // What is hidden was left by a write that did not finish.
+        if entry.file_type()?.is_file() && !name.starts_with('.') {
+            found.insert(name, std::fs::read(entry.path())?);
+        }
+    }
+    Ok(found)
+}
+/// Which of those that a hub needs are not among them.
+pub fn missing(found: &BTreeMap<String, Vec<u8>>) -> Vec<&'static str> {
+    FILES.into_iter().filter(|name| !found.contains_key(*name)).collect()
+}
+/// The hub whose keys these are.
+pub fn hub_of(found: &BTreeMap<String, Vec<u8>>) -> Option<HubId> {
+    std::str::from_utf8(found.get("hub-id")?).ok()?.trim().parse().ok()
+}
+/// What a hub with these keys seals its backups with.
+pub fn backup_key(found: &BTreeMap<String, Vec<u8>>) -> Option<[u8; 32]> {
+    let mut intent = [0; 32];
+    hex::decode_to_slice(found.get("intent.key")?.trim_ascii(), &mut intent).ok()?;
+    Some(derived(&intent, b"cortex-mesh backup key 1"))
+}
+/// Puts keys into a new folder, that which says that all are there last.
+pub fn write(data_dir: &Path, found: &BTreeMap<String, Vec<u8>>) -> Result<(), KeyError> {
+    let dir = data_dir.join("keys");
+    let wrong = |path: &Path| {
+        let path = path.to_owned();
+        move |source| KeyError::File { path, source }
+    };
+    files::private_dir(&dir).map_err(wrong(&dir))?;
+    let (last, all): (Vec<_>, Vec<_>) = found.iter().partition(|(name, _)| *name == "hub-id");
+    for (name, content) in all.into_iter().chain(last) {
+        let path = dir.join(name);
+        if Path::new(name).file_name().is_none_or(|plain| plain != name.as_str()) {
+            return Err(KeyError::Damaged { path, problem: "no name for a key".into() });
+        }
+        files::write_private(&path, content).map_err(wrong(&path))?;
+    }
+    Ok(())
+}
+
+/// A key for one purpose. No intent begins like a purpose.
+fn derived(intent: &[u8; 32], purpose: &[u8]) -> [u8; 32] {
+    use hmac::{Hmac, KeyInit, Mac};
+    let mut mac = Hmac::<sha2::Sha256>::new_from_slice(intent).expect("HMAC takes a key of any length");
+    mac.update(purpose);
+    mac.finalize().into_bytes().into()
 }
 
 const ROOT_YEARS: i64 = 10;
@@ -130,11 +188,7 @@ impl Keys {
     /// What hubs of this deployment seal events with that pass through others' hands. Derived, so that
     /// hubs with the same keys folder have the same.
     pub fn bus_key(&self) -> [u8; 32] {
-        use hmac::{Hmac, KeyInit, Mac};
-        let mut mac = Hmac::<sha2::Sha256>::new_from_slice(&self.intent).expect("HMAC takes a key of any length");
-        // No intent begins like this.
-        mac.update(b"cortex-mesh bus key 1");
-        mac.finalize().into_bytes().into()
+        derived(&self.intent, b"cortex-mesh bus key 1")
     }
 
     /// A fresh certificate for the node port: 30 days, dated a week back for clocks that lag.

@@ -17,6 +17,7 @@ use mesh_wire::limits::{OUTPUT_FRAME_BYTES, PAYLOAD_CHUNK_BYTES};
 use mesh_wire::node::{self as wire, hub_data, node_data};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
@@ -24,16 +25,29 @@ use tonic::{Status, Streaming};
 /// Frames that may gather, and share a sync and a commit: as much as a node sends without an answer.
 const TOGETHER: usize = 64;
 const OUT_QUEUE: usize = 64;
+/// While the hub stops: until the link has ended.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 type Out = mpsc::Sender<Result<wire::HubData, Status>>;
 
 pub fn open(context: Arc<LinkContext>, caller: Caller, cut: CancellationToken, inbound: Streaming<wire::NodeData>) -> HubDatas {
     let (out, frames) = mpsc::channel(OUT_QUEUE);
     let tasks = context.tasks.clone();
-    tasks.spawn_until_cancelled("link data", async move {
+    let (stop, links) = (tasks.token(), context.delivery.links.clone());
+    tasks.spawn("link data", async move {
+        // At a stop the link speaks the last word: were this stream the first to end, nobody would listen.
+        let stopped = async {
+            stop.cancelled().await;
+            while let Caller::Node { node, generation } = caller
+                && links.is_current(node, generation)
+            {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+        };
         let served = tokio::select! {
             biased;
             () = cut.cancelled() => Err(status(&hub_engine::nodes::revoked())),
+            () = stopped => Ok(()),
             served = serve(&context, &caller, inbound, &out) => served,
         };
         if let Err(e) = served {
@@ -52,8 +66,13 @@ async fn serve(context: &LinkContext, caller: &Caller, mut inbound: Streaming<wi
                 None => {}
                 Some(node_data::Kind::Output(o)) => {
                     metrics::counter!("cortex_output_received_bytes_total").increment(o.data.len() as u64);
+                    let frame = read_output(o).inspect_err(|e| {
+                        if let Caller::Node { node, .. } = caller {
+                            context.delivery.links.refuse(*node, "bad_frame", &e.message());
+                        }
+                    })?;
                     // The other side is gone only when keeping has failed, which says why.
-                    let _ = ready.send(read_output(o)?).await;
+                    let _ = ready.send(frame).await;
                 }
                 Some(node_data::Kind::Payload(p)) => send_payload(context, caller, p, out).await?,
             }

@@ -1,19 +1,23 @@
-//! The one call that answers without a certificate.
+//! The calls that answer without a certificate.
 
 use super::wire::{bad_message, capabilities, certificate, csr_key, status};
 use super::{LinkContext, tls};
-use hub_engine::nodes::Enrolment;
+use hub_engine::nodes::{Enrolment, Recovery};
 use mesh_wire::convert::{fixed, id};
 use mesh_wire::node as wire;
 use std::sync::Arc;
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
-pub struct EnrolService(pub Arc<LinkContext>);
+/// Recoveries that are looked at together: after a long outage all nodes come, and strangers may too.
+pub const RECOVERIES_AT_ONCE: usize = 16;
+
+pub struct EnrolService(pub Arc<LinkContext>, pub Semaphore);
 
 #[tonic::async_trait]
 impl wire::enrolment_server::Enrolment for EnrolService {
     async fn enrol(&self, request: Request<wire::EnrolRequest>) -> Result<Response<wire::EnrolReply>, Status> {
-        let context = &self.0;
+        let Self(context, _) = self;
         let connection = request.extensions().get::<tls::Connection>().cloned().ok_or_else(|| Status::internal("no connection"))?;
         let r = request.into_inner();
         let registration = r.registration.unwrap_or_default();
@@ -36,6 +40,32 @@ impl wire::enrolment_server::Enrolment for EnrolService {
             node_id: node.id.to_string(),
             node_name: node.name,
             certificate: Some(certificate(&context.keys, node.certificate)),
+            hub_time_ms: context.clock.anchored_ms(),
+        }))
+    }
+
+    async fn recover(&self, request: Request<wire::RecoverRequest>) -> Result<Response<wire::RecoverReply>, Status> {
+        let Self(context, together) = self;
+        let connection = request.extensions().get::<tls::Connection>().cloned().ok_or_else(|| Status::internal("no connection"))?;
+        let r = request.into_inner();
+        let recovery = Recovery {
+            node: id("node_id", &r.node_id).map_err(bad_message)?,
+            spki_der: csr_key(&r.csr_der)?,
+            counter: r.counter,
+            nonce: fixed("nonce", &r.nonce).map_err(bad_message)?,
+            proof: r.proof,
+            exporter: connection.exporter,
+        };
+        // Who waits too long is cut with the connection.
+        let _place = together.acquire().await.map_err(|_| Status::unavailable("the hub is stopping"))?;
+        let node = recovery.node;
+        let fresh = context.nodes.recover(recovery).await.map_err(|e| {
+            metrics::counter!("cortex_auth_failures_total", "kind" => "node").increment(1);
+            tracing::warn!(%node, address = %connection.address, error = %e, "a recovery was refused");
+            status(&e)
+        })?;
+        Ok(Response::new(wire::RecoverReply {
+            certificate: Some(certificate(&context.keys, fresh)),
             hub_time_ms: context.clock.anchored_ms(),
         }))
     }

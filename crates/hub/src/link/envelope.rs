@@ -109,7 +109,7 @@ fn wire_order(o: Order) -> wire::Order {
         session_id: o.session.map(|s| s.to_string()).unwrap_or_default(),
         timeout_secs: o.timeout_secs,
         start_before_ms: o.start_before,
-        granted: true,
+        granted: o.granted,
         policy_digest: o.policy.to_vec(),
         request_id: o.request_id.as_deref().unwrap_or_default().to_owned(),
     }

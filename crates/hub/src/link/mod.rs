@@ -1,7 +1,7 @@
 //! The node port: one TLS 1.3 listener for enrolment and links.
 //!
 //! ```text
-//! accept ─ TLS ─► Enrolment.Enrol          (the only call without a certificate)
+//! accept ─ TLS ─► Enrolment.Enrol, Recover (the only calls without a certificate)
 //!             └─► NodeLink.SyncConfiguration, TaskStream, DataStream, ReportHealth, Renew
 //! ```
 
@@ -24,6 +24,7 @@ use mesh_wire::node::node_link_server::NodeLinkServer;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tonic::{Request, Status};
 
 const PING_EVERY: Duration = Duration::from_secs(20);
@@ -80,7 +81,8 @@ pub async fn serve(
     let link = NodeLinkServer::new(node::LinkService(context.clone()))
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
-    let enrol = EnrolmentServer::new(enrolment::EnrolService(context)).max_decoding_message_size(64 << 10);
+    let enrol = EnrolmentServer::new(enrolment::EnrolService(context, Semaphore::new(enrolment::RECOVERIES_AT_ONCE)))
+        .max_decoding_message_size(64 << 10);
     tonic::transport::Server::builder()
         .initial_stream_window_size(limits::STREAM_WINDOW_BYTES)
         .initial_connection_window_size(limits::CONNECTION_WINDOW_BYTES)

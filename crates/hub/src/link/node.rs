@@ -54,10 +54,15 @@ impl wire::node_link_server::NodeLink for LinkService {
             disk_total: r.disk_total,
             load_1m: finite(r.load_1m),
             running: r.running,
+            spool_bytes: r.spool_bytes,
+            spool_limit: r.spool_limit,
         };
         let caller = Caller::Node { node: peer.node, generation: node.generation };
-        self.0.nodes.report_health(&caller, health).map_err(|e| status(&e))?;
-        Ok(Response::new(wire::HealthAck {}))
+        if !r.ask_only {
+            self.0.nodes.report_health(&caller, health).map_err(|e| status(&e))?;
+        }
+        let unschedulable = self.0.nodes.standing(&node).unschedulable.unwrap_or_default().to_owned();
+        Ok(Response::new(wire::HealthAck { hub_time_ms: self.0.clock.now_ms(), unschedulable }))
     }
 
     async fn renew(&self, request: Request<wire::RenewRequest>) -> Result<Response<wire::CertificateReply>, Status> {

@@ -6,8 +6,9 @@
 use super::envelope::Sealer;
 use super::wire::{HubFrames, bad_message, status};
 use super::{LinkContext, Peer};
-use futures::StreamExt;
-use hub_engine::delivery::{Hello, Presence, Reported};
+use futures::{FutureExt, StreamExt};
+use hub_engine::Error;
+use hub_engine::delivery::{DIGEST_MISMATCH, Hello, Presence, Reported};
 use hub_engine::input::Answer;
 use hub_engine::links::{LINK_QUEUE, LinkCommand};
 use hub_engine::records::Node;
@@ -16,12 +17,12 @@ use mesh_core::permission::Caller;
 use mesh_core::task::{AttemptNo, Outcome};
 use mesh_core::{TaskId, UnixMs};
 use mesh_process::{CancellationToken, entropy};
-use mesh_wire::convert::{BadMessage, id};
+use mesh_wire::convert::{BadMessage, digests, id};
 use mesh_wire::limits::{HEARTBEAT_SECS, ORDERS_PER_ENVELOPE, SILENCE_SECS};
 use mesh_wire::node::{self as wire, hub_frame, node_frame};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
@@ -35,11 +36,16 @@ const REPORTS_AT_ONCE: usize = 256;
 const GOODBYE_REVOKED: &str = "revoked";
 /// Bytes of results on that way; what goes beyond ends the link, and the node says it again on the next.
 const REPORT_BYTES: usize = 32 << 20;
+const LINK_SESSION_BYTES: usize = 16;
+/// A node refuses a few envelopes and then drops the link itself.
+const MOST_REJECTED: u32 = 100;
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Something a node reports about an attempt.
 enum Report {
     Started(TaskId, AttemptNo),
+    /// With those that have ended.
+    Ready(TaskId, AttemptNo, Vec<(TaskId, AttemptNo)>),
     /// With its part of [`REPORT_BYTES`].
     Result(Box<Reported>, OwnedSemaphorePermit),
 }
@@ -49,7 +55,12 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
     let Some(wire::NodeFrame { kind: Some(node_frame::Kind::Hello(hello)) }) = first else {
         return Err(Status::failed_precondition("the first frame is a hello"));
     };
+    let named = hello.last_link_session.clone();
+    if named.len() > LINK_SESSION_BYTES {
+        return Err(bad_message(BadMessage::new("hello.last_link_session", "too long")));
+    }
     let hello = read_hello(hello).map_err(bad_message)?;
+    context.delivery.tell_copies_apart(&node, &named).await.map_err(|e| status(&e))?;
     let (commands, queue) = mpsc::channel(LINK_QUEUE);
     let (own, its_node) = (context.clone(), node.clone());
     // To its end even if the node hangs up: a link half in place would be a ghost.
@@ -57,7 +68,8 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
     let welcome = opened.ok_or_else(|| Status::unavailable("the hub is stopping"))?.map_err(|e| status(&e))?;
     tracing::info!(node = %node.id, name = %node.name, generation = welcome.generation, "node online");
     metrics::counter!("cortex_links_opened_total").increment(1);
-    let link_session: [u8; 16] = entropy::bytes();
+    let link_session: [u8; LINK_SESSION_BYTES] = entropy::bytes();
+    context.delivery.links.copies().linked(node.id, &named, &link_session);
     let (out, frames) = mpsc::channel(OUT_QUEUE);
     let frame = hub_frame::Kind::Welcome(wire::Welcome {
         hub_id: context.keys.hub.to_string(),
@@ -74,7 +86,13 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
     let (reports, report_queue) = mpsc::channel(REPORT_QUEUE);
     let caller = Caller::Node { node: node.id, generation: welcome.generation };
     let tasks = context.tasks.clone();
-    tasks.spawn_until_cancelled("link worker", carry(context.clone(), caller, report_queue));
+    // It ends with its queue, so that what has come is recorded also when the hub stops.
+    let (carried, settled) = oneshot::channel();
+    let work = carry(context.clone(), caller, report_queue);
+    tasks.spawn("link worker", async move {
+        work.await;
+        let _ = carried.send(());
+    });
     let conversation = Conversation {
         context,
         peer,
@@ -84,8 +102,10 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
         link_session,
         out,
         commands: queue,
-        reports,
+        reports: Some(reports),
+        settled,
         room: Arc::new(Semaphore::new(REPORT_BYTES)),
+        rejected: 0,
     };
     tasks.spawn("link", conversation.run(inbound));
     Ok(ReceiverStream::new(frames).boxed())
@@ -100,8 +120,12 @@ struct Conversation {
     link_session: [u8; 16],
     out: mpsc::Sender<Result<wire::HubFrame, Status>>,
     commands: mpsc::Receiver<LinkCommand>,
-    reports: mpsc::Sender<Report>,
+    /// None once nothing more is taken.
+    reports: Option<mpsc::Sender<Report>>,
+    /// The worker has recorded all that it was given.
+    settled: oneshot::Receiver<()>,
     room: Arc<Semaphore>,
+    rejected: u32,
 }
 
 impl Conversation {
@@ -147,7 +171,10 @@ impl Conversation {
         loop {
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return ("shutdown", "the hub is stopping".into()),
+                () = stop.cancelled() => {
+                    self.settle(&mut sealer, &mut inbound, &mut heard).await;
+                    return ("shutdown", "the hub is stopping".into());
+                }
                 () = &mut certificate_end => return ("certificate_expired", "the certificate of this link has ended".into()),
                 () = &mut silence => return ("silent", format!("no frame came for {SILENCE_SECS} s")),
                 _ = beat.tick() => {
@@ -175,9 +202,33 @@ impl Conversation {
                     };
                     silence.as_mut().reset(tokio::time::Instant::now() + Duration::from_secs(SILENCE_SECS));
                     if let Err(e) = self.hear(frame, &mut heard) {
+                        context.delivery.links.refuse(self.peer.node, "bad_frame", &e);
                         return ("bad_frame", e);
                     }
                 }
+            }
+        }
+    }
+
+    /// What the node has told is recorded and acknowledged, as far as the stop's time allows.
+    async fn settle(&mut self, sealer: &mut Sealer<'_>, inbound: &mut Streaming<wire::NodeFrame>, heard: &mut Option<(UnixMs, Duration)>) {
+        while let Some(Ok(Some(frame))) = inbound.message().now_or_never() {
+            if self.hear(frame, heard).is_err() {
+                break;
+            }
+        }
+        self.reports = None;
+        let mut batch = Vec::with_capacity(ORDERS_PER_ENVELOPE);
+        loop {
+            tokio::select! {
+                biased;
+                n = self.commands.recv_many(&mut batch, ORDERS_PER_ENVELOPE) => {
+                    if n == 0 || self.pass(sealer, std::mem::take(&mut batch)).await.is_some() {
+                        return;
+                    }
+                }
+                // Looked at after the commands: acknowledgements that it has sent are passed on first.
+                _ = &mut self.settled => return,
             }
         }
     }
@@ -215,7 +266,7 @@ impl Conversation {
         None
     }
 
-    fn hear(&self, frame: wire::NodeFrame, heard: &mut Option<(UnixMs, Duration)>) -> Result<(), String> {
+    fn hear(&mut self, frame: wire::NodeFrame, heard: &mut Option<(UnixMs, Duration)>) -> Result<(), String> {
         let now = self.context.clock.steady();
         let report = match frame.kind {
             None => return Ok(()), // a kind of a later version
@@ -232,8 +283,14 @@ impl Conversation {
                 metrics::counter!("cortex_envelopes_rejected_total").increment(1);
                 let detail: String = r.detail.chars().take(200).collect();
                 let code: String = r.code.chars().take(64).collect();
-                tracing::error!(node = %self.peer.node, seq = r.seq, ?code, ?detail, "the node refused an envelope");
-                return Ok(());
+                self.rejected += 1;
+                match self.rejected {
+                    ..=MOST_REJECTED => {
+                        tracing::error!(node = %self.peer.node, seq = r.seq, ?code, ?detail, "the node refused an envelope");
+                        return Ok(());
+                    }
+                    _ => return Err("more refusals than envelopes".into()),
+                }
             }
             Some(node_frame::Kind::Input(a)) => {
                 let caller = Caller::Node { node: self.peer.node, generation: self.generation };
@@ -246,6 +303,18 @@ impl Conversation {
             Some(node_frame::Kind::Started(s)) => {
                 Report::Started(id("started.task_id", &s.task_id).map_err(|e: BadMessage| e.to_string())?, AttemptNo(s.attempt))
             }
+            Some(node_frame::Kind::Kept(k)) => {
+                let caller = Caller::Node { node: self.peer.node, generation: self.generation };
+                let task = id("kept.task_id", &k.task_id).map_err(|e: BadMessage| e.to_string())?;
+                // Noted in memory alone, and at once: a slow store is no silence of the node.
+                let _ = self.context.delivery.kept(&caller, task, AttemptNo(k.attempt));
+                return Ok(());
+            }
+            Some(node_frame::Kind::Ready(r)) => {
+                let task = id("ready.task_id", &r.task_id).map_err(|e: BadMessage| e.to_string())?;
+                let ended = attempts("ready.ended", &r.ended[..r.ended.len().min(ORDERS_PER_ENVELOPE)]).map_err(|e| e.to_string())?;
+                Report::Ready(task, AttemptNo(r.attempt), ended)
+            }
             Some(node_frame::Kind::Result(r)) => {
                 let result = read_result(r).map_err(|e| e.to_string())?;
                 let bytes = result.result.as_ref().map_or(0, Vec::len) as u32;
@@ -253,7 +322,11 @@ impl Conversation {
                 Report::Result(Box::new(result), room)
             }
         };
-        self.reports.try_send(report).map_err(|_| "more reports than attempts".into())
+        match &self.reports {
+            Some(reports) => reports.try_send(report).map_err(|_| "more reports than attempts".into()),
+            // The hub is stopping: it is said again on the next link.
+            None => Ok(()),
+        }
     }
 }
 
@@ -266,6 +339,7 @@ async fn carry(context: Arc<LinkContext>, caller: Caller, mut queue: mpsc::Recei
         let reports = round.drain(..).map(|report| async move {
             match report {
                 Report::Started(t, a) => delivery.started(caller, t, a).await,
+                Report::Ready(t, a, ended) => delivery.ready(caller, t, a, &ended).await,
                 Report::Result(r, _room) => delivery.result(caller, *r).await,
             }
         });
@@ -275,7 +349,11 @@ async fn carry(context: Arc<LinkContext>, caller: Caller, mut queue: mpsc::Recei
             if let Caller::Node { node, generation } = *caller
                 && context.delivery.links.is_current(node, generation)
             {
-                let close = LinkCommand::Close { code: "not_recorded", detail: "the hub could not record a report; connect again".into() };
+                let (code, detail) = match &error {
+                    Error::Invalid { code: DIGEST_MISMATCH, detail } => (DIGEST_MISMATCH, detail.clone()),
+                    _ => ("not_recorded", "the hub could not record a report; connect again".into()),
+                };
+                let close = LinkCommand::Close { code, detail };
                 context.delivery.links.send(node, close);
             }
         }
@@ -283,12 +361,12 @@ async fn carry(context: Arc<LinkContext>, caller: Caller, mut queue: mpsc::Recei
 }
 
 fn read_hello(h: wire::Hello) -> Result<Hello, BadMessage> {
-    let attempts = h
-        .attempts
-        .iter()
-        .map(|a| Ok((id("hello.attempts.task_id", &a.task_id)?, AttemptNo(a.attempt))))
-        .collect::<Result<_, BadMessage>>()?;
-    Ok(Hello { spool: id("hello.spool_id", &h.spool_id)?, max_tasks: h.max_tasks, attempts })
+    let attempts = attempts("hello.attempts", &h.attempts)?;
+    Ok(Hello { spool: id("hello.spool_id", &h.spool_id)?, max_tasks: h.max_tasks, keeps: h.keeps, attempts })
+}
+
+fn attempts(field: &'static str, named: &[wire::KnownAttempt]) -> Result<Vec<(TaskId, AttemptNo)>, BadMessage> {
+    named.iter().map(|a| Ok((id(field, &a.task_id)?, AttemptNo(a.attempt)))).collect()
 }
 
 fn read_answer(a: &wire::InputAnswer) -> Result<Option<Answer>, BadMessage> {
@@ -310,6 +388,7 @@ fn read_result(r: wire::TaskResult) -> Result<Reported, BadMessage> {
         attempt: AttemptNo(r.attempt),
         outcome: Outcome::try_from(outcome)?,
         last_seq: r.last_seq,
+        digests: digests(&r)?,
         result: (!r.result.is_empty()).then_some(r.result),
         sandbox_applied: (!r.sandbox_applied.is_empty()).then(|| r.sandbox_applied.chars().take(500).collect()),
     })

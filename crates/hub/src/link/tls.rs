@@ -30,7 +30,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// who says nothing keeps nobody else out.
 const KNOCKING_AT_ONCE: usize = 4096;
 const SILENT_TIMEOUT: Duration = Duration::from_secs(3);
-/// Connections without a certificate: they can enrol, which takes two messages, and no more.
+/// Connections without a certificate: they can enrol or recover, which takes two messages, and no more.
 const STRANGERS_AT_ONCE: usize = 256;
 const STRANGER_LIFE: Duration = Duration::from_secs(15);
 /// Connections that have finished their handshake and wait to be served.
@@ -71,7 +71,7 @@ fn config(keys: &Keys, now: UnixMs) -> Result<(Arc<rustls::ServerConfig>, UnixMs
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from(keys.root_der().to_vec()))?;
-    // Without a certificate only enrolment answers; a foreign or expired one fails the handshake.
+    // Without a certificate only enrolment and recovery answer; a foreign or expired one fails the handshake.
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).allow_unauthenticated().build()?;
     let chain = identity.chain.into_iter().map(CertificateDer::from).collect();
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(identity.key));

@@ -72,6 +72,37 @@ fn only_a_granted_attempt_starts() {
 }
 
 #[test]
+fn what_is_not_granted_is_moved_by_one_step_and_its_old_node_has_no_word() {
+    const OTHER: NodeId = NodeId::from_bytes([3; 16]);
+    let ahead = |n| Event::Assigned { attempt: a(n), node: NODE, granted: None };
+    let moved = Event::Assigned { attempt: a(2), node: OTHER, granted: Some(SPOOL) };
+    let before = run(&[ahead(1)]).unwrap();
+    let (p, actions) = step(&Terms::default(), &before, &moved, 5).unwrap();
+    assert_eq!((p.state, p.attempt), (TaskState::Assigned, Some(Attempt { no: a(2), node: OTHER, granted: Some(SPOOL) })));
+    let taken_back = [Action::Cancel { node: NODE, attempt: a(1) }, Action::Release { node: NODE }];
+    assert_eq!(actions, [&taken_back[..], &[Action::Order { node: OTHER, attempt: a(2) }]].concat());
+    for late in
+        [Event::Granted { attempt: a(1), spool: SPOOL }, started(1), ended(1, Outcome::Exited(0)), Event::Withdrawn { attempt: a(1) }]
+    {
+        assert_eq!(run(&[ahead(1), moved.clone(), late]), Err(Refused::Superseded));
+    }
+    // Only upwards, and never once it was granted.
+    assert_eq!(run(&[ahead(2), Event::Assigned { attempt: a(2), node: OTHER, granted: None }]), Err(Refused::Superseded));
+    let granted = Event::Granted { attempt: a(1), spool: SPOOL };
+    assert_eq!(run(&[ahead(1), granted.clone(), moved]), Err(Refused::Illegal));
+    // It cannot have run, but it can have been refused; and its wait can be over.
+    for forged in [Outcome::Exited(0), Outcome::Done, Outcome::Lost { detail: String::new() }] {
+        assert_eq!(run(&[ahead(1), ended(1, forged)]), Err(Refused::Illegal));
+    }
+    assert_eq!(run(&[ahead(1), ended(1, refused(ReasonCode::PolicyDenied))]).unwrap().state, TaskState::Failed);
+    for (last, state) in [(Event::Expired { detail: String::new() }, TaskState::Failed), (cancel(), TaskState::Cancelled)] {
+        let (p, actions) = step(&Terms::default(), &before, &last, 5).unwrap();
+        assert_eq!((p.state, actions), (state, [&taken_back[..], &[Action::Finished]].concat()));
+    }
+    assert_eq!(run(&[ahead(1), granted, Event::Expired { detail: String::new() }]), Err(Refused::Illegal));
+}
+
+#[test]
 fn cancel_in_every_state() {
     let p = run(&[cancel()]).unwrap();
     assert_eq!((p.state, p.reason.unwrap().code), (TaskState::Cancelled, ReasonCode::CancelledByUser));
@@ -101,6 +132,15 @@ fn waiting_has_an_end() {
     let p = run(&[Event::Expired { detail: "node_offline".into() }]).unwrap();
     assert_eq!(p.reason, Some(Reason::new(ReasonCode::NoNode, "node_offline")));
     assert_eq!(run(&[assigned(1), Event::Expired { detail: String::new() }]), Err(Refused::Illegal));
+}
+
+/// What waited in a backup may have run since; what was granted in it is its node's to answer for.
+#[test]
+fn a_restore_ends_what_waited() {
+    let p = run(&[Event::Restored]).unwrap();
+    assert_eq!((p.state, p.reason), (TaskState::Failed, Some(Reason::new(ReasonCode::Lost, MAYBE_RAN))));
+    assert_eq!(run(&[assigned(1), Event::Restored]), Err(Refused::Illegal));
+    assert_eq!(run(&[assigned(1), started(1), Event::Restored]), Err(Refused::Illegal));
 }
 
 fn refused(code: ReasonCode) -> Outcome {
@@ -184,6 +224,47 @@ fn a_deadline_in_every_state() {
     assert_eq!(p.state, TaskState::Failed);
 }
 
+#[test]
+fn what_is_lost_ends_as_its_caller_asked() {
+    let lost = |detail: &str| ended(1, Outcome::Lost { detail: detail.into() });
+    let silent = Event::NodeSilent { attempt: a(1) };
+    let revoked = Event::NodeRevoked { attempt: a(1) };
+    let terms = |on_lost| Terms { on_lost, backoff_ms: 100, ..Terms::default() };
+    for on_lost in [OnLost::Wait, OnLost::Fail] {
+        for (event, detail) in [(lost("warden_ended"), "warden_ended"), (silent.clone(), "maybe_ran")] {
+            let p = run_by(&terms(on_lost), &[assigned(1), started(1), event]).unwrap();
+            assert_eq!((p.state, p.reason), (TaskState::Failed, Some(Reason::new(ReasonCode::Lost, detail))));
+        }
+    }
+    for event in [lost("maybe_ran"), silent.clone(), revoked.clone()] {
+        let begun = [assigned(1), started(1), event.clone()];
+        let p = run_by(&terms(OnLost::Requeue), &begun).unwrap();
+        assert_eq!((p.state, p.retried, p.retry_at, p.started_at), (TaskState::Pending, 0, Some(2 + 100), None));
+        // The old attempt has no word left, whatever it comes to say.
+        for late in [started(1), ended(1, Outcome::Exited(0)), silent.clone()] {
+            let all = [&begun[..], std::slice::from_ref(&late)].concat();
+            assert_eq!(run_by(&terms(OnLost::Requeue), &all), Err(Refused::Superseded), "{late:?}");
+            let all = [&begun[..], &[assigned(2), late]].concat();
+            assert_eq!(run_by(&terms(OnLost::Requeue), &all), Err(Refused::Superseded));
+        }
+        let again = [&begun[..], &[assigned(2), Event::NodeSilent { attempt: a(2) }]].concat();
+        assert_eq!(run_by(&terms(OnLost::Requeue), &again).unwrap().retry_at, Some(4 + 200), "the pause doubles");
+        // Nobody wants it any more.
+        let p = run_by(&terms(OnLost::Requeue), &[assigned(1), cancel(), event]).unwrap();
+        assert_eq!(p.state, TaskState::Cancelled);
+    }
+    // A failure is no loss, and a loss takes no retry.
+    let both = Terms { retries: 1, ..terms(OnLost::Requeue) };
+    let p = run_by(&both, &[assigned(1), silent.clone(), assigned(2), ended(2, Outcome::Exited(3))]).unwrap();
+    assert_eq!((p.state, p.retried), (TaskState::Pending, 1));
+    let p = run_by(&terms(OnLost::Requeue), &[assigned(1), ended(1, Outcome::Exited(3))]).unwrap();
+    assert_eq!(p.state, TaskState::Failed);
+    // Only what was granted can be in doubt.
+    let ungranted = Event::Assigned { attempt: a(1), node: NODE, granted: None };
+    assert_eq!(run(&[ungranted, silent.clone()]), Err(Refused::Illegal));
+    assert_eq!(run(&[silent]), Err(Refused::Illegal));
+}
+
 fn any_event() -> impl Strategy<Value = Event> {
     let n = 1u64..8;
     let outcome = prop_oneof![
@@ -203,10 +284,12 @@ fn any_event() -> impl Strategy<Value = Event> {
         n.clone().prop_map(|n| Event::Withdrawn { attempt: a(n) }),
         n.clone().prop_map(started),
         n.clone().prop_map(|n| Event::NodeRevoked { attempt: a(n) }),
+        n.clone().prop_map(|n| Event::NodeSilent { attempt: a(n) }),
         (n, outcome).prop_map(|(n, o)| ended(n, o)),
         Just(cancel()),
         Just(Event::DeadlinePassed),
         Just(Event::Expired { detail: String::new() }),
+        Just(Event::Restored),
     ]
 }
 
@@ -214,8 +297,9 @@ proptest! {
     #[test]
     fn invariants_hold_over_any_history(
         events in proptest::collection::vec(any_event(), 0..60), retries in 0u32..4, backoff_ms in 0u64..5_000_000,
+        on_lost in proptest::sample::select(OnLost::ALL.to_vec()),
     ) {
-        let terms = Terms { retries, backoff_ms, ..Terms::default() };
+        let terms = Terms { retries, backoff_ms, on_lost, ..Terms::default() };
         let mut p = Progress::new();
         let (mut ends, mut failed) = (0, 0);
         let mut highest = None;

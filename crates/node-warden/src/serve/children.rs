@@ -114,7 +114,7 @@ impl Warden {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return self.rewatch(slot),
                 Err(e) => {
-                    eprintln!("warden: a pipe cannot be read: {e}");
+                    say!("warden: a pipe cannot be read: {e}");
                     break;
                 }
             }
@@ -133,7 +133,7 @@ impl Warden {
         let frame = &mut self.buffer[..FRAME_HEAD + n];
         let Some(run) = self.runs[slot].as_mut() else { return };
         if let Err(e) = append(&self.spool, run, stream, frame) {
-            eprintln!("warden: output of {} cannot be written: {e}", run.key.0);
+            say!("warden: output of {} cannot be written: {e}", run.key.0);
             run.stuck = Some((stream, frame.to_vec()));
             self.retry_at.get_or_insert_with(|| clock::now() + RETRY);
             return;

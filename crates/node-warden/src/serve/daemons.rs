@@ -58,7 +58,7 @@ impl Warden {
                 Ok(None) => break,
                 Ok(Some(_)) => return self.hang_up(slot),
                 Err(e) => {
-                    eprintln!("warden: a daemon is cut off: {e}");
+                    say!("warden: a daemon is cut off: {e}");
                     return self.hang_up(slot);
                 }
             }
@@ -70,7 +70,7 @@ impl Warden {
 
     pub(super) fn on_hello(&mut self, slot: usize, version: u32) {
         if version != VERSION {
-            eprintln!("warden: a daemon speaks version {version}, this warden {VERSION}");
+            say!("warden: a daemon speaks version {version}, this warden {VERSION}");
         }
         for other in 0..self.conns.len() {
             if other != slot && self.conns[other].as_ref().is_some_and(|c| c.greeted) {
@@ -81,10 +81,11 @@ impl Warden {
         self.pending.clear();
         self.answers.clear();
         let attempts = self.attempts.iter().map(|(key, a)| known(key, a)).collect();
-        let welcome = Event::Welcome { version: version.clamp(1, VERSION), spool: self.spool.id, attempts };
+        let version = version.clamp(1, VERSION);
+        let welcome = Event::Welcome { version, spool: self.spool.id, attempts };
         if let Some(conn) = self.conns[slot].as_mut() {
-            conn.greeted = true;
-            conn.tell(&welcome);
+            conn.greet(version);
+            conn.tell(welcome);
         }
     }
 
@@ -108,7 +109,7 @@ impl Warden {
         while conn.has_room()
             && let Some(event) = self.oneoff.pop_front().or_else(|| self.answers.pop_front())
         {
-            conn.tell(&event);
+            conn.tell(event);
         }
         let attempts = &self.attempts;
         conn.take_news(&mut self.pending, |key, news| attempts.get(&key).map_or(vec![], |a| describe(key, a, news)));
@@ -123,7 +124,7 @@ impl Warden {
     /// Gives a daemon that reads a second to hear the last ends; they are kept if it does not.
     pub(super) fn say_goodbye(&mut self) {
         if let Err(e) = self.spool.journal.commit() {
-            eprintln!("warden: the journal cannot be written: {e}");
+            say!("warden: the journal cannot be written: {e}");
         }
         let begun = clock::now();
         while begun.elapsed() < Duration::from_secs(1) {
@@ -143,7 +144,8 @@ fn known((task, attempt): &Key, a: &Attempt) -> Known {
         State::Deciding | State::Running(_) => KnownState::Running,
     };
     let (task, attempt) = (*task, *attempt);
-    Known { task, attempt, state, output_end: a.output_end, last_seq: a.last_seq, started_at_ms: a.started_at }
+    let (output_end, last_seq, started_at_ms, digests) = (a.output_end, a.last_seq, a.started_at, a.digests);
+    Known { task, attempt, state, output_end, last_seq, started_at_ms, digests }
 }
 
 fn describe((task, attempt): Key, a: &Attempt, news: News) -> Vec<Event> {
@@ -164,6 +166,7 @@ fn describe((task, attempt): Key, a: &Attempt, news: News) -> Vec<Event> {
             last_seq: a.last_seq,
             at_ms: *at,
             leftover: 0,
+            digests: a.digests,
         }),
         _ if news.output => events.push(Event::Output { task, attempt, end: a.output_end, last_seq: a.last_seq }),
         _ => {}

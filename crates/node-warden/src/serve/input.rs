@@ -100,7 +100,7 @@ impl Warden {
         if over {
             self.close_stdin(slot);
         } else if let Err(e) = stdin.watch(&self.epoll, token) {
-            eprintln!("warden: a task's input cannot be watched: {e}");
+            say!("warden: a task's input cannot be watched: {e}");
             self.close_stdin(slot);
             return false;
         }

@@ -26,7 +26,8 @@ impl Warden {
             if self.oneoff.len() < MAX_KNOWN {
                 let (task, attempt) = key;
                 let (output_end, last_seq, at_ms, leftover) = (0, 0, unix_ms(), 0);
-                self.oneoff.push_back(Event::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover });
+                let digests = None;
+                self.oneoff.push_back(Event::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover, digests });
             }
             return;
         }
@@ -101,7 +102,7 @@ impl Warden {
         self.unacked -= offset - a.acked;
         a.acked = offset;
         if let State::Running(slot) = a.state
-            && offset - a.freed >= FREE_STEP
+            && offset - a.freed >= self.config.spool_attempt_bytes / FREE_PART
             && let Some(output) = self.runs[slot].as_ref().and_then(|r| r.output.as_ref())
             && let Some(seq) = output.frame_at(offset)
         {
@@ -139,7 +140,7 @@ impl Warden {
             }
             if let Err(e) = self.spool.journal.commit() {
                 // Nothing was promised: neither a start nor an end is acted upon until this works.
-                eprintln!("warden: the journal cannot be written: {e}");
+                say!("warden: the journal cannot be written: {e}");
                 self.retry_at = Some(clock::now() + RETRY);
                 return;
             }
@@ -174,12 +175,12 @@ impl Warden {
         let mut failed = false;
         for output in ended.iter_mut().filter_map(|r| r.output.as_mut()) {
             if let Err(e) = output.sync() {
-                eprintln!("warden: output cannot be synced: {e}");
+                say!("warden: output cannot be synced: {e}");
                 failed = true;
             }
         }
         if any && let Err(e) = self.spool.sync_names() {
-            eprintln!("warden: output cannot be synced: {e}");
+            say!("warden: output cannot be synced: {e}");
             failed = true;
         }
         // A disk that fails must not keep an end from being told for ever; it is still in the cache.
@@ -187,7 +188,10 @@ impl Warden {
         for run in ended {
             let outcome = outcome(&run);
             let at = unix_ms();
-            let Some(a) = self.attempts.get(&run.key) else { continue };
+            let Some(a) = self.attempts.get_mut(&run.key) else { continue };
+            // What has not run wrote nothing that anybody would compare.
+            let ran = !matches!(outcome, Outcome::NeverStarted(_));
+            a.digests = ran.then(|| run.output.as_ref().map_or_else(Digests::of_nothing, OutputWriter::digests));
             self.spool.journal.append(&Record::Exit {
                 key: run.key,
                 outcome: outcome.clone(),
@@ -195,6 +199,7 @@ impl Warden {
                 last_seq: a.last_seq,
                 at,
                 started_at: a.started_at,
+                digests: a.digests,
             });
             self.settled.push(Settled { key: run.key, outcome, at });
         }
@@ -205,7 +210,7 @@ impl Warden {
         if let Some(output) = self.runs[*slot].as_mut().and_then(|r| r.output.as_mut())
             && let Err(e) = output.free(offset, seq)
         {
-            eprintln!("warden: space cannot be given back: {e}");
+            say!("warden: space cannot be given back: {e}");
         }
     }
 
@@ -244,7 +249,7 @@ impl Warden {
 
     pub(super) fn begin(&mut self, grant: &Grant, program: Program, cwd: OwnedFd, slot: usize, generation: u32) -> std::io::Result<Run> {
         let group = match self.tree {
-            TreeKill::Cgroup => Some(cgroup::make(self.spool.id, slot, generation)?),
+            TreeKill::Cgroup => Some(cgroup::make(&self.spool.name, slot, generation)?),
             _ => None,
         };
         let order = Order {
@@ -288,7 +293,7 @@ impl Warden {
         let watched = self.watch_run(&mut run, slot);
         if let Err(e) = watched {
             // A child that cannot be watched must not go on; it is collected when the warden ends.
-            eprintln!("warden: a child cannot be watched: {e}");
+            say!("warden: a child cannot be watched: {e}");
             if let Some(child) = &run.child {
                 child.kill();
             }
@@ -317,8 +322,9 @@ impl Warden {
     /// The end of an attempt whose `starting` is in the journal, but that has no child.
     pub(super) fn never_ran(&mut self, key: Key, why: NeverStarted) {
         let (outcome, at) = (Outcome::NeverStarted(why), unix_ms());
-        let (output_end, last_seq, started_at) = (0, 0, 0);
-        self.spool.journal.append(&Record::Exit { key, outcome: outcome.clone(), output_end, last_seq, at, started_at });
+        let (output_end, last_seq, started_at, digests) = (0, 0, 0, None);
+        let exit = Record::Exit { key, outcome: outcome.clone(), output_end, last_seq, at, started_at, digests };
+        self.spool.journal.append(&exit);
         self.settled.push(Settled { key, outcome, at });
     }
 }

@@ -8,6 +8,7 @@ use crate::Key;
 use crate::codec::{PutWords, TakeWords};
 use mesh_core::canon::Malformed;
 use mesh_core::canon::{Reader, Writer};
+use mesh_core::output::Digests;
 use mesh_core::task::Outcome;
 use mesh_core::{Digest, UnixMs, sha256};
 use std::collections::{BTreeMap, HashMap};
@@ -39,6 +40,8 @@ pub(crate) enum Record {
         last_seq: u64,
         at: UnixMs,
         started_at: UnixMs,
+        /// Of its whole output; none for what did not run to its end, and in what a version before wrote.
+        digests: Option<Digests>,
     },
     /// It was never started and never will be. Without a digest any start gets this answer.
     Refused {
@@ -79,8 +82,13 @@ impl Record {
                     Some(path) => p.u8(1).bytes(path.as_bytes()),
                 };
             }
-            Self::Exit { key, outcome, output_end, last_seq, at, started_at } => {
-                p.u8(2).key(key).outcome(outcome).u64(*output_end).u64(*last_seq).i64(*at).i64(*started_at);
+            Self::Exit { key, outcome, output_end, last_seq, at, started_at, digests } => {
+                // Without digests in the words that a version before reads too.
+                p.u8(if digests.is_some() { 6 } else { 2 });
+                p.key(key).outcome(outcome).u64(*output_end).u64(*last_seq).i64(*at).i64(*started_at);
+                if digests.is_some() {
+                    p.digests(digests.as_ref());
+                }
             }
             Self::Refused { key, spec, outcome, at } => {
                 p.u8(3).key(key);
@@ -113,13 +121,14 @@ impl Record {
                 let ephemeral = if flag(&mut t)? { Some(t.str()?.to_owned()) } else { None };
                 Self::Starting { key, spec, at, ephemeral }
             }
-            2 => Self::Exit {
+            kind @ (2 | 6) => Self::Exit {
                 key: t.key()?,
                 outcome: t.outcome()?,
                 output_end: t.u64()?,
                 last_seq: t.u64()?,
                 at: t.i64()?,
                 started_at: t.i64()?,
+                digests: if kind == 6 { t.digests()? } else { None },
             },
             3 => {
                 let key = t.key()?;
@@ -157,7 +166,7 @@ fn scan(mut bytes: &[u8]) -> Vec<Record> {
         // what follows.
         match Record::decode(body) {
             Ok(r) => records.push(r),
-            Err(e) => eprintln!("warden: a journal record is skipped: {e}"),
+            Err(e) => say!("warden: a journal record is skipped: {e}"),
         }
         bytes = &bytes[HEAD + n..];
     }
@@ -188,6 +197,14 @@ fn live(records: Vec<Record>) -> Vec<Record> {
         }
     }
     all.into_values().flat_map(|of| [of.start, of.acked, of.end]).flatten().collect()
+}
+
+/// Does the journal of a spool hold anything that counts? One that cannot be read may.
+pub(crate) fn remembers(dir: &Path) -> bool {
+    match std::fs::read(dir.join("journal")) {
+        Ok(bytes) => !live(scan(&bytes)).is_empty(),
+        Err(e) => e.kind() != io::ErrorKind::NotFound,
+    }
 }
 
 pub(crate) struct Journal {
@@ -253,7 +270,7 @@ impl Journal {
         if self.at > COMPACT_FROM.max(self.base * 4) {
             // A failed rewrite leaves the old file in use.
             if let Err(e) = self.compact() {
-                eprintln!("warden: the journal cannot be rewritten: {e}");
+                say!("warden: the journal cannot be rewritten: {e}");
                 self.base = self.at;
             }
         }
@@ -299,7 +316,12 @@ mod tests {
     }
     fn exit(n: u8) -> Record {
         let outcome = Outcome::Exited(n.into());
-        Record::Exit { key: key(n), outcome, output_end: 1, last_seq: 2, at: 3, started_at: 4 }
+        let digests = match n {
+            1 => Some(Digests { stdout: [1; 32], stderr: [2; 32] }),
+            2 => Some(Digests::of_nothing()),
+            _ => None,
+        };
+        Record::Exit { key: key(n), outcome, output_end: 1, last_seq: 2, at: 3, started_at: 4, digests }
     }
     fn fill(dir: &Path, records: &[Record]) {
         let (mut j, _) = Journal::open(dir).unwrap();
@@ -323,6 +345,19 @@ mod tests {
         let expect = [starting(1), acked, exit(1), starting(2), refused];
         assert_eq!(read(dir.path()), expect);
         assert_eq!(read(dir.path()), expect, "the rewrite changes nothing");
+    }
+
+    #[test]
+    fn an_end_without_digests_is_read_as_a_version_before_wrote_it() {
+        let mut body = vec![2];
+        body.extend_from_slice(&[3; 16]);
+        body.extend_from_slice(&1u64.to_be_bytes());
+        body.extend_from_slice(&[0, 0, 0, 0, 3]);
+        for n in [1u64, 2, 3, 4] {
+            body.extend_from_slice(&n.to_be_bytes());
+        }
+        assert_eq!(Record::decode(&body), Ok(exit(3)));
+        assert_eq!(exit(3).encode(), body);
     }
 
     #[test]

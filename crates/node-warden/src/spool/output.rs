@@ -8,6 +8,7 @@
 //! that finds itself in the hole, since no frame begins with zeros, looks at the head again.
 
 use crate::Key;
+use mesh_core::output::{Digests, Hashing};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io;
@@ -90,6 +91,7 @@ pub(crate) struct OutputWriter {
     synced: u64,
     /// Everything before is a hole already.
     punched: u64,
+    hashing: Hashing,
 }
 
 impl OutputWriter {
@@ -99,7 +101,7 @@ impl OutputWriter {
             let _ = std::fs::remove_file(path);
             return Err(e);
         }
-        Ok(Self { file, end: FILE_HEAD, last_seq: 0, synced: 0, punched: PAGE })
+        Ok(Self { file, end: FILE_HEAD, last_seq: 0, synced: 0, punched: PAGE, hashing: Hashing::default() })
     }
 
     /// Appends `frame`, whose first [`FRAME_HEAD`] bytes are room for the head. After an error the
@@ -115,6 +117,10 @@ impl OutputWriter {
             let _ = self.file.set_len(self.end);
             return Err(e);
         }
+        match stream {
+            Stream::Stdout => self.hashing.stdout(&frame[FRAME_HEAD..]),
+            Stream::Stderr => self.hashing.stderr(&frame[FRAME_HEAD..]),
+        }
         self.end += frame.len() as u64;
         self.last_seq += 1;
         Ok(())
@@ -125,6 +131,10 @@ impl OutputWriter {
     }
     pub fn last_seq(&self) -> u64 {
         self.last_seq
+    }
+    /// Of all that was appended.
+    pub fn digests(&self) -> Digests {
+        self.hashing.digests()
     }
 
     /// Starts writing to the disk what is not there yet, so that a group of files is synced at the
@@ -216,11 +226,17 @@ impl OutputReader {
     /// Stands before the first frame that is kept. None while the attempt has no output.
     pub fn open(data_dir: &Path, task: mesh_core::TaskId, attempt: mesh_core::task::AttemptNo) -> io::Result<Option<Self>> {
         let key: Key = (task, attempt);
-        let file = match File::open(super::output_path(data_dir, &key)) {
-            Ok(f) => f,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(e),
-        };
+        let mut found = None;
+        // Whichever warden has it: an attempt is one's alone.
+        for seat in crate::launch::seats(data_dir) {
+            match File::open(super::output_path(&seat, &key)) {
+                Ok(f) => found = Some(f),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(e),
+            }
+            break;
+        }
+        let Some(file) = found else { return Ok(None) };
         let (at, _) = resume(&file)?;
         Ok(Some(Self { file, at, buffer: vec![], base: 0 }))
     }

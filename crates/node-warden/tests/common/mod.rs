@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, reason = "these tests are about processes and real time")]
 
 use mesh_core::input::Fate;
+use mesh_core::output::Digests;
 use mesh_core::policy::{Asked, Grant, Place, judge};
 use mesh_core::spec::{Program, Shell, Spec};
 use mesh_core::task::{AttemptNo, Outcome};
@@ -184,6 +185,7 @@ pub struct End {
     pub output_end: u64,
     pub last_seq: u64,
     pub at_ms: i64,
+    pub digests: Option<Digests>,
 }
 
 pub struct Client {
@@ -201,6 +203,10 @@ pub struct Client {
 
 impl Client {
     pub fn connect(data: &Path) -> Self {
+        Self::speaking(data, VERSION)
+    }
+    /// A daemon of an earlier version.
+    pub fn speaking(data: &Path, version: u32) -> Self {
         let path = node_warden::socket_path(data);
         let stream = until("the warden listens", || UnixStream::connect(&path).ok());
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -216,8 +222,9 @@ impl Client {
             answers: HashMap::new(),
             requests: 0,
         };
-        c.send(&Request::Hello { version: VERSION });
-        let Some(Event::Welcome { spool, attempts, .. }) = c.read() else { panic!("no welcome") };
+        c.send(&Request::Hello { version });
+        let Some(Event::Welcome { version: both, spool, attempts }) = c.read() else { panic!("no welcome") };
+        assert_eq!(both, version);
         (c.spool, c.known) = (spool, attempts);
         c
     }
@@ -249,9 +256,9 @@ impl Client {
             Some(Event::Output { task, attempt, end, last_seq }) => {
                 self.output.insert((task, attempt), (end, last_seq));
             }
-            Some(Event::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover }) => {
+            Some(Event::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover, digests }) => {
                 assert_eq!(leftover, 0);
-                self.ends.insert((task, attempt), End { outcome, output_end, last_seq, at_ms });
+                self.ends.insert((task, attempt), End { outcome, output_end, last_seq, at_ms, digests });
             }
             Some(Event::Conflict { task, attempt }) => self.conflicts.push((task, attempt)),
             Some(Event::Input { task, attempt, request, fate, taken }) => {

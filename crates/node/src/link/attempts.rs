@@ -4,6 +4,7 @@
 //! process (echo, refusals, late orders) stand here alone, and they would come out the same again.
 
 use super::orders::Key;
+use mesh_core::output::Digests;
 use mesh_core::task::Outcome;
 use mesh_core::{Digest, UnixMs};
 use mesh_wire::node as wire;
@@ -17,6 +18,8 @@ pub struct End {
     pub last_seq: u64,
     pub at_ms: UnixMs,
     pub result: Vec<u8>,
+    /// Of its whole output, if the warden knows.
+    pub digests: Option<Digests>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -54,20 +57,23 @@ impl Attempts {
         let a = self.0.entry(key).or_default();
         a.started_at.get_or_insert(at_ms);
     }
-    pub fn ended(&mut self, key: Key, outcome: Outcome, last_seq: u64, at_ms: UnixMs) {
+    pub fn ended(&mut self, key: Key, outcome: Outcome, last_seq: u64, at_ms: UnixMs, digests: Option<Digests>) {
         let a = self.0.entry(key).or_default();
-        a.end = Some(End { outcome, last_seq, at_ms, result: vec![] });
+        a.end = Some(End { outcome, last_seq, at_ms, result: vec![], digests });
         a.end_told = None;
     }
     /// The output of an ended attempt is only there up to this number.
     pub fn cut(&mut self, key: &Key, last_seq: u64) {
-        if let Some(end) = self.0.get_mut(key).and_then(|a| a.end.as_mut()) {
-            end.last_seq = end.last_seq.min(last_seq);
+        if let Some(end) = self.0.get_mut(key).and_then(|a| a.end.as_mut())
+            && last_seq < end.last_seq
+        {
+            // What the hub can get is not what the digests are of.
+            (end.last_seq, end.digests) = (last_seq, None);
         }
     }
     /// An end that no process made.
     pub fn over(&mut self, key: Key, digest: Digest, outcome: Outcome, result: Vec<u8>, at_ms: UnixMs) {
-        let end = Some(End { outcome, last_seq: 0, at_ms, result });
+        let end = Some(End { outcome, last_seq: 0, at_ms, result, digests: None });
         self.0.insert(key, Attempt { local: true, digest: Some(digest), end, ..Default::default() });
     }
     /// Remembers what was asked for, so that another spec under the same number is noticed.
@@ -94,7 +100,7 @@ impl Attempts {
                 && a.end.is_none()
             {
                 // The spool keeps no time of the end; the hub keeps its own.
-                a.end = Some(End { outcome: outcome.clone(), last_seq: k.last_seq, at_ms: now_ms, result: vec![] });
+                a.end = Some(End { outcome: outcome.clone(), last_seq: k.last_seq, at_ms: now_ms, result: vec![], digests: k.digests });
             }
         }
         for g in &gone {
@@ -151,6 +157,8 @@ impl Attempts {
                 last_seq: end.last_seq,
                 at_ms: end.at_ms,
                 result: end.result.clone(),
+                stdout_sha256: end.digests.map_or(vec![], |d| d.stdout.to_vec()),
+                stderr_sha256: end.digests.map_or(vec![], |d| d.stderr.to_vec()),
                 sandbox_applied: if a.started_at.is_some() { sandbox.to_owned() } else { String::new() },
             }));
         }
@@ -181,7 +189,7 @@ mod tests {
         a.started(k, 5);
         assert!(matches!(tell(&mut a, k, NOW, true)[..], [Kind::Started(_)]));
         assert!(tell(&mut a, k, NOW, true).is_empty());
-        a.ended(k, Outcome::Exited(0), 3, 9);
+        a.ended(k, Outcome::Exited(0), 3, 9, None);
         assert!(tell(&mut a, k, NOW, false).is_empty(), "output is not durable yet");
         let [Kind::Result(r)] = &tell(&mut a, k, NOW, true)[..] else { panic!() };
         assert_eq!((r.last_seq, r.sandbox_applied.as_str()), (3, "x"));
@@ -197,7 +205,11 @@ mod tests {
         let mut a = Attempts::default();
         a.started(key(1), 5);
         a.over(key(2), [0; 32], Outcome::Done, b"hi".to_vec(), 6);
-        let known = |n: u8, state| Known { task: key(n).task, attempt: AttemptNo(1), state, output_end: 0, last_seq: 4, started_at_ms: 7 };
+        let digests = Some(Digests { stdout: [1; 32], stderr: [2; 32] });
+        let known = |n: u8, state| {
+            let (task, attempt) = (key(n).task, AttemptNo(1));
+            Known { task, attempt, state, output_end: 0, last_seq: 4, started_at_ms: 7, digests }
+        };
         let gone = a.restore(&[known(3, KnownState::Running), known(4, KnownState::Ended(Outcome::Exited(1)))], 50);
         assert_eq!(gone, [key(1)]);
         assert_eq!(a.keys().collect::<Vec<_>>(), [key(2), key(3), key(4)]);
@@ -205,5 +217,16 @@ mod tests {
         assert_eq!(a.known().iter().filter(|k| k.ended).count(), 2);
         let [Kind::Result(r)] = &tell(&mut a, key(2), NOW, true)[..] else { panic!() };
         assert_eq!((r.result.as_slice(), r.sandbox_applied.as_str()), (&b"hi"[..], ""));
+        assert_eq!((r.stdout_sha256.len(), r.stderr_sha256.len()), (0, 0), "nothing was written that anybody could hash");
+        let [_, Kind::Result(r)] = &tell(&mut a, key(4), NOW, true)[..] else { panic!() };
+        assert_eq!((&r.stdout_sha256[..], &r.stderr_sha256[..]), (&[1; 32][..], &[2; 32][..]));
+        a.relink();
+        a.cut(&key(4), 4);
+        let [_, Kind::Result(r)] = &tell(&mut a, key(4), NOW, true)[..] else { panic!() };
+        assert_eq!((r.last_seq, r.stdout_sha256.len()), (4, 32), "nothing was cut off");
+        a.relink();
+        a.cut(&key(4), 3);
+        let [_, Kind::Result(r)] = &tell(&mut a, key(4), NOW, true)[..] else { panic!() };
+        assert_eq!((r.last_seq, r.stdout_sha256.len(), r.stderr_sha256.len()), (3, 0, 0), "what is missing has no digest");
     }
 }

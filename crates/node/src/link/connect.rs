@@ -45,6 +45,8 @@ pub enum DialError {
     NoWelcome,
     #[error("the hub said goodbye before its welcome: {code} {detail}")]
     Goodbye { code: String, detail: String },
+    #[error("a certificate request cannot be made: {0}")]
+    Csr(#[from] rcgen::Error),
     #[error("the hub's welcome: {0}")]
     Welcome(#[from] convert::BadMessage),
 }
@@ -54,7 +56,34 @@ pub fn says_revoked(s: &Status) -> bool {
     matches!(s.code(), Code::Unauthenticated | Code::PermissionDenied) && s.message().to_lowercase().contains("revoked")
 }
 
+/// The hub's words when another machine uses this identity.
+pub fn says_superseded(s: &Status) -> Option<&str> {
+    if s.code() == Code::FailedPrecondition { s.message().strip_prefix("superseded: ") } else { None }
+}
+
 impl DialError {
+    /// The hub, or its TLS, says that this certificate has ended.
+    pub fn certificate_ended(&self) -> bool {
+        let mut text = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(e) = source {
+            text.push_str(&e.to_string());
+            source = e.source();
+        }
+        text.retain(char::is_alphabetic);
+        text.to_lowercase().contains("certificateexpired")
+    }
+    /// The certificate ended so long ago that its key does not count any more.
+    pub fn too_late(&self) -> bool {
+        matches!(self, Self::Answer { status, .. }
+            if status.code() == Code::FailedPrecondition && status.message().starts_with("recover_too_late"))
+    }
+    pub fn superseded(&self) -> Option<&str> {
+        match self {
+            Self::Answer { status, .. } => says_superseded(status),
+            _ => None,
+        }
+    }
     pub fn revoked(&self) -> bool {
         match self {
             Self::Answer { status, .. } => says_revoked(status),
@@ -87,7 +116,7 @@ pub struct Dialed {
     pub data_source: mpsc::Receiver<NodeData>,
 }
 
-async fn in_time<T>(what: &'static str, limit: Duration, work: impl Future<Output = Result<T, Status>>) -> Result<T, DialError> {
+pub(super) async fn in_time<T>(what: &'static str, limit: Duration, work: impl Future<Output = Result<T, Status>>) -> Result<T, DialError> {
     match tokio::time::timeout(limit, work).await {
         Err(_) => Err(DialError::Timeout(what)),
         Ok(Err(status)) => Err(DialError::Answer { what, status: Box::new(status) }),
@@ -150,5 +179,24 @@ mod tests {
         assert!(!says_revoked(&Status::unauthenticated("no client certificate")));
         assert!(DialError::Goodbye { code: "revoked".into(), detail: String::new() }.revoked());
         assert!(!DialError::NoWelcome.revoked());
+    }
+
+    #[test]
+    fn an_ended_certificate_is_told_from_other_refusals() {
+        let answer = |s: Status| DialError::Answer { what: "registering", status: Box::new(s) };
+        let alert = rustls::Error::AlertReceived(rustls::AlertDescription::CertificateExpired);
+        let broken = std::io::Error::new(std::io::ErrorKind::InvalidData, alert);
+        assert!(DialError::Tls(TlsError::Handshake { address: "a".into(), source: broken }).certificate_ended());
+        assert!(answer(Status::unauthenticated("certificate_expired")).certificate_ended());
+        assert!(!answer(Status::unauthenticated("the certificate is not for this node's key")).certificate_ended());
+        let late = Status::failed_precondition("recover_too_late: the certificate ended");
+        assert!(answer(late.clone()).too_late() && !answer(late).certificate_ended());
+        assert!(!answer(Status::unavailable("recover_too_late")).too_late());
+    }
+    #[test]
+    fn another_machine_is_told_from_other_refusals() {
+        assert_eq!(says_superseded(&Status::failed_precondition("superseded: two machines")), Some("two machines"));
+        assert_eq!(says_superseded(&Status::failed_precondition("open the task stream first")), None);
+        assert_eq!(says_superseded(&Status::unavailable("superseded: x")), None);
     }
 }

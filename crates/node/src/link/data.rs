@@ -216,6 +216,9 @@ impl Pulls {
     pub fn holds(&self, key: &Key) -> bool {
         self.active.as_ref().is_some_and(|a| a.order.key == *key) || self.waiting.iter().any(|o| o.key == *key)
     }
+    pub fn count(&self) -> usize {
+        self.waiting.len() + usize::from(self.active.is_some())
+    }
     pub fn push(&mut self, order: Checked) {
         self.waiting.push_back(order);
     }

@@ -4,6 +4,7 @@ mod input;
 mod intake;
 mod uplink;
 
+use super::ahead::Ahead;
 use super::attempts::Attempts;
 use super::backoff::Backoff;
 use super::connect::{DialError, Dialed};
@@ -14,6 +15,7 @@ use super::tracks::Tracks;
 use crate::capabilities::Health;
 use crate::config::Resolved;
 use crate::enrolment::Validity;
+use crate::record::Record;
 use crate::state::{DataDir, Identity, State};
 use crate::status::Status;
 use crate::warden::Warden;
@@ -24,11 +26,12 @@ use mesh_core::task::AttemptNo;
 use mesh_process::signals::Asked;
 use mesh_process::{SharedClock, Tasks};
 use mesh_wire::node::node_link_client::NodeLinkClient;
-use mesh_wire::node::{self as wire, Capabilities, CertificateReply, Heartbeat, HubData, HubFrame, NodeData, NodeFrame};
+use mesh_wire::node::{self as wire, Capabilities, CertificateReply, Heartbeat, HubData, HubFrame, NodeData, NodeFrame, RecoverReply};
 use mesh_wire::node::{node_data, node_frame};
 use mesh_wire::{convert, limits};
 use node_warden::frames::Request;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io::Write as _;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tonic::Status as Refusal;
@@ -41,10 +44,16 @@ const SILENCE: Duration = Duration::from_secs(limits::SILENCE_SECS);
 const HEALTH: Duration = Duration::from_secs(15);
 /// A result that was not acknowledged is told again.
 const REPEAT: Duration = Duration::from_secs(15);
+/// The hub has not answered that there is a place for an order: say it again.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// Another machine has this node's identity: stay away for a while.
 const SUPERSEDED_WAIT: Duration = Duration::from_secs(300);
+/// From the clean end of the second stream to the link's own.
+const LAST_WORD: Duration = Duration::from_secs(1);
 /// A link that stood so long was a good one.
 const GOOD_LINK: Duration = Duration::from_secs(10);
+/// The hub gives no certificate any more. Its clock may be wrong, so that it is asked again now and then.
+const EXPIRED_WAIT: Duration = Duration::from_secs(600);
 const STORE_TIME: Duration = Duration::from_secs(600);
 const RENEW_RETRY: Duration = Duration::from_secs(60);
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -87,6 +96,9 @@ enum News {
     Data(HubData),
     Closed(Option<Refusal>),
     Renewed(Result<CertificateReply, Refusal>),
+    Recovered(Box<Result<RecoverReply, DialError>>),
+    /// What the hub answered to a report, and the report.
+    Health(wire::HealthAck, wire::HealthReport),
 }
 
 /// A link that is up.
@@ -135,6 +147,7 @@ pub struct Engine {
     attempts: Attempts,
     outflow: Outflow,
     pulls: Pulls,
+    ahead: Ahead,
     /// Given to the warden, which has not answered yet.
     starting: BTreeMap<Key, Box<Grant>>,
     /// Cancels that the warden has not answered with an end yet.
@@ -143,19 +156,26 @@ pub struct Engine {
     /// What both speak, from its welcome.
     warden_version: u32,
     tracks: Tracks,
+    record: Record,
     up: Option<Up>,
     dialling: Option<u64>,
     dial_due: Option<Duration>,
     next_no: u64,
+    /// Of the newest welcome.
+    link_session: Vec<u8>,
     backoff: Backoff,
     /// The next link replaces the present one under a new certificate.
     swapping: bool,
+    /// The hub says that the certificate has ended, whatever this machine's clock says.
+    certificate_ended: bool,
     renewing: bool,
     renew_retry: Duration,
     store_time_due: Duration,
     health: Health,
     status: Status,
-    status_written: Option<(Status, Duration)>,
+    /// Something that the status shows has changed since it was written; what runs is listed then.
+    status_stale: bool,
+    status_written: Option<Duration>,
     ending: Ending,
 }
 
@@ -171,6 +191,7 @@ impl Engine {
             hub: p.settings.grpc.clone(),
             workspace_root: p.root.path().to_owned(),
             certificate_not_after: convert::rfc3339(p.certificate.not_after_ms),
+            max_tasks: p.settings.max_tasks,
             ..Status::default()
         };
         Self {
@@ -181,21 +202,26 @@ impl Engine {
             spool: None,
             attempts: Attempts::default(),
             pulls: Pulls::default(),
+            ahead: Ahead::default(),
             starting: BTreeMap::new(),
             cancelling: BTreeSet::new(),
             to_warden: VecDeque::new(),
             warden_version: 0,
             tracks: Tracks::default(),
+            record: Record::open(p.dir.path()),
             up: None,
             dialling: None,
             dial_due: None,
             next_no: 1,
+            link_session: p.state.link_session().unwrap_or_default(),
             backoff: Backoff::default(),
             swapping: false,
+            certificate_ended: false,
             renewing: false,
             renew_retry: Duration::ZERO,
             store_time_due: p.clock.steady() + STORE_TIME,
             status,
+            status_stale: false,
             status_written: None,
             ending: Ending::No,
             p,
@@ -217,6 +243,7 @@ impl Engine {
                 self.write_status();
                 return exit;
             }
+            self.hand_on();
             let sleep = self.next_due().saturating_sub(self.now());
             let up = self.up.as_ref();
             let control = up.filter(|u| u.heartbeat.is_some() || !u.control.is_empty()).map(|u| u.task_frames.clone());
@@ -276,6 +303,7 @@ impl Engine {
                     self.report_health();
                 }
                 self.repeat(now);
+                self.ask_for_next(now);
                 self.renew(now);
                 if self.pulls.timed_out(now) {
                     self.lost("a payload did not come", true);
@@ -311,10 +339,8 @@ impl Engine {
         if let Ending::Tasks { until, .. } | Ending::Results { until, .. } = self.ending {
             also(until);
         }
-        if let Some((written, at)) = &self.status_written
-            && *written != self.status
-        {
-            also(*at + STATUS_EVERY);
+        if let Some(at) = self.status_written.filter(|_| self.status_stale) {
+            also(at + STATUS_EVERY);
         }
         due
     }
@@ -326,6 +352,13 @@ impl Engine {
         }
         up.repeat_due = now + REPEAT;
         self.tell_all();
+    }
+
+    fn store_welcome(&self) {
+        let Some(ms) = self.p.time.now() else { return };
+        if let Err(error) = self.p.state.set_linked(&self.link_session, ms) {
+            tracing::warn!(%error, "the welcome cannot be stored");
+        }
     }
 
     fn store_time(&self) {
@@ -366,7 +399,7 @@ impl Engine {
         }
         let text = revoked_text(words, self.p.root.path());
         tracing::error!("{text}");
-        println!("{text}");
+        tell(&text);
         self.drop_link();
         self.dial_due = None;
         self.link_state("revoked", words);
@@ -397,6 +430,23 @@ impl Engine {
     fn free(&mut self) {
         for (key, offset) in self.outflow.take_freed() {
             self.to_warden.push_back(Request::Acked { task: key.task, attempt: key.attempt, offset });
+        }
+    }
+
+    /// Gives away at once what there is room for; what is left waits for room beside all else.
+    fn hand_on(&mut self) {
+        while !self.to_warden.is_empty()
+            && let Ok(permit) = self.p.warden.requests.try_reserve()
+            && let Some(request) = self.to_warden.pop_front()
+        {
+            permit.send(request);
+        }
+        let Some(up) = &mut self.up else { return };
+        while (up.heartbeat.is_some() || !up.control.is_empty())
+            && let Ok(permit) = up.task_frames.try_reserve()
+        {
+            let kind = up.heartbeat.take().map(node_frame::Kind::Heartbeat).or_else(|| up.control.pop_front());
+            permit.send(NodeFrame { kind });
         }
     }
 
@@ -434,6 +484,9 @@ impl Engine {
     // ---- status ----
 
     fn link_state(&mut self, state: &str, detail: &str) {
+        if state != "up" {
+            self.status.unschedulable = "offline".into();
+        }
         if self.status.link != state {
             self.status.since = convert::rfc3339(self.p.clock.now_ms());
         }
@@ -442,29 +495,27 @@ impl Engine {
         self.status_written = None;
     }
 
-    fn note_running(&mut self) {
-        self.status.running = self.attempts.running().chain(self.starting.keys().copied()).map(|k| k.to_string()).collect();
-    }
-
     fn write_status_sometimes(&mut self, now: Duration) {
-        let due = match &self.status_written {
-            None => true,
-            Some((written, at)) => *written != self.status && now >= *at + STATUS_EVERY,
-        };
-        if due {
+        if self.status_written.is_none_or(|at| self.status_stale && now >= at + STATUS_EVERY) {
             self.write_status();
         }
     }
 
     fn write_status(&mut self) {
+        self.status.running = self.attempts.running().chain(self.starting.keys().copied()).map(|k| k.to_string()).collect();
         self.status.write(&self.p.dir);
-        self.status_written = Some((self.status.clone(), self.now()));
+        (self.status_stale, self.status_written) = (false, Some(self.now()));
     }
 }
 
 /// What a revoked node says, at that moment and at each start after it.
 pub fn revoked_text(words: &str, workspace: &str) -> String {
     format!("this node was revoked by its hub ({words}); its tasks are ended, its workspace stays in {workspace}")
+}
+
+/// A line for who started the daemon, if anybody still listens.
+pub(super) fn tell(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 fn key(task: &str, attempt: u64) -> Option<Key> {

@@ -232,11 +232,9 @@ fn refused(code: ReasonCode, detail: impl Into<String>) -> Outcome {
 impl Checked {
     /// Everything about a single order that can be said before its payload is here.
     pub fn admit(&self, now: UnixMs) -> Result<(), Outcome> {
-        if now >= self.start_before_ms {
+        // One that is only kept is started by another order, which has its own window.
+        if self.granted && now >= self.start_before_ms {
             return Err(Outcome::NeverStarted(NeverStarted::Late));
-        }
-        if !self.granted {
-            return Err(refused(ReasonCode::BadRequest, "ungranted orders are not served yet"));
         }
         if let Payload::Pull(n) = self.payload
             && (n == 0 || n > MAX_SPEC_BYTES as u64)
@@ -539,7 +537,7 @@ mod tests {
         assert_eq!(o.admit(999), Ok(()));
         assert_eq!(o.admit(1_000), Err(Outcome::NeverStarted(NeverStarted::Late)));
         let is_refused = |o: Result<(), Outcome>| matches!(o, Err(Outcome::NeverStarted(NeverStarted::Refused(_))));
-        assert!(is_refused(Checked { granted: false, ..o.clone() }.admit(1)));
+        assert_eq!(Checked { granted: false, ..o.clone() }.admit(i64::MAX), Ok(()), "its window is that of the grant");
         assert!(is_refused(Checked { payload: Payload::Pull(0), ..o.clone() }.admit(1)));
         assert!(is_refused(Checked { payload: Payload::Pull(MAX_SPEC_BYTES as u64 + 1), ..o.clone() }.admit(1)));
         assert_eq!(Checked { payload: Payload::Pull(MAX_SPEC_BYTES as u64), ..o.clone() }.admit(1), Ok(()));

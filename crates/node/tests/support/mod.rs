@@ -79,6 +79,12 @@ pub struct Knobs {
     pub output: BTreeMap<(String, u64), Vec<u8>>,
     pub payloads: BTreeMap<Vec<u8>, Vec<u8>>,
     pub renewals: Vec<u64>,
+    /// Counters that a recovery named.
+    pub recoveries: Vec<u64>,
+    /// Answers to the recoveries to come, before any succeeds.
+    pub refuse_recovery: Vec<Status>,
+    /// Links are refused since the certificate has ended, whatever it says.
+    pub ended: bool,
     pub health: u32,
     generation: u64,
 }
@@ -169,6 +175,9 @@ pub async fn start() -> Hub {
             output: BTreeMap::new(),
             payloads: BTreeMap::new(),
             renewals: vec![],
+            recoveries: vec![],
+            refuse_recovery: vec![],
+            ended: false,
             health: 0,
             generation: 0,
         }),
@@ -337,6 +346,9 @@ impl Service {
         if peer.certificate.is_none() {
             return Err(Status::unauthenticated("this call needs a node certificate"));
         }
+        if self.0.knobs.lock().unwrap().ended {
+            return Err(Status::unauthenticated("certificate_expired"));
+        }
         if self.0.knobs.lock().unwrap().revoked { Err(Status::permission_denied("revoked")) } else { Ok(()) }
     }
 }
@@ -364,6 +376,30 @@ impl Enrolment for Service {
             certificate: Some(self.0.certificate(&m.csr_der, 1)),
             hub_time_ms: now_ms(),
         }))
+    }
+
+    async fn recover(&self, r: Request<RecoverRequest>) -> Result<Response<RecoverReply>, Status> {
+        let peer = r.extensions().get::<Peer>().unwrap().clone();
+        assert!(peer.certificate.is_none(), "an ended certificate is not shown");
+        let m = r.into_inner();
+        let csr = CertificateSigningRequestParams::from_der(&m.csr_der.clone().into()).unwrap();
+        let spki_der = {
+            use rcgen::PublicKeyData;
+            csr.public_key.subject_public_key_info()
+        };
+        let spki = mesh_core::sha256(&spki_der);
+        let bytes = enrol::recover_bytes(self.0.hub, self.0.node, &peer.exporter, &spki, m.counter, &m.nonce.try_into().unwrap());
+        assert_eq!((m.node_id, *self.0.spki.lock().unwrap()), (self.0.node.to_string(), Some(spki)));
+        seal::verify_by(&seal::ed25519_of(&spki_der).unwrap(), &bytes, &m.proof).expect("a proof by the identity key for this channel");
+        {
+            let mut k = self.0.knobs.lock().unwrap();
+            k.recoveries.push(m.counter);
+            if !k.refuse_recovery.is_empty() {
+                return Err(k.refuse_recovery.remove(0));
+            }
+            (k.certificate, k.ended) = ((86_400, 60), false);
+        }
+        Ok(Response::new(RecoverReply { certificate: Some(self.0.certificate(&m.csr_der, m.counter)), hub_time_ms: now_ms() }))
     }
 }
 
@@ -459,7 +495,7 @@ impl NodeLink for Service {
     async fn report_health(&self, r: Request<HealthReport>) -> Result<Response<HealthAck>, Status> {
         assert!(r.into_inner().memory_total > 0);
         self.0.knobs.lock().unwrap().health += 1;
-        Ok(Response::new(HealthAck {}))
+        Ok(Response::new(HealthAck::default()))
     }
 
     async fn renew(&self, r: Request<RenewRequest>) -> Result<Response<CertificateReply>, Status> {

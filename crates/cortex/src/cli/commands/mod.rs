@@ -1,5 +1,6 @@
 //! One file per noun. [`perform`] decides which one it is.
 
+mod doctor;
 mod input;
 mod key;
 mod login;
@@ -47,6 +48,9 @@ pub async fn perform(cli: Cli, io: &mut Io<'_>) -> u8 {
     }
     let settings =
         Environment::read().map_err(|e| Error::Setting(e.to_string())).and_then(|environment| Settings::resolve(&cli.global, environment));
+    if let Command::Doctor = cli.command {
+        return doctor::command(settings, cli.global.output, io).await;
+    }
     let (settings, client) = match settings.and_then(|s| s.client().map(|c| (s, c))) {
         Ok(both) => both,
         Err(e) => return report(io, &Fail::Hub(e), false),
@@ -67,7 +71,7 @@ pub async fn perform(cli: Cli, io: &mut Io<'_>) -> u8 {
         Command::Session(command) => session::perform(command, &mut context).await,
         Command::Task(command) => task::perform(command, &mut context).await,
         Command::Key(command) => key::perform(command, &mut context).await,
-        Command::Later(_) => Ok(()),
+        Command::Doctor | Command::Later(_) => Ok(()),
     };
     renewing.settle(SETTLE).await;
     match done {

@@ -98,6 +98,8 @@ async fn plan(args: RunArgs, client: &Client, format: Format, with_key: bool) ->
         select,
         priority: args.priority,
         retries: args.retries.map(|max| RetriesView { max, backoff_ms: args.backoff }),
+        on_lost: args.on_lost,
+        lost_after_secs: args.lost_after,
         not_before: args.not_before,
         deadline: args.deadline,
         shell: Some(shell),

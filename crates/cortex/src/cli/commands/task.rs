@@ -118,6 +118,8 @@ async fn show(id: &str, context: &mut Context<'_, '_>) -> Result<(), Fail> {
     fields.extend(optional.into_iter().filter_map(|(name, value)| Some((name, value?))));
     fields.push(("attempt", t.attempt.to_string()));
     fields.push(("output", format!("{} and {} of errors", output::bytes(t.stdout_bytes), output::bytes(t.stderr_bytes))));
+    let sums = [("stdout sha256", &t.stdout_sha256), ("stderr sha256", &t.stderr_sha256)];
+    fields.extend(sums.into_iter().filter_map(|(name, sum)| Some((name, output::cell(sum.as_deref()?)))));
     fields.push(("by", output::cell(&format!("{} ({})", t.actor.user_id, t.actor.door))));
     output::one(context.io, context.format(), &t, fields)?;
     if context.format() == Format::Table {

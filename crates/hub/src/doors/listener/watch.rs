@@ -104,6 +104,11 @@ impl Watch {
         self.state().ending.is_some()
     }
 
+    /// Has it a request without its whole answer?
+    pub fn is_busy(&self) -> bool {
+        self.state().under_way > 0
+    }
+
     /// When the connection is to be cut if nothing changes, and why.
     pub fn due(&self) -> Option<(Instant, Cut)> {
         let (s, l) = (self.state(), self.limits);

@@ -282,8 +282,10 @@ fn data(data: &Data) -> Value {
             match news {
                 NodeNews::Enrolled { name } => v["name"] = json!(name),
                 NodeNews::Registered { version } => v["version"] = json!(version),
-                NodeNews::Renewed { not_after } => v["certificate_not_after"] = json!(rfc3339(*not_after)),
-                NodeNews::Online | NodeNews::Offline => {}
+                NodeNews::Renewed { not_after } | NodeNews::Recovered { not_after } => {
+                    v["certificate_not_after"] = json!(rfc3339(*not_after))
+                }
+                NodeNews::Online | NodeNews::Offline | NodeNews::Superseded => {}
                 NodeNews::Draining | NodeNews::Resumed | NodeNews::Revoked | NodeNews::Removed => {}
                 NodeNews::Renamed { name } => v["name"] = json!(name),
                 NodeNews::Changed { labels, slots, task_limit } => {

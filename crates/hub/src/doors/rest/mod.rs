@@ -45,6 +45,8 @@ use hub_engine::memory::Memory;
 use hub_engine::messages::Messages;
 use hub_engine::nodes::Nodes;
 use hub_engine::ports::Meta;
+use hub_engine::restore::Recovery;
+use hub_engine::retention::Retention;
 use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::Statistics;
@@ -67,12 +69,14 @@ pub struct RestState {
     pub expiry: Arc<Expiry>,
     pub state: State,
     pub statistics: Arc<Statistics>,
+    pub retention: Arc<Retention>,
     pub tasks: Arc<TaskService>,
     pub idempotency: Arc<Idempotency>,
     pub events: Events,
     /// Holds the streams that outlive their request.
     pub streams: Tasks,
     pub meta: Arc<dyn Meta>,
+    pub recovery: Arc<Recovery>,
     pub keys: Arc<Keys>,
     pub binaries: Binaries,
     pub clock: SharedClock,
@@ -129,6 +133,7 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(system::skills))
         .routes(routes!(system::info))
         .routes(routes!(system::stats))
+        .routes(routes!(system::restored))
         .routes(routes!(downloads::list))
         .routes(routes!(downloads::binary))
         .routes(routes!(sessions::list, sessions::create))

@@ -9,7 +9,7 @@ use hub_engine::records::{MessageRole, SessionAct};
 use hub_engine::tasks::MAX_WAIT_SECS;
 use mesh_core::name::{MAX_CHARS, MAX_KEY_CHARS};
 use mesh_core::permission::{Permission, Role};
-use mesh_core::task::{MAX_BACKOFF_MS, MAX_PRIORITY, MAX_RETRIES, ReasonCode, TaskState};
+use mesh_core::task::{MAX_BACKOFF_MS, MAX_PRIORITY, MAX_RETRIES, OnLost, ReasonCode, TaskState};
 use mesh_wire::rest::*;
 use serde_json::{Map, Value, json};
 use std::sync::LazyLock;
@@ -230,6 +230,8 @@ static WORDS: LazyLock<Vec<(&str, Vec<&str>)>> = LazyLock::new(|| {
     vec![
         ("TaskView.state", states.clone()),
         ("TaskEventView.state", states.clone()),
+        ("DispatchRequest.on_lost", OnLost::ALL.iter().map(|o| o.as_str()).collect()),
+        ("TaskView.on_lost", OnLost::ALL.iter().map(|o| o.as_str()).collect()),
         ("NodeView.status", vec!["revoked", "offline", "draining", "online"]),
         ("NodeStatusView.status", vec!["revoked", "offline", "draining", "online"]),
         ("SessionView.status", vec!["active", "closed", "expired"]),

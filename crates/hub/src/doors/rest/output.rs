@@ -17,7 +17,7 @@ use hub_engine::records::{OutputFrame, Stream, Task};
 use hub_engine::watch::Watch;
 use mesh_core::TaskId;
 use mesh_core::task::AttemptNo;
-use mesh_wire::rest::{AttemptEvent, EndEvent, GapEvent, OutputEvent};
+use mesh_wire::rest::{AttemptEvent, EndEvent, GapEvent, OutputEvent, StreamEnd};
 use serde::Deserialize;
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -43,7 +43,7 @@ pub struct OutputQuery {
 
 /// The output of a task
 ///
-/// Raw bytes, or with `Accept: text/event-stream` events `output`, `gap` and `end` whose data are OutputEvent, GapEvent and EndEvent.
+/// Raw bytes, or with `Accept: text/event-stream` events `output`, `gap`, `end` and `stopping` whose data are OutputEvent, GapEvent, EndEvent and StreamEnd.
 #[utoipa::path(
     get, path = "/tasks/{id}/output", tag = "tasks", operation_id = "output",
     params(OutputQuery, ("last-event-id" = Option<String>, Header, description = "Event streams: the id of the last event that was seen")),
@@ -62,7 +62,7 @@ pub async fn get(
         Some("stderr") => Some(Stream::Stderr),
         Some(other) => return Err(Refusal::bad_request("bad_query", format!("stream is stdout, stderr or all, not {other:?}"))),
     };
-    let task = app.tasks.get(who.caller(), id).await?;
+    let task = app.tasks.get_narrow(who.caller(), id).await?;
     let watch = app.tasks.watchers.subscribe(id);
     let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let follower = Follower::new(app, task, watch);
@@ -112,6 +112,7 @@ impl Place {
 struct Follower {
     app: App,
     id: TaskId,
+    /// Narrow: it is read again at each wake.
     task: Task,
     /// The attempt whose output is read.
     attempt: Option<AttemptNo>,
@@ -141,7 +142,7 @@ impl Follower {
         loop {
             self.watch.seen();
             // State first: what was final before an empty read has no more output.
-            match self.app.tasks.journal.task(self.id).await {
+            match self.app.tasks.journal.narrow(self.id).await {
                 Ok(Some(task)) => self.task = task,
                 _ => return Next::Broken,
             }
@@ -258,7 +259,13 @@ impl Events {
             }
             Next::Again(no) => self.again(no),
             Next::Quiet => self.ready.push_back(Bytes::from_static(b": quiet\n\n")),
-            Next::Broken => self.done = true,
+            Next::Broken => {
+                self.done = true;
+                if self.follower.app.stop.is_cancelled() {
+                    let detail = "the hub is stopping; come back with the last id";
+                    self.ready.push_back(event("stopping", None, &StreamEnd { code: "stopping".into(), detail: detail.into() }));
+                }
+            }
             Next::End => {
                 self.done = true;
                 let totals = self.follower.task.output;
@@ -267,7 +274,10 @@ impl Events {
                     self.ready.push_back(event("gap", Some(self.id(totals.durable_seq)), &gap));
                 }
                 let app = self.follower.app.clone();
-                if let Ok(detail) = app.tasks.detail(self.follower.task.clone()).await {
+                // Final, so it is as it was, and whole.
+                if let Ok(Some(task)) = app.tasks.journal.task(self.follower.id).await
+                    && let Ok(detail) = app.tasks.detail(task).await
+                {
                     self.ready.push_back(event("end", None, &EndEvent { task: views::detail(&app, detail) }));
                 }
             }

@@ -8,9 +8,10 @@ use axum::Json;
 use axum::extract::{OriginalUri, Request, State};
 use axum::http::{Method, StatusCode};
 use axum::response::{IntoResponse, Response};
+use hub_engine::links::Told;
 use hub_engine::nodes::Skill;
 use mesh_wire::convert::rfc3339;
-use mesh_wire::rest::{Health, Page, Ready, ServerInfo, SkillView, StatsView, SystemInfo};
+use mesh_wire::rest::{Health, Page, Ready, RestoredAttempt, RestoredNode, RestoredView, ServerInfo, SkillView, StatsView, SystemInfo};
 
 /// What this server is
 #[utoipa::path(get, path = "/", tag = "system", security(()), responses((status = 200, description = "The server", body = ServerInfo)))]
@@ -39,7 +40,7 @@ pub async fn healthz() -> Json<Health> {
 
 /// Can the process serve
 ///
-/// Its store answers and has room, and it is not stopping.
+/// Its store answers and has room, it is not stopping, and it does not hold back after a restore.
 #[utoipa::path(
     get, path = "/readyz", tag = "system",
     security(()),
@@ -51,10 +52,14 @@ pub async fn readyz(State(app): State<App>) -> Answer<Json<Ready>> {
         return Err(refuse("the hub is stopping"));
     }
     app.meta.ping().await.map_err(|_| refuse("the store does not answer"))?;
+    if app.recovery.links.holds_back() {
+        return Err(hub_engine::restore::holds_back().into());
+    }
     if crate::metrics::free_bytes(&app.facts.data_dir).is_some_and(|free| free < LEAST_FREE_BYTES) {
         return Err(refuse("the disk of the data folder is full"));
     }
-    Ok(Json(Ready { status: "ready".into(), uptime_secs: uptime_secs(&app) }))
+    let warnings = app.retention.warned.now().into_iter().map(str::to_owned).collect();
+    Ok(Json(Ready { status: "ready".into(), uptime_secs: uptime_secs(&app), warnings }))
 }
 
 /// What this hub is, and since when
@@ -68,12 +73,36 @@ pub async fn info(State(app): State<App>, _who: Who) -> Json<SystemInfo> {
     })
 }
 
+/// What a restore left to be looked at
+///
+/// For administrators, while the hub holds back. What the restore itself found is in its own words, and
+/// in `restored.txt` of the data folder.
+#[utoipa::path(
+    get, path = "/system/restored", tag = "system",
+    responses(
+        (status = 200, description = "The machines that are here, and what they hold", body = RestoredView),
+        (status = 404, description = "The hub does not hold back"),
+    ),
+)]
+pub async fn restored(State(app): State<App>, who: Who) -> Answer<Json<RestoredView>> {
+    let Some((mark, told)) = app.recovery.found(who.caller()).await? else {
+        return Err(Refusal::new(StatusCode::NOT_FOUND, "not_found", "the hub does not hold back after a restore"));
+    };
+    let mut nodes = vec![];
+    for (id, told) in told {
+        let name = app.nodes.store.node(id).await.map_err(hub_engine::Error::from)?.map_or(String::new(), |n| n.name);
+        let attempt = |t: Told| RestoredAttempt { task_id: t.task.to_string(), attempt: t.attempt.ordinal(), known: t.known };
+        nodes.push(RestoredNode { id: id.to_string(), name, attempts: told.into_iter().map(attempt).collect() });
+    }
+    Ok(Json(RestoredView { restored_at: rfc3339(mark.at), backup_at: rfc3339(mark.backup_at), nodes }))
+}
+
 /// How much there is and how fast it goes
 ///
 /// For who may read all nodes and all tasks. Counts are at most 15 s old.
 #[utoipa::path(get, path = "/system/stats", tag = "system", responses((status = 200, description = "Counts, and samples of the last hour", body = StatsView)))]
 pub async fn stats(State(app): State<App>, who: Who) -> Answer<Json<StatsView>> {
-    Ok(Json(views::stats(app.statistics.get(who.caller()).await?)))
+    Ok(Json(views::stats(app.statistics.get(who.caller()).await?, &app.retention.limits)))
 }
 
 /// The skills of the nodes that the caller may see

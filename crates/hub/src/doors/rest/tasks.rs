@@ -15,7 +15,7 @@ use hub_engine::records::TaskFilter;
 use hub_engine::tasks::{Dispatch, MAX_WAIT_SECS};
 use mesh_core::select::Selector;
 use mesh_core::spec::{Program, Shell, Spec};
-use mesh_core::task::{DEFAULT_BACKOFF_MS, TaskState, Terms};
+use mesh_core::task::{DEFAULT_BACKOFF_MS, OnLost, TaskState, Terms};
 use mesh_core::{SessionId, TaskId};
 use mesh_wire::convert::parse_rfc3339;
 use mesh_wire::rest::*;
@@ -41,7 +41,8 @@ type Dispatched = (StatusCode, [(HeaderName, String); 1], Json<TaskView>);
     ),
 )]
 pub async fn dispatch(State(app): State<App>, who: Who, asked: Creating<DispatchRequest>) -> Answer<Dispatched> {
-    run(app, who, None, asked).await
+    let d = asked_for(&app, &who, None, asked)?;
+    run(app, who, d).await
 }
 
 /// Run a task in a session's workspace
@@ -68,14 +69,20 @@ pub async fn dispatch_in_session(
     PathId(session): PathId<SessionId>,
     asked: Creating<DispatchRequest>,
 ) -> Answer<Dispatched> {
-    run(app, who, Some(session), asked).await
+    let d = asked_for(&app, &who, Some(session), asked)?;
+    run(app, who, d).await
 }
 
-async fn run(app: App, who: Who, session: Option<SessionId>, asked: Creating<DispatchRequest>) -> Answer<Dispatched> {
-    let (r, keyed) = asked.split(&app, &who);
+/// Boxed, since each future on the way would hold it twice.
+fn asked_for(app: &App, who: &Who, session: Option<SessionId>, asked: Creating<DispatchRequest>) -> Answer<Box<Dispatch>> {
+    let (r, keyed) = asked.split(app, who);
     let d = Dispatch { keyed, request_id: Some(who.asked.request_id.clone()), ..read(r, session, who.door)? };
     who.asked.may_wait(d.wait_secs.min(MAX_WAIT_SECS));
-    let task = app.tasks.dispatch(who.caller(), d).await?;
+    Ok(Box::new(d))
+}
+
+async fn run(app: App, who: Who, d: Box<Dispatch>) -> Answer<Dispatched> {
+    let task = app.tasks.dispatch(who.caller(), *d).await?;
     let location = [(header::LOCATION, format!("/api/v1/tasks/{}", task.id))];
     let status = if task.progress.state.is_final() { StatusCode::OK } else { StatusCode::ACCEPTED };
     let detail = app.tasks.detail(task).await?;
@@ -90,7 +97,6 @@ fn read(r: DispatchRequest, session: Option<SessionId>, door: &'static str) -> A
         ("container", r.container.is_some()),
         ("tool", r.tool.is_some()),
         ("agent", r.agent.is_some()),
-        ("lost_after_secs", r.lost_after_secs.is_some()),
         ("limits", r.limits.is_some()),
         ("shell.pty", r.shell.as_ref().is_some_and(|s| s.pty.is_some())),
     ];
@@ -98,7 +104,6 @@ fn read(r: DispatchRequest, session: Option<SessionId>, door: &'static str) -> A
         return Err(Refusal::not_yet(name));
     }
     for (field, value, built, later) in [
-        ("on_lost", r.on_lost.as_deref(), "wait", &["fail", "requeue"][..]),
         ("sandbox", r.sandbox.as_deref(), "permissive", &["strict"][..]),
         ("network", r.network.as_deref(), "full", &["none", "proxy"][..]),
     ] {
@@ -151,7 +156,16 @@ fn read_terms(r: &DispatchRequest) -> Answer<Terms> {
             Some(Selector { labels: s.labels.clone(), skills, slots: s.slots.clone() })
         }
     };
+    let on_lost = match r.on_lost.as_deref() {
+        None => OnLost::default(),
+        Some(word) => OnLost::parse(word).ok_or_else(|| {
+            let words = OnLost::ALL.map(OnLost::as_str).join(", ");
+            Refusal::unprocessable("bad_value", format!("on_lost is one of {words}, not {word:?}"))
+        })?,
+    };
     Ok(Terms {
+        on_lost,
+        lost_after: r.lost_after_secs,
         select,
         priority,
         not_before: time("not_before", &r.not_before)?,

@@ -4,11 +4,12 @@ use super::App;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as B64;
 use hub_engine::records::*;
+use hub_engine::retention::Limits;
 use hub_engine::stats::{Sample, Stats};
 use hub_engine::tasks::TaskDetail;
 use mesh_core::placement::Waiting;
 use mesh_core::spec::{Program, Spec};
-use mesh_core::task::{AttemptNo, ReasonCode, TaskState, Terms};
+use mesh_core::task::{AttemptNo, OnLost, ReasonCode, TaskState, Terms};
 use mesh_wire::convert::rfc3339;
 use mesh_wire::rest::*;
 use serde_json::json;
@@ -173,12 +174,19 @@ pub fn activity(a: Activity) -> ActivityView {
     view
 }
 
-pub fn stats(s: Stats) -> StatsView {
+pub fn stats(s: Stats, limits: &Limits) -> StatsView {
+    let used = &s.now.storage;
+    let bound = |n: u64| (n > 0).then_some(n);
     let storage = StorageStats {
-        database_bytes: s.now.storage.database_bytes,
-        output_bytes: s.now.storage.output_bytes,
-        // Nothing is removed for its size yet.
-        limit_bytes: None,
+        database_bytes: used.database_bytes,
+        output_bytes: used.output_bytes,
+        limit_bytes: limits.total_bytes(),
+        journal_bytes: used.journal_bytes,
+        journal_limit_bytes: bound(limits.journal_bytes),
+        output_limit_bytes: bound(limits.output_bytes),
+        disk_bytes: bound(used.disk_bytes),
+        disk_free_bytes: bound(used.disk_bytes).map(|_| used.disk_free_bytes),
+        warnings: limits.warnings(used).into_iter().map(str::to_owned).collect(),
     };
     StatsView {
         tasks: TaskStats {
@@ -276,6 +284,8 @@ pub fn task(app: &App, t: Task) -> TaskView {
         stderr_lossy: false,
         stdout_bytes: t.output.stdout_bytes,
         stderr_bytes: t.output.stderr_bytes,
+        stdout_sha256: t.digests.map(|d| hex::encode(d.stdout)),
+        stderr_sha256: t.digests.map(|d| hex::encode(d.stderr)),
         truncated: t.output.truncated,
         result: None,
         select: asked.select,
@@ -283,6 +293,8 @@ pub fn task(app: &App, t: Task) -> TaskView {
         not_before: asked.not_before,
         deadline: asked.deadline,
         retries: asked.retries,
+        on_lost: asked.on_lost,
+        lost_after_secs: asked.lost_after_secs,
     }
 }
 
@@ -293,6 +305,8 @@ struct Asked {
     not_before: Option<String>,
     deadline: Option<String>,
     retries: Option<RetriesView>,
+    on_lost: Option<String>,
+    lost_after_secs: Option<u64>,
 }
 
 fn terms(t: &Terms) -> Asked {
@@ -306,6 +320,8 @@ fn terms(t: &Terms) -> Asked {
         not_before: t.not_before.map(rfc3339),
         deadline: t.deadline.map(rfc3339),
         retries: (t.retries > 0).then_some(RetriesView { max: t.retries, backoff_ms: Some(t.backoff_ms) }),
+        on_lost: (t.on_lost != OnLost::Wait).then(|| t.on_lost.as_str().to_owned()),
+        lost_after_secs: t.lost_after,
     }
 }
 
@@ -320,6 +336,7 @@ fn waiting_sentence(w: Waiting, t: &Task) -> String {
         NoCandidate => format!("no node that may take this task{selected} is online"),
         NoSlot => format!("every node that may take this task{selected} is busy, or others go first"),
         NotBefore => format!("it is not started{}", until(t.terms.not_before).replace(" until", " before")),
+        Backoff if p.retried == 0 => format!("what was lost is run again; it rests{}", until(p.retry_at)),
         Backoff => format!(
             "attempt {} failed; retry {} of {} rests{}",
             p.attempt.as_ref().map_or(0, |a| a.no.ordinal()),
@@ -327,7 +344,11 @@ fn waiting_sentence(w: Waiting, t: &Task) -> String {
             t.terms.retries,
             until(p.retry_at)
         ),
-        InDoubt => "its node is away; the task goes on there, or its fate is told when the node is back".into(),
+        InDoubt => {
+            let then = if t.terms.on_lost == OnLost::Requeue { "is run again" } else { "fails as lost" };
+            let bound = t.terms.lost_after_secs().map(|secs| format!("; it {then} when the node is away for {secs} s"));
+            format!("its node is away; the task goes on there, or its fate is told when the node is back{}", bound.unwrap_or_default())
+        }
         HubStarting => "the hub has just started".into(),
     }
 }

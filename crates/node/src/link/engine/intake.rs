@@ -1,13 +1,16 @@
 //! What comes in from both sides: envelopes and payloads of the hub, the words of the warden.
 
-use super::{Engine, key};
+use super::{ASK_AGAIN, Engine, key};
+use crate::link::ahead::Keeping;
 use crate::link::data::Pulled;
 use crate::link::orders::{Accepted, Checked, Key, Payload};
 use crate::skills::{self, Step};
 use mesh_core::spec::Spec;
 use mesh_core::task::{NeverStarted, Outcome, Reason, ReasonCode};
+use mesh_wire::limits;
 use mesh_wire::node::{self as wire, node_frame};
-use node_warden::frames::{Event, Request};
+use node_warden::frames::{Event, KnownState, Request};
+use std::time::Duration;
 
 impl Engine {
     pub(super) fn on_envelope(&mut self, e: &wire::Envelope) {
@@ -49,6 +52,12 @@ impl Engine {
         if self.pulls.holds(&key) {
             return;
         }
+        if !o.granted {
+            return self.keep(o);
+        }
+        if self.ahead.take(&key).is_some_and(|kept| kept != o.digest) {
+            return self.conflict(key);
+        }
         self.tracks.received(key, &o.request_id);
         match self.admit(&o) {
             Err(outcome) => self.over(&o, outcome, vec![]),
@@ -60,6 +69,41 @@ impl Engine {
                 Payload::Pull(_) => self.pulls.push(o),
             },
         }
+    }
+
+    /// Keeps an order that may not start yet; what can never start is refused at once.
+    fn keep(&mut self, o: Checked) {
+        let key = o.key;
+        if let Err(outcome) = self.admit(&o) {
+            self.ahead.take(&key);
+            return self.over(&o, outcome, vec![]);
+        }
+        match self.ahead.keep(key, o.digest) {
+            Keeping::Kept => {
+                if let Some(up) = &mut self.up {
+                    up.control.push_back(node_frame::Kind::Kept(wire::Kept { task_id: key.task.to_string(), attempt: key.attempt.0 }));
+                }
+            }
+            Keeping::Conflict => self.conflict(key),
+            // It was not started and shall not be: it may come again later.
+            Keeping::Full => self.over(&o, Outcome::NeverStarted(NeverStarted::Late), vec![]),
+        }
+    }
+
+    /// Tells the hub of each free place for which an order waits here.
+    pub(super) fn ask_for_next(&mut self, now: Duration) {
+        if self.ahead.is_empty() || !matches!(self.ending, super::Ending::No) {
+            return;
+        }
+        let taken = self.attempts.running().count() + self.starting.len() + self.pulls.count();
+        let free = (self.p.settings.max_tasks as usize).saturating_sub(taken);
+        let asked = self.ahead.ready(free, now, ASK_AGAIN);
+        let Some(up) = self.up.as_mut().filter(|_| !asked.is_empty()) else { return };
+        let ended: Vec<_> = self.attempts.known().into_iter().filter(|a| a.ended).take(limits::ORDERS_PER_ENVELOPE).collect();
+        up.control.extend(asked.into_iter().map(|key| {
+            let ended = ended.clone();
+            node_frame::Kind::Ready(wire::Ready { task_id: key.task.to_string(), attempt: key.attempt.0, ended })
+        }));
     }
 
     fn admit(&self, o: &Checked) -> Result<(), Outcome> {
@@ -92,16 +136,21 @@ impl Engine {
         match step {
             Step::Over { outcome, result } => self.over(o, outcome, result),
             Step::Start(grant) => {
+                self.record.start(o, grant.argv(), self.p.clock.now_ms());
                 self.to_warden.push_back(Request::Start { grant: (*grant).clone() });
                 self.starting.insert(o.key, grant);
-                self.note_running();
+                self.status_stale = true;
             }
         }
     }
 
     fn over(&mut self, o: &Checked, outcome: Outcome, result: Vec<u8>) {
         let key = o.key;
-        if outcome != Outcome::Done {
+        if outcome == Outcome::Done {
+            let now = self.p.clock.now_ms();
+            self.record.start(o, &[], now);
+            self.record.end(&key, &outcome, now);
+        } else {
             tracing::info!(task = %key, ?outcome, "not started");
         }
         let at = self.p.time.now().unwrap_or(0);
@@ -112,6 +161,10 @@ impl Engine {
 
     pub(super) fn on_cancel(&mut self, key: Key) {
         self.pulls.cancel(&key);
+        if self.ahead.take(&key).is_some() {
+            // It was never granted: the hub has decided, and waits for no word.
+            return;
+        }
         if self.attempts.get(&key).is_some_and(|a| a.end.is_some()) {
             self.attempts.retell(&key);
             return self.tell(&key);
@@ -182,6 +235,9 @@ impl Engine {
                     let key = Key { task: k.task, attempt: k.attempt };
                     self.answered(&key);
                     self.outflow.grown(key, k.output_end, k.last_seq);
+                    if let KnownState::Ended(outcome) = &k.state {
+                        self.record.end(&key, outcome, self.p.clock.now_ms());
+                    }
                 }
                 // What was on its way when the last attachment ended. A repeated start runs nothing twice.
                 let again = self.starting.values().map(|g| Request::Start { grant: (**g).clone() });
@@ -207,14 +263,15 @@ impl Engine {
                 self.tell(&key);
             }
             Event::Output { task, attempt, end, last_seq } => self.outflow.grown(Key { task, attempt }, end, last_seq),
-            Event::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover } => {
+            Event::Ended { task, attempt, outcome, output_end, last_seq, at_ms, leftover, digests } => {
                 let key = Key { task, attempt };
                 self.cancelling.remove(&key);
                 if leftover > 0 {
                     tracing::error!(task = %key, leftover, "processes of a task could not be ended");
                 }
                 self.outflow.grown(key, output_end, last_seq);
-                self.attempts.ended(key, outcome, last_seq, at_ms);
+                self.record.end(&key, &outcome, at_ms);
+                self.attempts.ended(key, outcome, last_seq, at_ms, digests);
                 self.tracks.mark(&key, "ended");
                 self.answered(&key);
                 self.tell(&key);
@@ -226,7 +283,7 @@ impl Engine {
                 self.conflict(key);
             }
         }
-        self.note_running();
+        self.status_stale = true;
     }
 
     /// The warden knows of this attempt: its memory counts from here on.

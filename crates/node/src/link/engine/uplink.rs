@@ -1,14 +1,17 @@
 //! The link's life: dialling, welcome, loss, goodbye, renewal.
 
-use super::{CALL_TIMEOUT, Ending, Engine, GOOD_LINK, News, RENEW_RETRY, REPEAT, SUPERSEDED_WAIT, Up, key};
+use super::{CALL_TIMEOUT, EXPIRED_WAIT, Ending, Engine, GOOD_LINK, LAST_WORD, News, RENEW_RETRY, REPEAT, SUPERSEDED_WAIT, Up, key, tell};
 use crate::enrolment::{self, words};
-use crate::link::connect::{Dial, DialError, Dialed, says_revoked};
+use crate::link::ahead;
+use crate::link::connect::{Dial, DialError, Dialed, says_revoked, says_superseded};
 use crate::link::orders::{Checker, Key, RejectionWindow};
+use crate::link::recover::Recover;
 use crate::link::{GOODBYE_CERTIFICATE_EXPIRED, GOODBYE_REVOKED, GOODBYE_SUPERSEDED};
 use mesh_process::{Tasks, entropy};
 use mesh_wire::convert;
 use mesh_wire::node::node_link_client::NodeLinkClient;
-use mesh_wire::node::{self as wire, CertificateReply, Goodbye, HubFrame, NodeData, hub_data, hub_frame};
+use mesh_wire::node::{self as wire, CertificateReply, Goodbye, HubFrame, NodeData, RecoverReply, hub_data, hub_frame};
+use node_warden::SPOOL_NODE_BYTES as SPOOL_LIMIT;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -28,18 +31,75 @@ impl Engine {
         if self.up.is_none() {
             self.link_state("connecting", "");
         }
+        if self.up.is_none() && (self.certificate_ended || self.p.time.for_tls() >= self.p.certificate.not_after_ms) {
+            return self.recover(no);
+        }
         let dial = Dial {
             settings: self.p.settings.clone(),
             dir: self.p.dir.clone(),
             time: self.p.time.clone(),
             capabilities: self.p.capabilities.clone(),
-            hello: wire::Hello { spool_id: spool.to_string(), attempts: self.attempts.known(), max_tasks: self.p.settings.max_tasks },
+            hello: wire::Hello {
+                spool_id: spool.to_string(),
+                attempts: self.attempts.known(),
+                max_tasks: self.p.settings.max_tasks,
+                keeps: ahead::MOST as u32,
+                last_link_session: self.link_session.clone(),
+            },
         };
         let news = self.news.clone();
         self.p.tasks.spawn_until_cancelled("dial", async move {
             let result = dial.run().await;
             let _ = news.send((no, News::Dialed(Box::new(result)))).await;
         });
+    }
+
+    /// Asks for a new certificate, to link with it then.
+    fn recover(&mut self, no: u64) {
+        let counter = match self.p.state.counter() {
+            Ok(c) => c + 1,
+            Err(e) => {
+                self.dialling = None;
+                return self.lost(&e.to_string(), true);
+            }
+        };
+        let (settings, dir, time) = (self.p.settings.clone(), self.p.dir.clone(), self.p.time.clone());
+        let recover = Recover { settings, dir, time, counter };
+        let news = self.news.clone();
+        self.p.tasks.spawn_until_cancelled("recover", async move {
+            let result = recover.run().await;
+            let _ = news.send((no, News::Recovered(Box::new(result)))).await;
+        });
+    }
+
+    fn on_recovered(&mut self, result: Result<RecoverReply, DialError>) {
+        // A certificate that seems good again is tried first.
+        self.certificate_ended = false;
+        let reply = match result {
+            Ok(r) => r,
+            Err(e) if e.revoked() => return self.revoked(&e.to_string()),
+            Err(e) if e.too_late() => return self.expired(),
+            Err(e) => return self.lost(&format!("the certificate of this node has ended; {e}"), true),
+        };
+        let kept = reply.certificate.as_ref().is_some_and(|c| self.keep_certificate(c));
+        if !kept {
+            return self.lost("the hub's answer to a recovery cannot be used", true);
+        }
+        if self.p.time.for_tls() >= self.p.certificate.not_after_ms {
+            // The answer to a request of long ago: the next one brings a fresh certificate.
+            return self.lost("the certificate that the hub has kept for this node has ended too", true);
+        }
+        self.dial();
+    }
+
+    fn expired(&mut self) {
+        let folder = self.p.dir.path().display();
+        let text = format!(
+            "the certificate ended more than 30 days ago: `cortex-node stop`, take {folder} away and join anew with a fresh invite; running tasks go on until then"
+        );
+        tracing::error!("{text}");
+        self.link_state("expired", &text);
+        self.dial_later(EXPIRED_WAIT);
     }
 
     pub(super) fn dial_later(&mut self, wait: Duration) {
@@ -58,7 +118,7 @@ impl Engine {
             // The successor is on its way already.
             return;
         }
-        let wait = if wait_by_backoff { self.backoff.next(u64::from_be_bytes(entropy::bytes())) } else { Duration::ZERO };
+        let wait = if wait_by_backoff { self.backoff.next(self.now(), u64::from_be_bytes(entropy::bytes())) } else { Duration::ZERO };
         tracing::warn!(reason = why, wait_ms = wait.as_millis() as u64, "link down");
         self.link_state("waiting", why);
         self.dial_later(wait);
@@ -70,23 +130,29 @@ impl Engine {
             // Calls of this link ended with it.
             self.renewing = false;
             self.pulls.clear();
+            self.ahead.clear();
             self.store_time();
         }
     }
 
     pub(super) fn on_news(&mut self, no: u64, news: News) {
-        if let News::Dialed(result) = news {
-            if self.dialling == Some(no) {
+        match news {
+            News::Dialed(_) | News::Recovered(_) if self.dialling != Some(no) => return,
+            News::Dialed(result) => {
                 self.dialling = None;
-                self.on_dialed(no, *result);
+                return self.on_dialed(no, *result);
             }
-            return;
+            News::Recovered(result) => {
+                self.dialling = None;
+                return self.on_recovered(*result);
+            }
+            _ => {}
         }
         let now = self.now();
         // What an older link still says is of no interest.
         let Some(up) = self.up.as_mut().filter(|u| u.no == no) else { return };
         match news {
-            News::Dialed(_) => {}
+            News::Dialed(_) | News::Recovered(_) => {}
             News::Frame(frame) => {
                 up.heard = now;
                 match frame.kind {
@@ -110,10 +176,22 @@ impl Engine {
             },
             News::Closed(refusal) => match refusal {
                 Some(r) if says_revoked(&r) => self.revoked(&words(&r)),
-                Some(r) => self.lost(&format!("the stream broke: {}", words(&r)), true),
+                Some(r) => match says_superseded(&r) {
+                    // The second stream may hear it before the first one's goodbye comes.
+                    Some(why) => self.on_goodbye(Goodbye { code: GOODBYE_SUPERSEDED.into(), detail: why.into() }),
+                    None => self.lost(&format!("the stream broke: {}", words(&r)), true),
+                },
                 None => self.lost("the hub closed the stream", true),
             },
             News::Renewed(result) => self.on_renewed(result),
+            News::Health(ack, report) => {
+                self.status_stale = true;
+                self.status.unschedulable = ack.unschedulable;
+                (self.status.spool_bytes, self.status.spool_limit) = (report.spool_bytes, report.spool_limit);
+                // To the second, so that a clock that is right does not change the file.
+                let skew = self.p.time.now().map(|hub| (self.p.clock.now_ms() - hub) / 1000);
+                self.status.clock_skew_secs = skew.unwrap_or(0);
+            }
         }
     }
 
@@ -125,7 +203,13 @@ impl Engine {
             // The old link is still there: let it be, and try the swap with the next loss.
             Err(e) if self.up.is_some() => return tracing::warn!(error = %e, "the link under the new certificate was not made"),
             Err(DialError::Goodbye { code, detail }) => return self.on_goodbye(Goodbye { code, detail }),
-            Err(e) => return self.lost(&e.to_string(), true),
+            Err(e) => {
+                self.certificate_ended = e.certificate_ended();
+                return match e.superseded() {
+                    Some(words) => self.superseded(words),
+                    None => self.lost(&e.to_string(), true),
+                };
+            }
         };
         if !matches!(self.ending, Ending::No) {
             return;
@@ -135,6 +219,7 @@ impl Engine {
         let readers = self.p.tasks.child();
         self.spawn_readers(no, &readers, d.client.clone(), d.from_hub, d.data_source);
         let s = &self.p.settings;
+        self.link_session = d.link_session.to_vec();
         let checker = Checker::new(s.hub, s.node, self.p.identity.spki_sha256(), s.task_keys.clone(), d.link_session);
         let policy_problem = (d.policy.mode != "permissive" || d.policy.network != "full")
             .then(|| format!("sandbox {:?} with network {:?} is not built on this node", d.policy.mode, d.policy.network));
@@ -165,11 +250,11 @@ impl Engine {
         self.tell_all();
         self.dial_due = None;
         self.link_state("up", "");
-        self.store_time();
+        self.store_welcome();
         tracing::info!(generation = d.welcome.generation, renewed = swap, "link up");
         if !swap {
             let s = &self.p.settings;
-            println!("link up: node {} ({}) on hub {}", s.node_name, s.node, s.hub);
+            tell(&format!("link up: node {} ({}) on hub {}", s.node_name, s.node, s.hub));
         }
     }
 
@@ -208,6 +293,10 @@ impl Engine {
                 Ok(())
             };
             let end: Result<(), Refusal> = read.await;
+            if end.is_ok() {
+                // The link's end, and why, is told on the other stream.
+                tokio::time::sleep(LAST_WORD).await;
+            }
             let _ = news.send((no, News::Closed(end.err()))).await;
         });
     }
@@ -217,28 +306,37 @@ impl Engine {
             GOODBYE_REVOKED => self.revoked(if g.detail.is_empty() { "revoked" } else { &g.detail }),
             // Our own newer link took the place of this one.
             GOODBYE_SUPERSEDED if self.swapping => self.drop_link(),
-            GOODBYE_SUPERSEDED => {
-                self.drop_link();
-                tracing::warn!(
-                    wait_s = SUPERSEDED_WAIT.as_secs(),
-                    "superseded: another machine linked with this node's identity; waiting before the next try"
-                );
-                self.link_state("superseded", "another machine uses this node's identity; the next try comes in 5 minutes");
-                self.dial_later(SUPERSEDED_WAIT);
+            GOODBYE_SUPERSEDED => self.superseded(&g.detail),
+            GOODBYE_CERTIFICATE_EXPIRED => {
+                self.certificate_ended = true;
+                self.lost("the certificate of this link has ended", false);
             }
-            GOODBYE_CERTIFICATE_EXPIRED => self.lost("the certificate of this link has ended", false),
             code => self.lost(&format!("the hub said goodbye: {code} {}", g.detail), true),
         }
+    }
+
+    /// Another machine linked with this node's identity.
+    fn superseded(&mut self, words: &str) {
+        self.drop_link();
+        tracing::warn!(wait_s = SUPERSEDED_WAIT.as_secs(), words, "superseded: another machine uses this node's identity; waiting");
+        let detail = "another machine uses this node's identity; the next try comes in 5 minutes";
+        self.link_state("superseded", &if words.is_empty() { detail.to_owned() } else { format!("{detail} ({words})") });
+        self.dial_later(SUPERSEDED_WAIT);
     }
 
     pub(super) fn report_health(&mut self) {
         let running = self.attempts.running().count() as u32;
         let report = self.health.sample(running);
         let Some(up) = &self.up else { return };
-        let mut client = up.client.clone();
+        let (no, mut client, news) = (up.no, up.client.clone(), self.news.clone());
+        let dir = self.p.dir.path().to_owned();
         up.readers.spawn_until_cancelled("health", async move {
-            if let Ok(Err(e)) = tokio::time::timeout(CALL_TIMEOUT, client.report_health(report)).await {
-                tracing::debug!(error = %words(&e), "health was not taken");
+            let spool_bytes = tokio::task::spawn_blocking(move || node_warden::spool::used(&dir)).await.unwrap_or(0);
+            let report = wire::HealthReport { spool_bytes, spool_limit: SPOOL_LIMIT, ..report };
+            match tokio::time::timeout(CALL_TIMEOUT, client.report_health(report)).await {
+                Ok(Ok(ack)) => drop(news.send((no, News::Health(ack.into_inner(), report))).await),
+                Ok(Err(e)) => tracing::debug!(error = %words(&e), "health was not taken"),
+                Err(_) => {}
             }
         });
     }
@@ -273,22 +371,34 @@ impl Engine {
             Err(e) if says_revoked(&e) => return self.revoked(&words(&e)),
             Err(e) => return tracing::warn!(error = %words(&e), "the certificate was not renewed; trying again in a minute"),
         };
+        if self.keep_certificate(&reply) {
+            // The new link stands before the old one goes; the hub then supersedes the old one.
+            self.swapping = true;
+            self.dial();
+        }
+    }
+
+    /// Takes a fresh certificate into use, if it is one.
+    fn keep_certificate(&mut self, reply: &CertificateReply) -> bool {
         let s = &self.p.settings;
-        let validity = match enrolment::check_certificate(&reply, s.hub, s.node, &self.p.identity, &s.ca_pin) {
+        let validity = match enrolment::check_certificate(reply, s.hub, s.node, &self.p.identity, &s.ca_pin) {
             Ok(v) => v,
-            Err(e) => return tracing::error!(error = %e, "the renewed certificate cannot be used"),
+            Err(e) => {
+                tracing::error!(error = %e, "the new certificate cannot be used");
+                return false;
+            }
         };
         // The file first: were the counter first, a crash between them would skip a renewal.
         let stored = self.p.dir.store_certificate(&reply.certificate_der, &reply.root_der);
         if let Err(e) = stored.and_then(|()| self.p.state.set_counter(reply.counter)) {
-            return tracing::error!(error = %e, "the renewed certificate cannot be stored");
+            tracing::error!(error = %e, "the new certificate cannot be stored");
+            return false;
         }
         self.p.certificate = validity;
         self.renew_retry = Duration::ZERO;
         self.status.certificate_not_after = convert::rfc3339(validity.not_after_ms);
-        tracing::info!(counter = reply.counter, not_after = %self.status.certificate_not_after, "certificate renewed");
-        // The new link stands before the old one goes; the hub then supersedes the old one.
-        self.swapping = true;
-        self.dial();
+        self.status_stale = true;
+        tracing::info!(counter = reply.counter, not_after = %self.status.certificate_not_after, "a new certificate");
+        true
     }
 }
