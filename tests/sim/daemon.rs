@@ -244,7 +244,7 @@ impl Daemon {
         self.dialling = true;
         let known = self.attempts.known();
         let attempts = known.iter().filter_map(|k| Some((k.task_id.parse().ok()?, AttemptNo(k.attempt)))).collect();
-        let hello = Hello { spool: self.m.spool_id(), attempts, max_tasks: self.m.max_tasks };
+        let hello = Hello { spool: self.m.spool_id(), attempts, max_tasks: self.m.max_tasks, last_session: lock(&self.m.session).clone() };
         let (m, told) = (self.m.clone(), self.dialled.0.clone());
         self.tasks.spawn_until_cancelled("dial", async move {
             let dialed = tokio::time::timeout(DIAL_TIMEOUT, connect(&m, hello)).await.unwrap_or(Err("timed out"));
@@ -262,7 +262,8 @@ impl Daemon {
             return;
         }
         let random = self.m.world.rng(|r| r.word());
-        let wait = if wait_by_backoff { self.backoff.next(mesh_process::Clock::steady(&*self.m.world.clock()), random) } else { Duration::ZERO };
+        let wait =
+            if wait_by_backoff { self.backoff.next(mesh_process::Clock::steady(&*self.m.world.clock()), random) } else { Duration::ZERO };
         self.dial_due = Some(Instant::now() + wait);
     }
     fn drop_link(&mut self) {
@@ -284,6 +285,7 @@ impl Daemon {
             return;
         }
         self.drop_link();
+        *lock(&self.m.session) = link_session.to_vec();
         let (m, now) = (&self.m, Instant::now());
         let keys = crate::hub::SimKeys::default();
         let checker = Checker::new(crate::hub::hub_id(), m.id, crate::hub::node_key(m.n), vec![keys.public()], link_session);
@@ -389,6 +391,10 @@ impl Daemon {
             return self.tell(&key);
         }
         o.granted |= self.m.world.is(Break::SkipGrant);
+        if !o.granted {
+            // This machine says that it keeps none: what comes all the same is not started.
+            return;
+        }
         match self.admit(&o) {
             Err(outcome) => self.over(&o, outcome),
             Ok(()) => match &o.payload {

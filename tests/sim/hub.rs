@@ -225,6 +225,9 @@ impl Hub {
         // A hello that names just what the hub holds leaves nothing to reconcile.
         let skip = self.world.is(Break::SkipReconcile);
         let attempts = if skip { self.links.held(node) } else { hello.attempts };
+        // Machines with one identity are told apart elsewhere: here all are the same one.
+        let named = hello.last_session;
+        self.links.copies().judge(node, &named, false, self.clock.steady());
         let hello = hub_engine::delivery::Hello { spool: hello.spool, max_tasks: hello.max_tasks, keeps: 0, attempts };
         let hub = self.clone();
         let opening = async move { hub.delivery.open_link(&row, hello, commands).await };
@@ -239,7 +242,8 @@ impl Hub {
                 first.extend(Some(c).filter(|c| !skip && !matches!(c, LinkCommand::Order(_))));
             }
         }
-        let link_session = self.world.rng(|r| r.bytes());
+        let link_session: [u8; 16] = self.world.rng(|r| r.bytes());
+        self.links.copies().linked(node, &named, &link_session);
         let marks = opened.marks.iter().map(|(t, a, seq)| ((*t, *a), *seq)).collect();
         let generation = opened.generation;
         self.world.note(format_args!("link {} is generation {generation} of node {}", end.wire.no, end.wire.node));

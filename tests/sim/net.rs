@@ -20,6 +20,8 @@ pub struct Hello {
     pub spool: mesh_core::SpoolId,
     pub attempts: Vec<Key>,
     pub max_tasks: u32,
+    /// Of the newest welcome that its machine has had.
+    pub last_session: Vec<u8>,
 }
 
 /// Both streams of a link, from the node …

@@ -29,6 +29,8 @@ pub struct Machine {
     daemon: Mutex<Option<Tasks>>,
     daemon_life: AtomicU64,
     pub revoked: AtomicBool,
+    /// The newest link session, on disk.
+    pub session: Mutex<Vec<u8>>,
     /// Connections, newest last; a fault picks one.
     pub wires: Mutex<Vec<Arc<Wire>>>,
     pub wire_no: AtomicU64,
@@ -52,6 +54,7 @@ impl Machine {
             warden_life: AtomicU64::new(0),
             daemon: Mutex::default(),
             daemon_life: AtomicU64::new(0),
+            session: Mutex::default(),
             revoked: AtomicBool::new(false),
             wires: Mutex::default(),
             wire_no: AtomicU64::new(0),

@@ -210,6 +210,7 @@ pub const TRANSITIONS: &[&str] = &[
     "assigned node_revoked cancelled",
     "assigned node_silent failed",
     "assigned node_silent pending",
+    "assigned node_silent cancelled",
     "running node_silent failed",
     "running node_silent pending",
     "running node_silent cancelled",

@@ -602,7 +602,8 @@ impl Sim {
         self.world.fault(Fault::Intruder, m.n);
         let no = m.wire_no.fetch_add(1, Ordering::SeqCst) + 1;
         let (mut near, far) = crate::net::Wire::make(&self.world, m.n, no);
-        let hello = crate::net::Hello { spool: m.spool_id(), attempts: vec![], max_tasks: m.max_tasks };
+        let hello =
+            crate::net::Hello { spool: m.spool_id(), attempts: vec![], max_tasks: m.max_tasks, last_session: lock(&m.session).clone() };
         hub.accept(far, m.id, hello);
         let stay = Duration::from_millis(self.world.rng(|r| r.between(10, 5000)));
         self.world.tasks.spawn_until_cancelled("intruder", async move {

@@ -34,6 +34,8 @@ struct Of {
     named: Session,
     /// The present link took the place of another machine's.
     foreign: bool,
+    /// The present link is of the machine that had the one before it.
+    continues: bool,
     superseded: Vec<Duration>,
     /// Who came while it is held, and when last.
     held: Option<BTreeMap<Session, Duration>>,
@@ -70,6 +72,7 @@ impl Copies {
             }
             *of = Of::default();
         }
+        of.continues = !of.session.is_empty() && of.session == named;
         of.foreign = live && of.session != named && of.named != named;
         if of.foreign {
             of.superseded.retain(lately);
@@ -89,6 +92,11 @@ impl Copies {
     }
     pub fn holds(&self, node: NodeId) -> bool {
         self.all().get(&node).is_some_and(|of| of.held.is_some())
+    }
+    /// Whether the present link is known to be of the machine that had the one before it. Its hello may be
+    /// older than what that link still brought it: a machine changes links while it works.
+    pub fn continues(&self, node: NodeId) -> bool {
+        self.all().get(&node).is_some_and(|of| of.continues)
     }
     /// Whether the present link may be of another machine than the one that was given the node's tasks.
     pub fn is_foreign(&self, node: NodeId) -> bool {
@@ -134,12 +142,12 @@ mod tests {
         for n in 1..20 {
             let (named, new) = (n.to_string(), (n + 1).to_string());
             assert_eq!(hello(&c, &named, true, 0, &new), Verdict::Welcome, "over a dead connection, or with a new certificate");
-            assert!(!c.is_foreign(NODE));
+            assert!(!c.is_foreign(NODE) && c.continues(NODE));
         }
         assert_eq!(hello(&c, "19", true, 0, "21"), Verdict::Welcome, "the welcome before was lost");
         assert_eq!(hello(&c, "19", true, 0, "22"), Verdict::Welcome);
         assert_eq!(hello(&c, "old", false, 0, "23"), Verdict::Welcome, "a folder from a backup takes nobody's place");
-        assert!(!c.is_foreign(NODE) && !c.holds(NODE));
+        assert!(!c.is_foreign(NODE) && !c.holds(NODE) && !c.continues(NODE));
     }
 
     #[test]

@@ -181,7 +181,7 @@ impl Delivery {
             return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
         }
         if !known && !self.links.copies().is_foreign(node) {
-            if task.progress.state == TaskState::Running {
+            if task.progress.state == TaskState::Running && !self.links.copies().continues(node) {
                 // It was started there, and that memory has not been released from it: this is an older copy.
                 let outcome = Outcome::Lost { detail: MAYBE_RAN.into() };
                 return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;

@@ -441,6 +441,25 @@ async fn what_a_spool_has_started_and_does_not_know_is_not_sent_again() {
     assert_eq!((ended.state, ended.reason.unwrap().detail), (TaskState::Failed, "maybe_ran".into()));
 }
 
+/// A machine changes links while it works: what came by the old link after its new hello was made is not
+/// in that hello.
+#[tokio::test]
+async fn a_hello_may_be_older_than_what_its_machine_has_begun() {
+    let w = World::new().await;
+    let (first, mut queue) = w.hello(1).await;
+    w.links.copies().linked(w.node.id, b"", b"a");
+    let task = w.task(1);
+    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    let (id, attempt) = orders(&mut queue)[0];
+    w.delivery.started(&w.caller(&first), id, attempt).await.unwrap();
+    w.delivery.tell_copies_apart(&w.node, b"a").await.unwrap();
+    let (second, mut queue) = w.hello(1).await;
+    assert_eq!(orders(&mut queue), [(id, attempt)], "it knows it, and says so");
+    assert_eq!(w.state(id).await, TaskState::Running);
+    w.report(&second, id, attempt, Outcome::Exited(0)).await;
+    assert_eq!(w.state(id).await, TaskState::Succeeded);
+}
+
 #[tokio::test]
 async fn a_copy_of_a_node_is_sent_nothing_of_its_twins_and_both_are_held() {
     let w = World::new().await;
