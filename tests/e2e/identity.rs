@@ -188,14 +188,14 @@ async fn a_stream_ends_with_its_certificate() {
 }
 
 /// The node's part of one link, spoken by hand: what the hub says until it hangs up, or has acknowledged.
-async fn report(hub: &Hub, identity: Identity, spool: &str, digest: mesh_core::Digest) -> String {
+/// `session` is the machine's memory of its newest link.
+async fn report(hub: &Hub, identity: Identity, spool: &str, session: &mut Vec<u8>, digest: mesh_core::Digest) -> String {
     let mut link = link(hub, Some(identity)).await.unwrap();
     link.sync_configuration(RegistrationRequest::default()).await.map_err(status).unwrap();
     let frame = |kind| NodeFrame { kind: Some(kind) };
     let (say, frames) = tokio::sync::mpsc::channel(8);
-    say.send(frame(node_frame::Kind::Hello(Hello { spool_id: spool.into(), attempts: vec![], max_tasks: 1, ..Default::default() })))
-        .await
-        .unwrap();
+    let hello = Hello { spool_id: spool.into(), max_tasks: 1, last_link_session: session.clone(), ..Default::default() };
+    say.send(frame(node_frame::Kind::Hello(hello))).await.unwrap();
     let frames = futures::stream::unfold(frames, async |mut f| f.recv().await.map(|x| (x, f)));
     let mut stream = link.task_stream(Box::pin(frames)).await.unwrap().into_inner();
     loop {
@@ -210,6 +210,7 @@ async fn report(hub: &Hub, identity: Identity, spool: &str, digest: mesh_core::D
                 let result = TaskResult { task_id, attempt, outcome, stdout_sha256, stderr_sha256, ..Default::default() };
                 say.send(frame(node_frame::Kind::Result(result))).await.unwrap();
             }
+            Some(hub_frame::Kind::Welcome(w)) => *session = w.link_session,
             Some(hub_frame::Kind::ResultAck(_)) => return "acknowledged".into(),
             Some(hub_frame::Kind::Goodbye(g)) => return g.code,
             Some(_) => {}
@@ -232,7 +233,8 @@ async fn a_result_whose_digests_are_wrong_is_refused() {
         certify(&issuer, key, &uri, time::Duration::days(1), ExtendedKeyUsagePurpose::ClientAuth)
     };
     let id = text(&hub.dispatch(json!({"shell": {"argv": ["true"]}})).await, "id");
-    assert_eq!(report(&hub, identity(), &spool, [7; 32]).await, "digest_mismatch");
+    let mut session = vec![];
+    assert_eq!(report(&hub, identity(), &spool, &mut session, [7; 32]).await, "digest_mismatch");
     let t = hub.task(&id).await;
     assert_eq!((t["state"].as_str(), t["stdout_sha256"].as_str()), (Some("running"), None), "{t}");
     let facts: serde_json::Value = serde_json::from_slice(&std::fs::read(hub.data().join("hub.json")).unwrap()).unwrap();
@@ -241,7 +243,7 @@ async fn a_result_whose_digests_are_wrong_is_refused() {
     assert!(metrics.contains("cortex_refused_reports_total{what=\"digest\"} 1\n"), "{metrics}");
     assert!(hub.process.log().contains(&id), "it says which task");
     // The hub goes on, and takes the end that fits.
-    assert_eq!(report(&hub, identity(), &spool, mesh_core::sha256(b"")).await, "acknowledged");
+    assert_eq!(report(&hub, identity(), &spool, &mut session, mesh_core::sha256(b"")).await, "acknowledged");
     assert_eq!(hub.task(&id).await["state"], "succeeded");
 }
 

@@ -335,13 +335,16 @@ async fn log(dir: &DataDir, last: Option<usize>, follow: bool, form: Form) -> Re
 }
 
 async fn status(dir: &DataDir, form: Form) -> Result<ExitCode, Error> {
-    let runs = dir.lock().exists() && Lock::try_take(&dir.lock()).map_err(io("the lock"))?.is_none();
+    let lock = if dir.lock().exists() { Some(Lock::try_take(&dir.lock()).map_err(io("the lock"))?) } else { None };
+    let runs = matches!(lock, Some(None));
     let mut s = Status::read(dir).unwrap_or_default();
     if !runs {
         if !dir.database().exists() {
             return Err(DaemonError::NotEnrolled(dir.path().to_path_buf()).into());
         }
+        // Under the lock: a daemon that starts now waits for the state.
         let settings = State::open(dir)?.settings()?.ok_or_else(|| DaemonError::NotEnrolled(dir.path().to_path_buf()))?;
+        drop(lock);
         (s.node_id, s.node_name, s.hub_id, s.hub) = (settings.node_id, settings.node_name, settings.hub_id, settings.grpc);
         (s.workspace_root, s.max_tasks) = (settings.workspace_root, settings.max_tasks);
         if let Some(v) = dir.certificates().ok().and_then(|c| enrolment::validity(&c.0)) {

@@ -18,6 +18,9 @@ use tokio::sync::mpsc;
 /// Signals that may wait while the engine is busy; more would say nothing new.
 const SIGNALS: usize = 4;
 const GRACE: Duration = Duration::from_secs(5);
+/// Who only looks (`status`, `doctor`) has the lock for less.
+const LOOKERS: Duration = Duration::from_secs(3);
+const LOOKERS_AGAIN: Duration = Duration::from_millis(20);
 
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
@@ -54,6 +57,19 @@ pub fn take_lock(dir: &DataDir) -> Result<Lock, DaemonError> {
     }
 }
 
+/// The same, behind those who only look and will soon be gone.
+async fn lock_behind_lookers(dir: &DataDir) -> Result<Lock, DaemonError> {
+    let free = async {
+        loop {
+            match take_lock(dir) {
+                Err(DaemonError::Running(_)) => tokio::time::sleep(LOOKERS_AGAIN).await,
+                taken => return taken,
+            }
+        }
+    };
+    tokio::time::timeout(LOOKERS, free).await.unwrap_or_else(|_| Err(DaemonError::Running(dir.path().to_path_buf())))
+}
+
 /// Where tasks may work, prepared and checked.
 pub fn workspace_root(text: &str) -> Result<WorkspaceRoot, DaemonError> {
     let root = rustix::process::geteuid().is_root();
@@ -63,7 +79,7 @@ pub fn workspace_root(text: &str) -> Result<WorkspaceRoot, DaemonError> {
 
 /// Runs an enrolled node in the foreground until a signal, a revocation or a stop.
 pub async fn run(dir: DataDir, exe: &Path, clock: SharedClock) -> Result<Exit, DaemonError> {
-    let _lock = take_lock(&dir)?;
+    let _lock = lock_behind_lookers(&dir).await?;
     let tasks = Tasks::new();
     let (asked, signals_in) = mpsc::channel(SIGNALS);
     tasks.spawn_until_cancelled("signals", async move {

@@ -213,8 +213,9 @@ type Settled = ((String, String, String), Option<Status>, i64);
 
 /// Hub, its name and the workspace root; from the daemon's status while it holds the state.
 fn settings(dir: &DataDir, root: &[u8]) -> Hop<Settled> {
-    let runs = dir.lock().exists() && matches!(Lock::try_take(&dir.lock()), Ok(None));
-    if runs {
+    // Kept while the state is read: a daemon that starts now waits for it.
+    let lock = dir.lock().exists().then(|| Lock::try_take(&dir.lock()));
+    if matches!(lock, Some(Ok(None))) {
         // The name is the same for every address of a hub, so that it needs no state.
         let Some(s) = Status::read(dir).filter(|s| !s.hub.is_empty()) else {
             return fail("a daemon runs and has not written status.json yet", "try again in a moment");
