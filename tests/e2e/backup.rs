@@ -79,7 +79,7 @@ async fn a_backup_of_a_hub_at_work_is_whole() {
     let (hub_ref, stop_ref) = (&hub, &stop);
     let load = async move {
         let mut ids = vec![];
-        while !stop_ref.load(std::sync::atomic::Ordering::Acquire) {
+        while !stop_ref.load(std::sync::atomic::Ordering::Acquire) || ids.len() <= 4 {
             let body = |i: usize| json!({"shell": {"argv": ["sh", "-c", script(i)]}, "wait_secs": 20});
             let some = ids.len()..ids.len() + 4;
             ids.extend(futures::future::join_all(some.map(|i| async move { text(&hub_ref.dispatch(body(i)).await, "id") })).await);
@@ -199,7 +199,8 @@ async fn nothing_runs_twice_after_the_restore_of_an_older_backup() {
     running(&hub, &stays).await;
     running(&hub, &ends).await;
     let waits = dispatch(&hub, "waits").await;
-    assert_eq!(hub.task(&waits).await["state"], "pending");
+    // Told ahead or not: it has no place.
+    assert_eq!(hub.task(&waits).await["waiting"]["code"], "no_slot");
     let (status, key) = hub.call("POST", "/api/v1/api-keys", Some(json!({"name": "leaked", "scopes": ["nodes:read"]}))).await;
     assert_eq!(status, 201, "{key}");
     until("some output", async || (length(&hub, &stays).await > 0).then_some(())).await;
@@ -253,7 +254,7 @@ async fn nothing_runs_twice_after_the_restore_of_an_older_backup() {
     assert_eq!(status_and_code(&hub, "POST", "/api/v1/dispatch", Some(body.clone())).await, (503, "restored".into()));
     assert_eq!(status_and_code(&hub, "POST", &format!("/api/v1/tasks/{stays}/cancel"), None).await, (503, "restored".into()));
     let t = hub.task(&waits).await;
-    assert_eq!((t["state"].as_str(), t["waiting"]["code"].as_str()), (Some("pending"), Some("hub_starting")), "reads work: {t}");
+    assert!(["pending", "assigned"].contains(&t["state"].as_str().unwrap()), "reads work: {t}");
     let ticks = |name: &str| std::fs::metadata(dir.join(format!("{name}.ticks"))).unwrap().len();
     for name in ["stays", "orphan"] {
         let now = ticks(name);

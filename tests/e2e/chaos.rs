@@ -142,6 +142,8 @@ impl Callers {
 
 struct Kill {
     at: SystemTime,
+    /// When it had happened.
+    done: SystemTime,
     what: &'static str,
     /// Whose tasks it hits; none: everybody's.
     node: Option<String>,
@@ -207,7 +209,7 @@ async fn kill(hub: &mut Hub, nodes: &mut [Node], server: &Arc<Server>, random: &
             }
         }
         hit.extend(at_stake.iter().map(|t| text(t, "id")));
-        kills.push(Kill { at: SystemTime::now(), what, node });
+        let at = SystemTime::now();
         match what {
             "hub" => hub.crash_and_restart().await,
             "database" => {
@@ -226,6 +228,7 @@ async fn kill(hub: &mut Hub, nodes: &mut [Node], server: &Arc<Server>, random: &
                 }
             }
         }
+        kills.push(Kill { at, done: SystemTime::now(), what, node });
     }
     kills
 }
@@ -347,7 +350,7 @@ async fn check(hub: &Hub, kills: &[Kill], ids: &BTreeMap<usize, String>, seed: u
             "lost" => {
                 assert!(["", "run\n", "run\nend\n"].contains(&&*file), "{i}: {file:?}");
                 assert!(plan.output().starts_with(&out), "{i}: what there is of the output is its beginning: {out:?}");
-                let mine = |k: &&Kill| k.what == "warden" && from < k.at && k.node.as_ref().is_some_and(|n| t["node_id"] == n.as_str());
+                let mine = |k: &&Kill| k.what == "warden" && from < k.done && k.node.as_ref().is_some_and(|n| t["node_id"] == n.as_str());
                 assert!(kills.iter().any(|k| mine(&k)), "{i}: lost, and its warden was never killed: {t}");
             }
             _ => panic!("{i}: {t}"),

@@ -4,7 +4,7 @@
 #![expect(clippy::disallowed_methods, reason = "the real programs are started")]
 
 use mesh_tests::{Hub, Node, alive, shown, text, until};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -127,6 +127,9 @@ fn dated(node: &Node, from_days: i64, days: i64) -> Vec<u8> {
 async fn the_nodes_doctor_names_what_is_wrong_with_this_machine() {
     let hub = Hub::start().await;
     let mut node = Node::join(&hub, "n").await;
+    // The hub shows it online a moment before it knows that itself.
+    let up = || std::fs::read_to_string(node.data().join("status.json")).is_ok_and(|s| s.contains("\"up\""));
+    until("the daemon to say that its link is up", async || up().then_some(())).await;
     let (failed, _, report) = node_doctor(&node, None);
     assert_eq!(failed, None, "{report:#}");
     let hops: Vec<_> = report["checks"].as_array().unwrap().iter().map(|c| c["hop"].as_str().unwrap()).collect();
@@ -149,9 +152,7 @@ async fn the_nodes_doctor_names_what_is_wrong_with_this_machine() {
     // A warden that is gone, and a daemon that cannot mend it now.
     node.daemon().signal(Signal::STOP);
     let mark = format!("warden\0--data-dir\0{}", node.data().display());
-    for pid in alive(&mark) {
-        kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
-    }
+    mesh_tests::signal(node.warden().unwrap(), Signal::KILL);
     until("the warden to be gone", async || alive(&mark).is_empty().then_some(())).await;
     let report = node_doctor(&node, None);
     node.daemon().signal(Signal::CONT);
@@ -310,6 +311,9 @@ async fn the_owner_sees_what_ran_and_how_the_node_stands() {
     assert_eq!((json_of(&node)["task"].as_str(), &json_of(&node)["end"]), (Some(running.as_str()), &Value::Null));
     let mut follow = node.command(&["log", "-f", "-n", "0"]);
     let mut follow = mesh_tests::Process::start(&mut follow, node.dir.path().join("follow.log"));
+    let opened = |entry: std::fs::DirEntry| std::fs::read_link(entry.path()).is_ok_and(|f| f.ends_with("log.jsonl"));
+    let fds = format!("/proc/{}/fd", follow.id());
+    until("it to have opened the record", async || std::fs::read_dir(&fds).ok()?.flatten().any(opened).then_some(())).await;
     node.daemon().kill9();
     let status = |node: &Node| -> Value {
         let out = node.command(&["status", "--output", "json"]).output().unwrap();

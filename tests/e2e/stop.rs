@@ -27,7 +27,8 @@ impl Stopped {
         let all = std::iter::once(first).chain(children.split_whitespace().map(|p| p.parse().unwrap()));
         let all: Vec<_> = all.filter_map(rustix::process::Pid::from_raw).collect();
         for pid in &all {
-            rustix::process::kill_process(*pid, Signal::STOP).unwrap();
+            // One of the children may have ended since.
+            let _ = rustix::process::kill_process(*pid, Signal::STOP);
         }
         Self(all)
     }

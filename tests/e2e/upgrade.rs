@@ -31,7 +31,9 @@ impl Machine {
     fn install(&self, name: &str) {
         let kept = self.exe.with_file_name(name);
         if !kept.exists() {
-            std::fs::copy(program("cortex-node"), &kept).unwrap();
+            // By a child: a file that is open for writing here, in a process that forks, cannot be run.
+            let copied = std::process::Command::new("cp").arg(program("cortex-node")).arg(&kept).status().unwrap();
+            assert!(copied.success());
         }
         let fresh = self.exe.with_file_name("fresh");
         std::fs::hard_link(&kept, &fresh).unwrap();
@@ -58,9 +60,8 @@ impl Machine {
     }
     /// The warden that lives in a folder of the node, if one does.
     fn warden(&self, seat: &str) -> Option<u32> {
-        let dir = self.node.data().canonicalize().unwrap().join(seat);
-        let line = format!("warden\0--data-dir\0{}\0", dir.display().to_string().trim_end_matches('/'));
-        alive(&line).first().copied()
+        let home = self.node.data().canonicalize().unwrap();
+        mesh_tests::warden(&if seat.is_empty() { home } else { home.join(seat) })
     }
     async fn warden_ends(&self, seat: &str) {
         until("the warden of before to end", async || self.warden(seat).is_none().then_some(())).await;

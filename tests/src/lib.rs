@@ -337,13 +337,18 @@ impl Node {
 
     /// The warden's process. Those that begin its tasks look like it, and are its children.
     pub fn warden(&self) -> Option<u32> {
-        let all = alive(&format!("warden\0--data-dir\0{}\0", self.data().display()));
-        all.iter().copied().find(|p| parent(*p).is_some_and(|of| !all.contains(&of)))
+        warden(&self.data())
     }
 
     pub fn daemon(&mut self) -> &mut Process {
         self.process.as_mut().expect("the daemon was started")
     }
+}
+
+/// The warden that lives in this folder, if one does.
+pub fn warden(folder: &Path) -> Option<u32> {
+    let all = alive(&format!("warden\0--data-dir\0{}\0", folder.display()));
+    all.iter().copied().find(|p| parent(*p).is_some_and(|of| !all.contains(&of)))
 }
 
 impl Drop for Node {

@@ -36,6 +36,8 @@ struct Of {
     foreign: bool,
     /// The present link is of the machine that had the one before it.
     continues: bool,
+    /// Nothing but copies since another machine had the link: they may not have what that one was given.
+    copied: bool,
     superseded: Vec<Duration>,
     /// Who came while it is held, and when last.
     held: Option<BTreeMap<Session, Duration>>,
@@ -72,8 +74,10 @@ impl Copies {
             }
             *of = Of::default();
         }
-        of.continues = !of.session.is_empty() && of.session == named;
         of.foreign = live && of.session != named && of.named != named;
+        let follows = !of.session.is_empty() && of.session == named;
+        of.copied = of.foreign || (of.copied && follows);
+        of.continues = follows && !of.copied;
         if of.foreign {
             of.superseded.retain(lately);
             of.superseded.push(now);
@@ -97,6 +101,10 @@ impl Copies {
     /// older than what that link still brought it: a machine changes links while it works.
     pub fn continues(&self, node: NodeId) -> bool {
         self.all().get(&node).is_some_and(|of| of.continues)
+    }
+    /// Whether the present machine took over from another one, and so may lack what that one was given.
+    pub fn is_copied(&self, node: NodeId) -> bool {
+        self.all().get(&node).is_some_and(|of| of.copied)
     }
     /// Whether the present link may be of another machine than the one that was given the node's tasks.
     pub fn is_foreign(&self, node: NodeId) -> bool {
@@ -156,11 +164,13 @@ mod tests {
         assert_eq!(hello(&c, "", false, 0, "a"), Verdict::Welcome);
         assert_eq!(hello(&c, "b", true, 1, "b2"), Verdict::Welcome);
         assert!(c.is_foreign(NODE) && !c.holds(NODE));
+        assert_eq!(hello(&c, "b2", false, 2, "b3"), Verdict::Welcome);
+        assert!(!c.is_foreign(NODE) && c.is_copied(NODE) && !c.continues(NODE), "a copy that comes back is one still");
         assert_eq!(hello(&c, "a", true, 6, "a2"), Verdict::NewlyHeld);
         assert!(c.holds(NODE));
         // Both come each five minutes.
         for minute in [11, 16, 21] {
-            assert_eq!(hello(&c, "b2", false, minute, "-"), Verdict::Held);
+            assert_eq!(hello(&c, "b3", false, minute, "-"), Verdict::Held);
             assert_eq!(hello(&c, "a", false, minute, "-"), Verdict::Held);
         }
         // Then one does not.

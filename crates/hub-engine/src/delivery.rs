@@ -181,8 +181,10 @@ impl Delivery {
             return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
         }
         if !known && !self.links.copies().is_foreign(node) {
-            if task.progress.state == TaskState::Running && !self.links.copies().continues(node) {
-                // It was started there, and that memory has not been released from it: this is an older copy.
+            let copies = self.links.copies();
+            if copies.is_copied(node) || (task.progress.state == TaskState::Running && !copies.continues(node)) {
+                // It was started there, and that memory has not been released from it: this is an older copy. Or
+                // it went to the machine before this one.
                 let outcome = Outcome::Lost { detail: MAYBE_RAN.into() };
                 return self.end(id, Event::Ended { attempt, outcome }, Besides::default()).await;
             }
@@ -201,7 +203,10 @@ impl Delivery {
             return Ok(true);
         }
         let Some(t) = self.journal.task(task).await? else {
-            self.links.refuse(node, "unknown", &format_args!("{task} is not known"));
+            // A restored hub has forgotten what it gave out.
+            if !self.pool.is_of_before(attempt) {
+                self.links.refuse(node, "unknown", &format_args!("{task} is not known"));
+            }
             return Ok(false);
         };
         let newest = t.progress.attempt.as_ref();
@@ -211,7 +216,7 @@ impl Delivery {
             }
             return Ok(true);
         }
-        if newest.is_none_or(|a| a.no < attempt || (a.no == attempt && a.node != node)) {
+        if !self.pool.is_of_before(attempt) && newest.is_none_or(|a| a.no < attempt || (a.no == attempt && a.node != node)) {
             // Anything else is a late word about what was once the node's.
             self.links.refuse(node, "foreign", &format_args!("{task} attempt {} was never this node's", attempt.0));
         }
@@ -267,6 +272,9 @@ impl Delivery {
             }
         } else {
             self.links.send(node, LinkCommand::Cancel { task, attempt });
+            if !ended.is_empty() {
+                self.pool.place_free(node);
+            }
         }
         Ok(())
     }
@@ -283,6 +291,8 @@ impl Delivery {
             return Ok(Some(last));
         }
         if let Some(first) = frames.first().filter(|_| self.pool.is_of_before(attempt)) {
+            // What a link of before the word left out is not gone: it comes again on the next.
+            self.fence(caller)?;
             // What the hub had taken after the backup is gone on both sides.
             self.output.give_up(task, attempt, first.seq.saturating_sub(1)).await?;
         }

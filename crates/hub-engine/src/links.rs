@@ -385,8 +385,15 @@ impl Links {
         let mut s = self.state();
         if s.restored.take().is_some() {
             let word = || LinkCommand::Close { code: "restored", detail: "the hub goes on after a restore; connect again".into() };
-            // Without its sender, one whose queue is full ends too.
-            s.links.retain(|_, l| l.commands.try_send(word()).is_ok());
+            // None is current any more: what it still says is not taken. Without its sender, one whose queue
+            // is full ends too.
+            for gone in std::mem::take(&mut s.links).into_values() {
+                let _ = gone.commands.try_send(word());
+                self.2.hang_up(gone.node, gone.generation);
+                if let Some(events) = &self.1 {
+                    events.offline(&gone);
+                }
+            }
         }
     }
     /// The link and how much runs there, at one moment.

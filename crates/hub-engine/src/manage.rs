@@ -159,8 +159,9 @@ impl Management {
 
     async fn settle(&self, id: NodeId) -> Result<()> {
         self.nodes.links.begin_settling(id);
-        // In the order of a task's life, so that none passes by between two reads.
-        for state in [TaskState::Pending, TaskState::Assigned, TaskState::Running] {
+        // In the order of a task's life, so that none passes by between two reads, and once more those that
+        // wait: some came back to that meanwhile.
+        for state in [TaskState::Pending, TaskState::Assigned, TaskState::Running, TaskState::Pending] {
             let filter = TaskFilter { node: Some(id), state: Some(state), ..Default::default() };
             let mut before: Option<TaskId> = None;
             loop {

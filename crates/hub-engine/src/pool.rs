@@ -158,10 +158,15 @@ impl Pool {
     /// connection to the database was lost: then what it asked for is still to be performed.
     async fn settle_doubts(&self) -> Result<()> {
         for id in self.queue.doubts() {
-            if let Some(task) = self.journal.task(id).await? {
-                self.settle_doubt(&task).await?;
-            }
+            // First: what comes to be doubted meanwhile is looked at again.
             self.queue.settled(id);
+            let settled = async {
+                if let Some(task) = self.journal.task(id).await? {
+                    self.settle_doubt(&task).await?;
+                }
+                Result::Ok(())
+            };
+            settled.await.inspect_err(|_| self.queue.doubt(id))?;
         }
         Ok(())
     }
@@ -170,6 +175,7 @@ impl Pool {
         let (p, attempt) = (&task.progress, task.progress.attempt.as_ref());
         if p.state.is_final() {
             if let Some(a) = attempt {
+                self.links.send(a.node, LinkCommand::Cancel { task: task.id, attempt: a.no });
                 self.give_back(a.node, task.id);
             }
             self.forget(task.id);
@@ -781,6 +787,7 @@ impl Pool {
                     actions.retain(|action| *action != Action::Requeue && (told || !matches!(action, Action::Cancel { .. })));
                     self.queue.taken_back(*id);
                     self.perform(&task, &actions);
+                    self.after_commit(task).await;
                 } else {
                     self.queue.doubt(*id);
                 }

@@ -480,11 +480,16 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
                 None if silent => (Failed, Some(Reason::new(ReasonCode::Lost, MAYBE_RAN))),
                 None => (Failed, Some(Reason::new(ReasonCode::NodeRevoked, ""))),
             };
+            // It may have come back in this very moment; a revoked one has lost its link already.
+            let mut actions = if silent { vec![Action::Cancel { node, attempt: a.no }] } else { vec![] };
+            actions.push(Action::Release { node });
             if let Some(again) = again(terms, &p, reason.as_ref(), now) {
-                return Ok((again, vec![Action::Release { node }, Action::Requeue]));
+                actions.push(Action::Requeue);
+                return Ok((again, actions));
             }
             end(&mut p, state, reason, now);
-            Ok((p, vec![Action::Release { node }, Action::Finished]))
+            actions.push(Action::Finished);
+            Ok((p, actions))
         }
         Event::CancelRequested { reason } => stop(p, *reason, now),
         Event::DeadlinePassed => stop(p, ReasonCode::Deadline, now),

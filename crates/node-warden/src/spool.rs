@@ -36,10 +36,10 @@ pub(crate) fn output_path(data_dir: &Path, (task, attempt): &Key) -> PathBuf {
     data_dir.join("spool/out").join(format!("{task}-{}", attempt.0))
 }
 
-/// Bytes on the disk of all output that is kept for the hub.
+/// Bytes on the disk of all output that is kept for the hub, by all wardens.
 pub fn used(data_dir: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
-    let files = std::fs::read_dir(data_dir.join("spool/out")).into_iter().flatten().flatten();
+    let files = crate::seats(data_dir).filter_map(|seat| std::fs::read_dir(seat.join("spool/out")).ok()).flatten().flatten();
     files.filter_map(|f| f.metadata().ok()).map(|m| m.blocks() * 512).sum()
 }
 

@@ -381,7 +381,15 @@ fn daemon(known: &Known) -> Hop<((), String)> {
 }
 
 async fn warden(dir: &DataDir, daemon: bool) -> Hop<((), String)> {
-    let path = node_warden::socket_path(dir.path());
+    // After an upgrade the one of before has gone, and another serves from its own seat.
+    let mut path = node_warden::socket_path(dir.path());
+    for seat in node_warden::seats(dir.path()) {
+        let other = node_warden::socket_path(&seat);
+        if other != path && matches!(in_time(UnixStream::connect(&other)).await, Some(Ok(_))) {
+            path = other;
+            break;
+        }
+    }
     if !daemon && !path.exists() {
         return Ok(((), "starts with the daemon".into()));
     }

@@ -242,7 +242,8 @@ async fn losses(store: &dyn Journal) {
     assert_eq!(store.task(t.id).await.unwrap().unwrap().terms, t.terms);
     done(store, 1, assigned(1, true), T0 + 10).await;
     let (t, actions) = done(store, 1, silent(1), T0 + 20).await;
-    assert_eq!(actions, [Action::Release { node: node_id(1) }, Action::Requeue]);
+    let node = node_id(1);
+    assert_eq!(actions, [Action::Cancel { node, attempt: attempt(1) }, Action::Release { node }, Action::Requeue]);
     assert_eq!((t.progress.state, t.progress.retried, t.progress.retry_at), (TaskState::Pending, 0, Some(T0 + 520)));
     assert_eq!(store.open_tasks(None, None, 10).await.unwrap(), [t]);
     let lines = store.history(task_id(1)).await.unwrap();

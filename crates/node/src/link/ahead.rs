@@ -10,6 +10,8 @@ use std::time::Duration;
 
 /// As many are kept; hubs never send more.
 pub const MOST: usize = 64;
+/// Cancels that are remembered: more than can cross with what the hub has on its way.
+const REMEMBERED: usize = 1024;
 
 #[derive(Debug)]
 struct Waiting {
@@ -29,35 +31,56 @@ pub enum Keeping {
 }
 
 #[derive(Debug, Default)]
-pub struct Ahead(VecDeque<Waiting>);
+pub struct Ahead {
+    waiting: VecDeque<Waiting>,
+    /// Those that the hub took back, newest last. Its word and the leave to start cross on their way; an
+    /// attempt that it took back is never wanted again.
+    cancelled: VecDeque<Key>,
+}
 
 impl Ahead {
     /// Keeps an order; one that is kept already stays where it is.
     pub fn keep(&mut self, key: Key, digest: Digest) -> Keeping {
-        match self.0.iter().find(|w| w.key == key) {
+        match self.waiting.iter().find(|w| w.key == key) {
             Some(known) if known.digest != digest => Keeping::Conflict,
             Some(_) => Keeping::Kept,
-            None if self.0.len() >= MOST => Keeping::Full,
+            None if self.waiting.len() >= MOST => Keeping::Full,
             None => {
-                self.0.push_back(Waiting { key, digest, told: None });
+                self.waiting.push_back(Waiting { key, digest, told: None });
                 Keeping::Kept
             }
         }
     }
     /// Forgets an order: it may start now, or is not wanted any more. Gives what it was to run.
     pub fn take(&mut self, key: &Key) -> Option<Digest> {
-        let at = self.0.iter().position(|w| w.key == *key)?;
-        self.0.remove(at).map(|w| w.digest)
+        let at = self.waiting.iter().position(|w| w.key == *key)?;
+        self.waiting.remove(at).map(|w| w.digest)
+    }
+    /// Forgets an order that the hub takes back. False when there is none.
+    pub fn cancel(&mut self, key: &Key) -> bool {
+        if self.take(key).is_none() {
+            return false;
+        }
+        if self.cancelled.len() >= REMEMBERED {
+            self.cancelled.pop_front();
+        }
+        self.cancelled.push_back(*key);
+        true
+    }
+    /// Was it taken back?
+    pub fn was_cancelled(&self, key: &Key) -> bool {
+        self.cancelled.contains(key)
     }
     pub fn clear(&mut self) {
-        self.0.clear();
+        self.waiting.clear();
+        self.cancelled.clear();
     }
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.waiting.is_empty()
     }
     /// The first ones, one for each of the `free` places, of which the hub was not told within `again`.
     pub fn ready(&mut self, free: usize, now: Duration, again: Duration) -> Vec<Key> {
-        let due = self.0.iter_mut().take(free).filter(|w| w.told.is_none_or(|t| now.saturating_sub(t) >= again));
+        let due = self.waiting.iter_mut().take(free).filter(|w| w.told.is_none_or(|t| now.saturating_sub(t) >= again));
         due.map(|w| {
             w.told = Some(now);
             w.key
@@ -76,6 +99,16 @@ mod tests {
         Key { task: TaskId::from_bytes([n; 16]), attempt: AttemptNo(1) }
     }
     const AGAIN: Duration = Duration::from_secs(5);
+
+    #[test]
+    fn what_was_taken_back_is_remembered() {
+        let mut a = Ahead::default();
+        a.keep(key(1), [1; 32]);
+        assert!(a.cancel(&key(1)) && !a.cancel(&key(1)) && !a.cancel(&key(2)));
+        assert!(a.was_cancelled(&key(1)) && !a.was_cancelled(&key(2)) && a.is_empty());
+        a.clear();
+        assert!(!a.was_cancelled(&key(1)), "the next link's hello tells anew");
+    }
 
     #[test]
     fn each_place_is_asked_for_once_and_again_when_no_answer_came() {

@@ -58,6 +58,10 @@ impl Engine {
         if self.ahead.take(&key).is_some_and(|kept| kept != o.digest) {
             return self.conflict(key);
         }
+        if self.ahead.was_cancelled(&key) {
+            // The cancel overtook the leave to start.
+            return self.over(&o, Outcome::NeverStarted(NeverStarted::Cancelled), vec![]);
+        }
         self.tracks.received(key, &o.request_id);
         match self.admit(&o) {
             Err(outcome) => self.over(&o, outcome, vec![]),
@@ -161,8 +165,8 @@ impl Engine {
 
     pub(super) fn on_cancel(&mut self, key: Key) {
         self.pulls.cancel(&key);
-        if self.ahead.take(&key).is_some() {
-            // It was never granted: the hub has decided, and waits for no word.
+        if self.ahead.cancel(&key) {
+            // It was not granted as far as is known here: the hub has decided, and waits for no word.
             return;
         }
         if self.attempts.get(&key).is_some_and(|a| a.end.is_some()) {
