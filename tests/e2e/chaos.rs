@@ -297,7 +297,8 @@ async fn a_thousand_tasks_through_a_hundred_kills() {
         let path = format!("/api/v1/nodes/{}", node.id);
         until("no slot to be taken", async || (hub.get(&path).await["running"] == 0).then_some(())).await;
     }
-    // Connections of the database's pool come and go.
+    // Connections of the database's pool come and go; those of the callers end with them.
+    drop(callers);
     until("no descriptor to be leaked by the hub", async || {
         (descriptors(hub.process.id(), Some(&hub.data())) <= before_hub + 40).then_some(())
     })
