@@ -101,7 +101,8 @@ pub struct Pool {
 impl Pool {
     /// Was it handed out before the store was restored? Then its node may have run and forgotten it.
     pub(crate) fn is_of_before(&self, attempt: AttemptNo) -> bool {
-        attempt.incarnation() < self.incarnation
+        // The first is 1.
+        (1..self.incarnation).contains(&attempt.incarnation())
     }
 
     fn tracks(&self) -> Tracks<'_> {
