@@ -14,6 +14,7 @@ use hyper_util::server::conn::auto;
 use mesh_process::{CancellationToken, Tasks};
 use std::convert::Infallible;
 use std::future::Future;
+use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -69,17 +70,25 @@ impl Limits {
 pub trait Accept: Send + Sync + 'static {
     type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
     /// `None`: somebody who may not come in.
-    fn accept(&self) -> impl Future<Output = std::io::Result<Option<Self::Io>>> + Send;
+    fn accept(&self) -> impl Future<Output = std::io::Result<Option<(Self::Io, Peer)>>> + Send;
+}
+
+/// The far end of a connection. Each request that comes by it has this among its extensions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer {
+    /// None: a process of this machine, by a socket file.
+    pub address: Option<IpAddr>,
 }
 
 impl Accept for TcpListener {
     type Io = TcpStream;
-    async fn accept(&self) -> std::io::Result<Option<TcpStream>> {
-        let (io, _) = TcpListener::accept(self).await?;
+    async fn accept(&self) -> std::io::Result<Option<(TcpStream, Peer)>> {
+        let (io, from) = TcpListener::accept(self).await?;
         // Neither is worth a connection.
         let _ = io.set_nodelay(true);
         let _ = rustix::net::sockopt::set_tcp_user_timeout(&io, UNACKNOWLEDGED_MS);
-        Ok(Some(io))
+        // One listener for both families tells IPv4 addresses in the form of IPv6.
+        Ok(Some((io, Peer { address: Some(from.ip().to_canonical()) })))
     }
 }
 
@@ -91,10 +100,10 @@ pub struct OwnUid {
 
 impl Accept for OwnUid {
     type Io = UnixStream;
-    async fn accept(&self) -> std::io::Result<Option<UnixStream>> {
+    async fn accept(&self) -> std::io::Result<Option<(UnixStream, Peer)>> {
         let (io, _) = self.listener.accept().await?;
         if io.peer_cred().is_ok_and(|c| c.uid() == self.own) {
-            return Ok(Some(io));
+            return Ok(Some((io, Peer { address: None })));
         }
         tracing::warn!("another uid knocked at the control socket");
         Ok(None)
@@ -113,8 +122,8 @@ pub async fn serve<L: Accept>(name: &'static str, listener: L, app: Router, limi
             () = stop.cancelled() => return Ok(()),
             came = listener.accept() => came,
         };
-        let io = match came {
-            Ok(Some(io)) => io,
+        let (io, peer) = match came {
+            Ok(Some(came)) => came,
             Ok(None) => continue,
             Err(error) => {
                 tracing::warn!(listener = name, %error, "a connection cannot be accepted");
@@ -133,7 +142,7 @@ pub async fn serve<L: Accept>(name: &'static str, listener: L, app: Router, limi
         full = false;
         let watch = Arc::new(Watch::new(limits));
         let socket = Socket::new(io, watch.clone(), Place::take(name, permit));
-        let connection = connection(name, socket, watch, app.clone(), tasks.clone(), stop.clone());
+        let connection = connection((name, peer), socket, watch, app.clone(), tasks.clone(), stop.clone());
         tasks.spawn("http connection", connection);
     }
 }
@@ -144,13 +153,20 @@ fn refuse(mut io: impl AsyncWrite + Unpin) {
     let _ = Pin::new(&mut io).poll_shutdown(cx);
 }
 
-async fn connection<I>(name: &'static str, socket: Socket<I>, watch: Arc<Watch>, app: Router, tasks: Tasks, stop: CancellationToken)
-where
+async fn connection<I>(
+    (name, peer): (&'static str, Peer),
+    socket: Socket<I>,
+    watch: Arc<Watch>,
+    app: Router,
+    tasks: Tasks,
+    stop: CancellationToken,
+) where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let own = watch.clone();
     let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
-        let (request, under_way) = (request.map(Body::new), Watch::request(&own));
+        let (mut request, under_way) = (request.map(Body::new), Watch::request(&own));
+        request.extensions_mut().insert(peer);
         let answer = app.clone().oneshot(request);
         async move { answer.await.map(|response| response.map(|body| Sent::new(body, under_way))) }
     });

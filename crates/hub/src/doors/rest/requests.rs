@@ -2,6 +2,7 @@
 
 use super::problem::{Refusal, written};
 use super::{App, Door};
+use crate::doors::listener::Peer;
 use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
@@ -10,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use mesh_core::RequestId;
 use mesh_process::entropy;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,6 +27,8 @@ const MAX_REQUEST_ID: usize = 128;
 #[derive(Debug, Clone)]
 pub struct Asked {
     pub request_id: Arc<str>,
+    /// Where it came from; None: this machine, by the control socket.
+    pub address: Option<IpAddr>,
     /// Seconds that the handler was asked to wait besides its own time.
     wait_secs: Arc<AtomicU64>,
 }
@@ -64,7 +68,8 @@ pub async fn serve(State(app): State<App>, mut request: Request, next: Next) -> 
     }
     let exported = crate::otlp::begin(&span, trace.as_ref(), method, &route);
     let time = Duration::from_secs(app.facts.request_secs);
-    let asked = Asked { request_id: id.clone(), wait_secs: Arc::default() };
+    let address = request.extensions().get::<Peer>().and_then(|peer| peer.address);
+    let asked = Asked { request_id: id.clone(), address, wait_secs: Arc::default() };
     request.extensions_mut().insert(asked.clone());
     // Time for the body, which alone is in the hands of the caller, and as much again for the answer.
     let patience = if request.body().is_end_stream() { time } else { time * 2 };
