@@ -5,7 +5,7 @@
 pub mod arch;
 pub mod bench;
 pub mod certs;
-pub mod tests;
+pub mod testing;
 
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
@@ -51,7 +51,7 @@ struct Rest {
 pub fn run() -> ExitCode {
     let done = match Cli::parse().chore {
         Chore::CheckArch => arch::run(),
-        Chore::Test => root().and_then(|r| tests::run(&r)),
+        Chore::Test => root().and_then(|r| testing::run(&r)),
         Chore::DevCerts { force } => root().and_then(|r| certs::make(&r.join("certs-dev"), force)).map(|()| true),
         Chore::Load(_) => return not_yet("load"),
         Chore::Bench(what) => bench::run(&what),
