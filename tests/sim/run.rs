@@ -85,7 +85,7 @@ struct Sim {
 }
 
 fn caller(user: u16) -> Caller {
-    Caller::User { user: sample::user_id(user), role: Role::Admin }
+    Caller::person(sample::user_id(user), Role::Admin)
 }
 
 impl Sim {
@@ -618,7 +618,7 @@ async fn ask(world: &World, hub: &watch::Receiver<Option<Arc<Hub>>>, task: Task,
     let token = hub.life.tasks.token();
     let user: UserId = task.actor.user;
     let request = mesh_core::sha256(&task.spec);
-    let keyed = key.map(|k| hub.idempotency.keyed(&Caller::User { user, role: Role::Admin }, "POST /dispatch", k, request));
+    let keyed = key.map(|k| hub.idempotency.keyed(&Caller::person(user, Role::Admin), "POST /dispatch", k, request));
     let own = hub.clone();
     let work = hub.life.tasks.complete("dispatch", async move {
         if let Some(made) = hub_engine::idempotency::before::<TaskId>(keyed.as_ref()).await? {

@@ -262,8 +262,8 @@ impl NodeDirectory for SimStore {
     async fn invite(&self, id: InviteId) -> Stored<Option<Invite>> {
         self.disk.invite(id).await
     }
-    async fn invites(&self, owner: Option<mesh_core::UserId>, window: Window<InviteId>) -> Stored<Vec<Invite>> {
-        self.disk.invites(owner, window).await
+    async fn invites(&self, within: Option<&Within>, window: Window<InviteId>) -> Stored<Vec<Invite>> {
+        self.disk.invites(within, window).await
     }
     async fn revoke_invite(&self, id: InviteId, now: UnixMs) -> Stored<bool> {
         self.disk.revoke_invite(id, now).await
@@ -274,8 +274,8 @@ impl NodeDirectory for SimStore {
     async fn node(&self, id: NodeId) -> Stored<Option<Node>> {
         SimStore::read(self, "nodes.node", self.disk.node(id)).await
     }
-    async fn nodes(&self, owner: Option<mesh_core::UserId>, window: Window<NodeId>) -> Stored<Vec<Node>> {
-        SimStore::read(self, "nodes.nodes", self.disk.nodes(owner, window)).await
+    async fn nodes(&self, within: Option<&Within>, window: Window<NodeId>) -> Stored<Vec<Node>> {
+        SimStore::read(self, "nodes.nodes", self.disk.nodes(within, window)).await
     }
     async fn nodes_named(&self, name: &str) -> Stored<Vec<Node>> {
         SimStore::read(self, "nodes.nodes_named", self.disk.nodes_named(name)).await

@@ -1,30 +1,50 @@
 //! The one choke point: every engine entry asks here first.
 
 use crate::error::{Error, Result};
+use crate::records::Within;
 use mesh_core::UserId;
-use mesh_core::permission::{Caller, Permission, Reach, allows};
+use mesh_core::permission::{Caller, Permission, Reach, Thing, allows};
 
-/// Permits an act on something that `owner` owns. What the caller may not even read looks absent.
-pub fn authorize(caller: &Caller, permission: Permission, owner: UserId, read: Permission, what: &'static str) -> Result<()> {
-    if !allows(caller, read, owner) && !allows(caller, permission, owner) {
-        return Err(Error::NotFound(what));
+/// Permits an act on `thing`, which `owner` owns. What the caller may not even read looks absent.
+pub fn authorize(
+    caller: &Caller,
+    permission: Permission,
+    (owner, thing): (UserId, Thing<'_>),
+    read: Permission,
+    what: &'static str,
+) -> Result<()> {
+    if allows(caller, permission, owner, thing) {
+        return Ok(());
     }
-    if allows(caller, permission, owner) { Ok(()) } else { Err(missing(permission)) }
+    if allows(caller, read, owner, thing) { Err(missing(permission)) } else { Err(Error::NotFound(what)) }
 }
 
-/// Permits an act that makes something of the caller's own; gives the person behind it.
+/// Permits an act that makes something of the caller's own; gives the person behind it. Where the caller
+/// can act with what was granted alone, the place decides that is named, later.
 pub fn authorize_own(caller: &Caller, permission: Permission) -> Result<UserId> {
-    let user = caller.user().ok_or_else(|| missing(permission))?;
-    if allows(caller, permission, user) { Ok(user) } else { Err(missing(permission)) }
+    let person = caller.as_person().ok_or_else(|| missing(permission))?;
+    match person.reach(permission) {
+        Reach::None => Err(missing(permission)),
+        Reach::Granted if !person.granted.has(permission) => Err(missing(permission)),
+        _ => Ok(person.user),
+    }
 }
 
-/// Whose things a list may show: everyone's (`None`) or the caller's own.
-pub fn visible(caller: &Caller, permission: Permission) -> Result<Option<UserId>> {
-    match caller.reach(permission) {
-        Reach::All => Ok(None),
-        Reach::Own => Ok(Some(caller.user().ok_or_else(|| missing(permission))?)),
-        Reach::None => Err(missing(permission)),
+/// What a list may show: everything (`None`), or what is within.
+pub fn visible(caller: &Caller, permission: Permission) -> Result<Option<Within>> {
+    let reach = caller.reach(permission);
+    if reach == Reach::All {
+        return Ok(None);
     }
+    let person = caller.as_person().filter(|_| reach != Reach::None).ok_or_else(|| missing(permission))?;
+    let mut within = Within { owner: reach.is_to_own().then_some(person.user), ..Within::default() };
+    if reach.is_to_granted() {
+        let granted = &person.granted;
+        within.nodes = granted.nodes.iter().filter(|(_, given)| given.has(permission)).map(|(id, _)| *id).collect();
+        within.sessions = granted.sessions.iter().filter(|(_, given)| given.has(permission)).map(|(id, _)| *id).collect();
+        within.agents = granted.agents.iter().filter(|(_, given)| given.has(permission)).map(|(name, _)| name.clone()).collect();
+    }
+    Ok(Some(within))
 }
 
 fn missing(permission: Permission) -> Error {

@@ -180,15 +180,14 @@ impl Accounts {
             if key.last_used_at.is_none_or(|t| now - t > LAST_USED_MS) {
                 self.store.key_used(key.id, now).await?;
             }
-            let caller = Caller::Key { key: key.id, user: user.id, role: user.role, scopes: key.scopes };
-            return Ok(Authenticated { caller, login: None });
+            return Ok(Authenticated { caller: Caller::key(key.id, user.id, user.role, key.scopes), login: None });
         }
         let (user, login) = self.keyring.read_access(token, now).ok_or(WRONG)?;
         let user = self.store.user(user).await?.ok_or(WRONG)?;
         if !self.store.login_lives(login, now).await? {
             return Err(WRONG);
         }
-        Ok(Authenticated { caller: Caller::User { user: user.id, role: user.role }, login: Some(login) })
+        Ok(Authenticated { caller: Caller::person(user.id, user.role), login: Some(login) })
     }
 
     /// The same caller with the rights of now, for a stream that outlives its token; an error when they
@@ -197,13 +196,16 @@ impl Accounts {
         const ENDED: Error = Error::Unauthenticated("the user, the log-in or the API key has ended");
         let user = self.store.user(who.caller.user().ok_or(ENDED)?).await?.ok_or(ENDED)?;
         let now = self.clock.now_ms();
-        let caller = match &who.caller {
-            Caller::Key { key, .. } => {
-                let key = self.store.key(*key).await?.filter(|k| k.expires_at.is_none_or(|e| e > now)).ok_or(ENDED)?;
-                Caller::Key { key: key.id, user: user.id, role: user.role, scopes: key.scopes }
+        let mut caller = match who.caller.key_id() {
+            Some(id) => {
+                let key = self.store.key(id).await?.filter(|k| k.expires_at.is_none_or(|e| e > now)).ok_or(ENDED)?;
+                Caller::key(key.id, user.id, user.role, key.scopes)
             }
-            _ => Caller::User { user: user.id, role: user.role },
+            None => Caller::person(user.id, user.role),
         };
+        if let (Caller::Person(now), Some(before)) = (&mut caller, who.caller.as_person()) {
+            now.via = before.via.clone();
+        }
         if let Some(login) = who.login
             && !self.store.login_lives(login, now).await?
         {
@@ -215,7 +217,7 @@ impl Accounts {
     /// The caller of the control socket: the hub's own uid acts as the admin of that name.
     pub async fn local_admin(&self, username: &str) -> Result<Authenticated> {
         let user = self.store.user_named(username).await?.ok_or(Error::NotFound("user"))?;
-        Ok(Authenticated { caller: Caller::User { user: user.id, role: user.role }, login: None })
+        Ok(Authenticated { caller: Caller::person(user.id, user.role), login: None })
     }
 
     pub async fn me(&self, caller: &Caller) -> Result<(User, Vec<Permission>)> {
@@ -227,9 +229,7 @@ impl Accounts {
 
     /// Changes the caller's own password; every other log-in of theirs ends.
     pub async fn change_password(&self, who: &Authenticated, current: String, new: String) -> Result<()> {
-        let Caller::User { user, .. } = who.caller else {
-            return Err(Error::Forbidden("a key cannot change a password; log in as the person".into()));
-        };
+        let user = who.caller.in_person().ok_or_else(|| Error::Forbidden("a key cannot change a password; log in as the person".into()))?;
         check_password(&new)?;
         let user = self.store.user(user).await?.ok_or(Error::NotFound("user"))?;
         if current.len() > MAX_PASSWORD_BYTES || !self.passwords.verify(current, Some(user.password_hash)).await? {
@@ -250,9 +250,7 @@ impl Accounts {
         keyed: Option<Keyed>,
     ) -> Result<NewKey> {
         const ADVICE: &str = "delete it and ask again under a new key";
-        let Caller::User { user, .. } = caller else {
-            return Err(Error::Forbidden("a key cannot make keys; log in as the person".into()));
-        };
+        let user = caller.in_person().ok_or_else(|| Error::Forbidden("a key cannot make keys; log in as the person".into()))?;
         if let Some(made) = idempotency::before::<ApiKeyId>(keyed.as_ref()).await? {
             return idempotency::already(made, ADVICE);
         }
@@ -269,7 +267,7 @@ impl Accounts {
         let secret = fresh_token(KEY_PREFIX);
         let key = ApiKey {
             id: ApiKeyId::from_parts(now, entropy::bytes()),
-            user: *user,
+            user,
             name: label.to_owned(),
             prefix: secret[..KEY_PREFIX.len() + 6].to_owned(),
             mac: self.keyring.token_mac(&secret),
@@ -299,7 +297,7 @@ impl Accounts {
         if caller.user() != Some(key.user) && authorize_own(caller, Permission::SystemAdminister).is_err() {
             return Err(Error::NotFound("API key"));
         }
-        if matches!(caller, Caller::Key { key: own, .. } if *own != id) {
+        if caller.key_id().is_some_and(|own| own != id) {
             return Err(Error::Forbidden("a key can remove itself only; log in as the person".into()));
         }
         if !self.store.remove_key(id).await? {

@@ -9,7 +9,7 @@ use crate::bus::{Bus, EVENTS_KEPT, EventId, LocalBus, Next, Receiver};
 use crate::error::{Error, Result};
 use crate::links::{Health, Link};
 use crate::records::{MessageRole, Node, Task};
-use mesh_core::permission::{Caller, Permission, allows};
+use mesh_core::permission::{Permission, Thing, allows};
 use mesh_core::task::{Event as TaskStep, Reason, TaskState};
 use mesh_core::{ApiKeyId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
 use mesh_process::SharedClock;
@@ -181,7 +181,7 @@ impl Whose {
     fn concerns(self, who: &Authenticated) -> bool {
         match self {
             Self::User(id) => who.caller.user() == Some(id),
-            Self::Key(id) => matches!(who.caller, Caller::Key { key, .. } if key == id),
+            Self::Key(id) => who.caller.key_id() == Some(id),
             Self::Login(id) => who.login == Some(id),
         }
     }
@@ -195,6 +195,15 @@ impl Event {
             Data::Task(_) => Some(Topic::Tasks),
             Data::Session(..) => Some(Topic::Sessions),
             Data::Rights(_) => None,
+        }
+    }
+    /// What it tells of, as far as grants tell things apart.
+    fn thing(&self) -> Thing<'static> {
+        match &self.data {
+            Data::Node(id, _) => Thing::Node(*id),
+            Data::Task(news) => Thing::Task { node: news.node, session: news.session },
+            Data::Session(id, _) => Thing::Session(*id),
+            Data::Rights(_) => Thing::Other,
         }
     }
     /// The event's type within its topic.
@@ -427,7 +436,7 @@ impl Feed {
                 Next::Reset(id) => return Told::Reset { id, behind },
                 Next::Event(id, event) => match (&event.data, event.topic()) {
                     (Data::Rights(whose), _) if whose.concerns(&self.who) => return Told::LookAgain,
-                    (_, Some(t)) if self.topics.contains(&t) && allows(&self.who.caller, t.permission(), event.owner) => {
+                    (_, Some(t)) if self.topics.contains(&t) && allows(&self.who.caller, t.permission(), event.owner, event.thing()) => {
                         return Told::Event(id, event);
                     }
                     _ => {}

@@ -60,10 +60,7 @@ impl Idempotency {
 /// An API key is a caller of its own: two programs of one person never meet in each other's keys.
 fn scope(caller: &Caller, call: &str, key: &str) -> Digest {
     let mut text = vec![];
-    let who = match caller {
-        Caller::Key { key, .. } => key.to_string(),
-        other => other.user().map(|u| u.to_string()).unwrap_or_default(),
-    };
+    let who = caller.key_id().map(|key| key.to_string()).or_else(|| caller.user().map(|u| u.to_string())).unwrap_or_default();
     for part in [who.as_str(), call, key] {
         text.extend_from_slice(&(part.len() as u64).to_be_bytes());
         text.extend_from_slice(part.as_bytes());
@@ -122,9 +119,9 @@ mod tests {
     #[test]
     fn a_scope_is_one_caller_one_call_one_key() {
         let user = UserId::from_bytes([1; 16]);
-        let person = Caller::User { user, role: Role::Admin };
-        let program = Caller::Key { key: ApiKeyId::from_bytes([2; 16]), user, role: Role::Admin, scopes: vec![] };
-        let other = Caller::User { user: UserId::from_bytes([3; 16]), role: Role::Admin };
+        let person = Caller::person(user, Role::Admin);
+        let program = Caller::key(ApiKeyId::from_bytes([2; 16]), user, Role::Admin, []);
+        let other = Caller::person(UserId::from_bytes([3; 16]), Role::Admin);
         let all = [
             scope(&person, "POST /a", "k"),
             scope(&program, "POST /a", "k"),
@@ -135,7 +132,7 @@ mod tests {
         for (i, a) in all.iter().enumerate() {
             assert!(all[i + 1..].iter().all(|b| a != b), "{i}");
         }
-        let demoted = Caller::User { user, role: Role::Viewer };
+        let demoted = Caller::person(user, Role::Viewer);
         assert_eq!(scope(&demoted, "POST /a", "k"), all[0], "a role is not who one is");
     }
 }

@@ -119,7 +119,7 @@ impl Management {
 
     async fn permitted(&self, caller: &Caller, id: NodeId) -> Result<Node> {
         let node = self.nodes.store.node(id).await?.ok_or(Error::NotFound("node"))?;
-        authorize(caller, Permission::NodesManage, node.owner, Permission::NodesRead, "node")?;
+        authorize(caller, Permission::NodesManage, node.thing(), Permission::NodesRead, "node")?;
         Ok(node)
     }
 

@@ -9,7 +9,7 @@ use crate::links::{Health, Links};
 use crate::ports::{Creation, Keyring, NodeDirectory, Window};
 use crate::records::{Claim, HUB_LABELS, Invite, Node, NodeCertificate};
 use mesh_core::capability::Capabilities;
-use mesh_core::permission::{Caller, Permission};
+use mesh_core::permission::{Caller, Permission, Thing};
 use mesh_core::select::Selector;
 use mesh_core::{HubId, InviteId, NodeId, UnixMs, enrol, name, seal, sha256};
 use mesh_process::{SharedClock, entropy};
@@ -177,13 +177,13 @@ impl Nodes {
     }
 
     pub async fn invites(&self, caller: &Caller, window: Window<InviteId>) -> Result<Vec<Invite>> {
-        let owner = visible(caller, Permission::NodesInvite)?;
-        Ok(self.store.invites(owner, window).await?)
+        let within = visible(caller, Permission::NodesInvite)?;
+        Ok(self.store.invites(within.as_ref(), window).await?)
     }
 
     pub async fn revoke_invite(&self, caller: &Caller, id: InviteId) -> Result<()> {
         let invite = self.store.invite(id).await?.ok_or(Error::NotFound("invite"))?;
-        authorize(caller, Permission::NodesInvite, invite.owner, Permission::NodesInvite, "invite")?;
+        authorize(caller, Permission::NodesInvite, (invite.owner, Thing::Other), Permission::NodesInvite, "invite")?;
         if self.store.revoke_invite(id, self.clock.now_ms()).await? {
             Ok(())
         } else {
@@ -345,12 +345,13 @@ impl Nodes {
 
     /// The nodes that fit, newest first. With a selector the registry is read on until the page is full.
     pub async fn list(&self, caller: &Caller, select: Option<&Selector>, window: Window<NodeId>) -> Result<Vec<Node>> {
-        let owner = visible(caller, Permission::NodesRead)?;
-        let Some(select) = select else { return Ok(self.store.nodes(owner, window).await?) };
+        let within = visible(caller, Permission::NodesRead)?;
+        let within = within.as_ref();
+        let Some(select) = select else { return Ok(self.store.nodes(within, window).await?) };
         let mut found = vec![];
         let mut next = Window { before: window.before, limit: NODES_AT_ONCE };
         loop {
-            let nodes = self.store.nodes(owner, next).await?;
+            let nodes = self.store.nodes(within, next).await?;
             let last = nodes.last().filter(|_| nodes.len() == NODES_AT_ONCE as usize).map(|n| n.id);
             found.extend(nodes.into_iter().filter(|n| select.fits(&n.offers())));
             if last.is_none() || found.len() >= window.limit as usize {
@@ -363,7 +364,7 @@ impl Nodes {
 
     pub async fn get(&self, caller: &Caller, id: NodeId) -> Result<Node> {
         let node = self.store.node(id).await?.ok_or(Error::NotFound("node"))?;
-        authorize(caller, Permission::NodesRead, node.owner, Permission::NodesRead, "node")?;
+        authorize(caller, Permission::NodesRead, node.thing(), Permission::NodesRead, "node")?;
         Ok(node)
     }
 
@@ -374,7 +375,7 @@ impl Nodes {
         }
         let mut seen = vec![];
         for n in self.store.nodes_named(id_or_name).await? {
-            if n.revoked_at.is_none() && authorize(caller, Permission::NodesRead, n.owner, Permission::NodesRead, "node").is_ok() {
+            if n.revoked_at.is_none() && authorize(caller, Permission::NodesRead, n.thing(), Permission::NodesRead, "node").is_ok() {
                 seen.push(n);
             }
         }
@@ -387,11 +388,12 @@ impl Nodes {
 
     /// The skills of all nodes that the caller may see and that are not revoked.
     pub async fn skills(&self, caller: &Caller) -> Result<BTreeMap<String, Skill>> {
-        let owner = visible(caller, Permission::NodesRead)?;
+        let within = visible(caller, Permission::NodesRead)?;
+        let within = within.as_ref();
         let mut skills: BTreeMap<String, Skill> = BTreeMap::new();
         let mut window = Window { before: None, limit: NODES_AT_ONCE };
         loop {
-            let nodes = self.store.nodes(owner, window).await?;
+            let nodes = self.store.nodes(within, window).await?;
             for n in nodes.iter().filter(|n| n.revoked_at.is_none()) {
                 let online = self.links.get(n.id).is_some();
                 for (name, version) in &n.capabilities.skills {

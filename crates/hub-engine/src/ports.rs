@@ -169,7 +169,7 @@ pub trait Output: Send + Sync {
 pub trait NodeDirectory: Send + Sync {
     async fn add_invite(&self, invite: &Invite) -> Stored<()>;
     async fn invite(&self, id: InviteId) -> Stored<Option<Invite>>;
-    async fn invites(&self, owner: Option<UserId>, window: Window<InviteId>) -> Stored<Vec<Invite>>;
+    async fn invites(&self, within: Option<&Within>, window: Window<InviteId>) -> Stored<Vec<Invite>>;
     /// False when it is unknown or was used.
     async fn revoke_invite(&self, id: InviteId, now: UnixMs) -> Stored<bool>;
     /// Uses the invite for `node.certificate.spki` and adds `node`, in one atomic statement and commit.
@@ -178,7 +178,7 @@ pub trait NodeDirectory: Send + Sync {
 
     async fn node(&self, id: NodeId) -> Stored<Option<Node>>;
     /// Newest first.
-    async fn nodes(&self, owner: Option<UserId>, window: Window<NodeId>) -> Stored<Vec<Node>>;
+    async fn nodes(&self, within: Option<&Within>, window: Window<NodeId>) -> Stored<Vec<Node>>;
     async fn nodes_named(&self, name: &str) -> Stored<Vec<Node>>;
     async fn count_nodes(&self) -> Stored<NodeCounts>;
     async fn register(&self, id: NodeId, version: &str, capabilities: &mesh_core::capability::Capabilities) -> Stored<()>;
@@ -244,7 +244,7 @@ pub const ACTIVITY_OVER: u32 = 256;
 pub trait Sessions: Send + Sync {
     async fn add_session(&self, session: &Session) -> Stored<()>;
     async fn session(&self, id: SessionId) -> Stored<Option<Session>>;
-    async fn sessions(&self, owner: Option<UserId>, window: Window<SessionId>) -> Stored<Vec<Session>>;
+    async fn sessions(&self, within: Option<&Within>, window: Window<SessionId>) -> Stored<Vec<Session>>;
     /// False when it is unknown or was closed before. One that has expired can still be closed, one
     /// that was purged cannot.
     async fn close_session(&self, id: SessionId, by: Option<UserId>, now: UnixMs) -> Stored<bool>;

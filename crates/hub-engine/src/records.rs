@@ -2,7 +2,7 @@
 
 use mesh_core::capability::Capabilities;
 use mesh_core::output::Digests;
-use mesh_core::permission::{Role, Scope};
+use mesh_core::permission::{Role, Scope, Thing};
 use mesh_core::seal::Intent;
 use mesh_core::select::Offers;
 use mesh_core::task::{AttemptNo, Event, NeverStarted, OnLost, Outcome, Progress, Reason, ReasonCode, TaskState, Terms, verdict};
@@ -159,6 +159,10 @@ pub struct Node {
 pub const HUB_LABELS: [&str; 3] = ["os", "arch", "hostname"];
 
 impl Node {
+    /// What an act on it is done to.
+    pub fn thing(&self) -> (UserId, Thing<'static>) {
+        (self.owner, Thing::Node(self.id))
+    }
     /// The owner's labels and those that the hub sets: `os`, `arch`, `hostname` and each runtime found.
     pub fn all_labels(&self) -> BTreeMap<String, String> {
         let c = &self.capabilities;
@@ -236,6 +240,10 @@ pub struct Session {
 }
 
 impl Session {
+    /// What an act on it is done to.
+    pub fn thing(&self) -> (UserId, Thing<'static>) {
+        (self.owner, Thing::Session(self.id))
+    }
     pub fn is_active(&self) -> bool {
         self.closed_at.is_none() && self.expired_at.is_none()
     }
@@ -448,7 +456,7 @@ pub struct StateEntry {
 /// Which entries a list of state shows. Every field narrows.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StateFilter {
-    pub owner: Option<UserId>,
+    pub within: Option<Within>,
     pub agent: Option<String>,
     pub key: Option<String>,
 }
@@ -527,6 +535,14 @@ pub struct Task {
 pub const MAX_ATTEMPTS: u32 = 1000;
 
 impl Task {
+    /// The node that it is on, was on last, or is meant for.
+    pub fn node(&self) -> Option<NodeId> {
+        self.progress.attempt.as_ref().map(|a| a.node).or(self.named_node)
+    }
+    /// What an act on it is done to.
+    pub fn thing(&self) -> (UserId, Thing<'static>) {
+        (self.actor.user, Thing::Task { node: self.node(), session: self.session })
+    }
     /// What was permitted at acceptance, rebuilt from the stored row; its seal shows whether the row
     /// is still the accepted one.
     pub fn intent(&self) -> Intent {
@@ -649,9 +665,42 @@ fn with_retry(task: &Task, at: UnixMs, lost: bool, end: String) -> String {
     format!("{end}{between}retry {} of {} in {pause} ms", task.progress.retried, task.terms.retries)
 }
 
+/// What a caller may see who may not see everything: what they own, and what was granted to them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Within {
+    pub owner: Option<UserId>,
+    pub nodes: Vec<NodeId>,
+    pub sessions: Vec<SessionId>,
+    pub agents: Vec<String>,
+}
+
+impl Within {
+    pub fn owned_by(user: UserId) -> Self {
+        Self { owner: Some(user), ..Self::default() }
+    }
+    pub fn has_invite(&self, i: &Invite) -> bool {
+        self.owner == Some(i.owner)
+    }
+    pub fn has_node(&self, n: &Node) -> bool {
+        self.owner == Some(n.owner) || self.nodes.contains(&n.id)
+    }
+    pub fn has_session(&self, s: &Session) -> bool {
+        self.owner == Some(s.owner) || self.sessions.contains(&s.id)
+    }
+    pub fn has_entry(&self, e: &StateEntry) -> bool {
+        self.owner == Some(e.owner) || self.agents.contains(&e.agent)
+    }
+    pub fn has_task(&self, t: &Task) -> bool {
+        self.owner == Some(t.actor.user)
+            || t.session.is_some_and(|s| self.sessions.contains(&s))
+            || t.node().is_some_and(|n| self.nodes.contains(&n))
+    }
+}
+
 /// Which tasks a list shows. Every field narrows.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TaskFilter {
+    pub within: Option<Within>,
     pub session: Option<SessionId>,
     pub node: Option<NodeId>,
     pub user: Option<UserId>,

@@ -60,8 +60,8 @@ impl Sessions {
     }
 
     pub async fn list(&self, caller: &Caller, window: Window<SessionId>) -> Result<Vec<Session>> {
-        let owner = visible(caller, Permission::SessionsRead)?;
-        Ok(self.store.sessions(owner, window).await?)
+        let within = visible(caller, Permission::SessionsRead)?;
+        Ok(self.store.sessions(within.as_ref(), window).await?)
     }
 
     pub async fn get(&self, caller: &Caller, id: SessionId) -> Result<Session> {
@@ -100,7 +100,7 @@ impl Sessions {
         let session = self.active(caller, id, Permission::SessionsAttach).await?;
         let node = self.nodes.find(caller, node).await?;
         // Attaching lets the session's tasks run there: the right to dispatch on that node is needed.
-        authorize(caller, Permission::TasksDispatch, node.owner, Permission::NodesRead, "node")?;
+        authorize(caller, Permission::TasksDispatch, node.thing(), Permission::NodesRead, "node")?;
         self.store.attach(id, node.id, caller.user(), self.clock.now_ms()).await?;
         self.pool.attachments_changed(id);
         // Removed meanwhile: either the removal saw the attachment, or it is seen here.
@@ -137,7 +137,7 @@ impl Sessions {
 
     pub(crate) async fn permitted(&self, caller: &Caller, id: SessionId, permission: Permission) -> Result<Session> {
         let session = self.store.session(id).await?.ok_or(Error::NotFound("session"))?;
-        authorize(caller, permission, session.owner, Permission::SessionsRead, "session")?;
+        authorize(caller, permission, session.thing(), Permission::SessionsRead, "session")?;
         Ok(session)
     }
 }

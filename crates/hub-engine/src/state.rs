@@ -6,7 +6,7 @@ use crate::memory::check_value;
 use crate::messages::MAX_PAGE_BYTES;
 use crate::ports::{self, Window};
 use crate::records::{Part, StateEntry, StateFilter, StateWritten};
-use mesh_core::permission::{Caller, Permission};
+use mesh_core::permission::{Caller, Permission, Thing};
 use mesh_core::{EntryId, UserId, name};
 use mesh_process::{SharedClock, entropy};
 use std::sync::Arc;
@@ -30,7 +30,7 @@ impl State {
         check_value(&value)?;
         for _ in 0..LOOKS {
             let owner = match self.store.state_owner(agent).await? {
-                Some(owner) => self.manage(caller, owner).map(|()| owner)?,
+                Some(owner) => self.manage(caller, owner, agent).map(|()| owner)?,
                 None => user,
             };
             let now = self.clock.now_ms();
@@ -50,7 +50,7 @@ impl State {
 
     pub async fn get(&self, caller: &Caller, agent: &str, key: &str) -> Result<StateEntry> {
         let entry = self.known(caller, agent, key).await?;
-        authorize(caller, Permission::AgentsRead, entry.owner, Permission::AgentsRead, "key")?;
+        authorize(caller, Permission::AgentsRead, (entry.owner, Thing::Agent(&entry.agent)), Permission::AgentsRead, "key")?;
         Ok(entry)
     }
 
@@ -62,18 +62,18 @@ impl State {
         key: Option<String>,
         window: Window<EntryId>,
     ) -> Result<Part<StateEntry>> {
-        let owner = visible(caller, Permission::AgentsRead)?;
+        let within = visible(caller, Permission::AgentsRead)?;
         let cannot_be =
             agent.as_deref().is_some_and(|a| name::check(a).is_err()) || key.as_deref().is_some_and(|k| name::check_key(k).is_err());
         if cannot_be {
             return Ok(Part { items: vec![], more: false });
         }
-        Ok(self.store.states(&StateFilter { owner, agent, key }, window, MAX_PAGE_BYTES).await?)
+        Ok(self.store.states(&StateFilter { within, agent, key }, window, MAX_PAGE_BYTES).await?)
     }
 
     pub async fn remove(&self, caller: &Caller, agent: &str, key: &str) -> Result<()> {
         let entry = self.known(caller, agent, key).await?;
-        self.manage(caller, entry.owner)?;
+        self.manage(caller, entry.owner, agent)?;
         if self.store.remove_state(agent, key, entry.owner).await? { Ok(()) } else { Err(Error::NotFound("key")) }
     }
 
@@ -86,7 +86,7 @@ impl State {
         self.store.state(agent, key).await?.ok_or(Error::NotFound("key"))
     }
 
-    fn manage(&self, caller: &Caller, owner: UserId) -> Result<()> {
-        authorize(caller, Permission::AgentsManage, owner, Permission::AgentsRead, "agent")
+    fn manage(&self, caller: &Caller, owner: UserId, agent: &str) -> Result<()> {
+        authorize(caller, Permission::AgentsManage, (owner, Thing::Agent(agent)), Permission::AgentsRead, "agent")
     }
 }

@@ -45,10 +45,6 @@ pub struct Dispatch {
     pub terms: Terms,
     /// Makes one task, however often it is asked for.
     pub keyed: Option<Keyed>,
-    /// rest, socket …
-    pub door: &'static str,
-    /// The request that asks, for logs.
-    pub request_id: Option<Arc<str>>,
 }
 
 /// A task with the ends of its output.
@@ -89,6 +85,7 @@ impl TaskService {
             return Err(Error::invalid("bad_wait", format!("wait_secs is at most {MAX_WAIT_SECS}; wait again, or follow the output")));
         }
         let user = crate::access::authorize_own(caller, Permission::TasksDispatch)?;
+        let via = caller.as_person().map(|p| p.via.clone()).unwrap_or_default();
         self.not_restored()?;
         if let Some(made) = idempotency::before(d.keyed.as_ref()).await? {
             // What was true when it was made need not hold any more: a session closed, a deadline passed.
@@ -116,7 +113,7 @@ impl TaskService {
             id,
             session: d.session,
             named_node,
-            actor: Actor { user, key: if let Caller::Key { key, .. } = caller { Some(*key) } else { None }, door: d.door.to_owned() },
+            actor: Actor { user, key: caller.key_id(), door: via.door.to_owned() },
             skill: d.spec.skill().to_owned(),
             spec,
             digest,
@@ -134,7 +131,7 @@ impl TaskService {
         });
         task.seal = self.keyring.seal(&task.intent());
         let mut watch = self.watchers.subscribe(id);
-        if let Some(request) = d.request_id {
+        if let Some(request) = via.request_id {
             self.pool.queue.origins.note(id, request);
         }
         let own = self.clone();
@@ -196,7 +193,7 @@ impl TaskService {
 
     async fn named(&self, caller: &Caller, text: &str, session: Option<&Session>) -> Result<NodeId> {
         let node = self.nodes.find(caller, text).await?;
-        authorize(caller, Permission::TasksDispatch, node.owner, Permission::NodesRead, "node")?;
+        authorize(caller, Permission::TasksDispatch, node.thing(), Permission::NodesRead, "node")?;
         if node.revoked_at.is_some() {
             return Err(Error::conflict("node_revoked", "this node was revoked"));
         }
@@ -232,12 +229,7 @@ impl TaskService {
     /// A page, with the specs; it ends early when those come to more than [`PAGE_SPEC_BYTES`]. Says
     /// whether it did.
     pub async fn list(&self, caller: &Caller, mut filter: TaskFilter, window: Window<TaskId>) -> Result<(Vec<Task>, bool)> {
-        if let Some(own) = visible(caller, Permission::TasksRead)? {
-            if filter.user.is_some_and(|u| u != own) {
-                return Ok((vec![], false));
-            }
-            filter.user = Some(own);
-        }
+        filter.within = visible(caller, Permission::TasksRead)?;
         let tasks = self.journal.tasks(&filter, window).await?;
         with_specs(&*self.journal, tasks).await
     }
@@ -318,13 +310,13 @@ impl TaskService {
 
     pub(crate) async fn permitted(&self, caller: &Caller, id: TaskId, permission: Permission) -> Result<Task> {
         let task = self.journal.task(id).await?.ok_or(Error::NotFound("task"))?;
-        authorize(caller, permission, task.actor.user, Permission::TasksRead, "task")?;
+        authorize(caller, permission, task.thing(), Permission::TasksRead, "task")?;
         Ok(task)
     }
 
     pub(crate) async fn permitted_narrow(&self, caller: &Caller, id: TaskId, permission: Permission) -> Result<Task> {
         let task = self.journal.narrow(id).await?.ok_or(Error::NotFound("task"))?;
-        authorize(caller, permission, task.actor.user, Permission::TasksRead, "task")?;
+        authorize(caller, permission, task.thing(), Permission::TasksRead, "task")?;
         Ok(task)
     }
 }

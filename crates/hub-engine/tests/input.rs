@@ -184,10 +184,10 @@ impl World {
 }
 
 fn owner() -> Caller {
-    Caller::User { user: sample::user_id(1), role: Role::Developer }
+    Caller::person(sample::user_id(1), Role::Developer)
 }
 fn stranger() -> Caller {
-    Caller::User { user: sample::user_id(2), role: Role::Developer }
+    Caller::person(sample::user_id(2), Role::Developer)
 }
 fn piece(seq: u64) -> Piece {
     Piece { seq, data: b"in".to_vec(), eof: false }

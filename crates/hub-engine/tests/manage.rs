@@ -182,7 +182,7 @@ async fn add_node(store: &MemoryStore, node: &Node, n: u16) {
 }
 
 fn admin() -> Caller {
-    Caller::User { user: sample::user_id(9), role: Role::Admin }
+    Caller::person(sample::user_id(9), Role::Admin)
 }
 fn revoked_end() -> (TaskState, Option<(ReasonCode, String)>) {
     (TaskState::Failed, Some((ReasonCode::NodeRevoked, String::new())))
@@ -330,7 +330,7 @@ async fn changes_reach_the_live_link_at_once() {
 async fn only_who_may_manage_does() {
     let w = World::new().await;
     let id = w.node.id;
-    let by = |user: u16, role| Caller::User { user: sample::user_id(user), role };
+    let by = |user: u16, role| Caller::person(sample::user_id(user), role);
     for (caller, want) in [
         (by(2, Role::Developer), "not_found"),
         (by(2, Role::Guest), "not_found"),
@@ -612,7 +612,7 @@ async fn a_page_by_labels_is_full_when_there_is_more() {
     assert_eq!(page(None, 4).await, all[..4]);
     assert_eq!(page(Some(all[3]), 4).await, all[4..]);
     assert_eq!(page(Some(all[5]), 4).await, []);
-    let own = Caller::User { user: sample::user_id(2), role: Role::Developer };
+    let own = Caller::person(sample::user_id(2), Role::Developer);
     assert_eq!(ids(w.nodes.list(&own, Some(&gpu), Window { before: None, limit: 9 }).await.unwrap()), [], "these are another's");
     let none = Selector::parse("gpu=h100").unwrap();
     assert_eq!(ids(w.nodes.list(&admin(), Some(&none), Window { before: None, limit: 9 }).await.unwrap()), []);
@@ -622,7 +622,7 @@ async fn a_page_by_labels_is_full_when_there_is_more() {
 async fn who_may_see_a_node_hears_what_becomes_of_it() {
     let w = World::new().await;
     let listen = |user: u16, role| {
-        let who = Authenticated { caller: Caller::User { user: sample::user_id(user), role }, login: None };
+        let who = Authenticated { caller: Caller::person(sample::user_id(user), role), login: None };
         w.nodes.events.open(who, Some(vec![Topic::Nodes]), None).unwrap()
     };
     let (mut owner, mut stranger) = (listen(1, Role::Developer), listen(2, Role::Developer));

@@ -694,7 +694,7 @@ async fn one_key_makes_one_task_whatever_comes_between() {
     let hub = Hub::new();
     hub.admins(1..=1).await;
     let mut m = hub.machine(1, 4, 0).await;
-    let caller = Caller::User { user: UserId::from_bytes([1; 16]), role: Role::Admin };
+    let caller = Caller::person(UserId::from_bytes([1; 16]), Role::Admin);
     let keyed = |request: u8| -> Keyed { hub.idempotency.keyed(&caller, "POST /dispatch", "k", [request; 32]) };
     let accept = async |n: u16, keyed: Keyed| {
         let mut task = hub.task(n, 1, Terms::default());

@@ -205,10 +205,10 @@ impl World {
 }
 
 fn user(n: u16) -> Caller {
-    Caller::User { user: sample::user_id(n), role: Role::Developer }
+    Caller::person(sample::user_id(n), Role::Developer)
 }
 fn someone(n: u16, role: Role) -> Caller {
-    Caller::User { user: sample::user_id(n), role }
+    Caller::person(sample::user_id(n), role)
 }
 
 fn code<T: std::fmt::Debug>(r: hub_engine::Result<T>) -> &'static str {
@@ -334,8 +334,6 @@ async fn a_dispatch_that_comes_with_the_end_ends_too() {
         terms: Default::default(),
         wait_secs: 0,
         keyed: None,
-        door: "rest",
-        request_id: None,
     };
     // What is dispatched crosses several boxes and threads, and is copied each time.
     let (me, asked) = (user(1), size_of::<hub_engine::tasks::Dispatch>());

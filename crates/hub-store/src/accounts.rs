@@ -108,7 +108,7 @@ impl Accounts for Store {
     }
 
     async fn keys(&self, user: UserId, window: Window<ApiKeyId>) -> Stored<Vec<ApiKey>> {
-        self.page("accounts.keys", (KEY_COLUMNS, "api_keys"), ("\"user\"", Some(user.blob())), window, key).await
+        self.page("accounts.keys", (KEY_COLUMNS, "api_keys"), |q| q.and(" AND \"user\" = ", user.blob()), window, key).await
     }
 
     async fn remove_key(&self, id: ApiKeyId) -> Stored<bool> {

@@ -3,13 +3,15 @@
 //! SQLite is told which index: without statistics it guesses, and statistics age.
 
 use crate::dialect::Dialect;
-use crate::rows::{Id, TASK_COLUMNS, TASK_OUTPUT};
+use crate::rows::{Id, TASK_COLUMNS, TASK_OUTPUT, all};
 use crate::sql::{Sql, sql};
 use hub_engine::ports::Window;
 use hub_engine::records::TaskFilter;
 use mesh_core::task::TaskState;
 use mesh_core::{SessionId, TaskId, UnixMs};
 
+/// The one that a task is on, or is meant for.
+const NODE: &str = "COALESCE(t.attempt_node, t.named_node)";
 /// The last moment that an id can say.
 const LAST: UnixMs = (1 << 48) - 1;
 
@@ -31,15 +33,20 @@ pub(crate) fn tasks(dialect: Dialect, f: &TaskFilter, window: Window<TaskId>) ->
         q = q.and(" AND t.session = ", id.blob());
     }
     if let Some(id) = f.node {
-        q = q.and(" AND COALESCE(t.attempt_node, t.named_node) = ", id.blob());
+        q = q.and(&format!(" AND {NODE} = "), id.blob());
     }
-    if let Some(id) = f.user {
+    // Alone, the owner is a filter like any other, and has its indexes.
+    let own = f.within.as_ref().filter(|w| w.nodes.is_empty() && w.sessions.is_empty()).map(|w| w.owner);
+    if let Some(w) = f.within.as_ref().filter(|_| own.flatten().is_none()) {
+        q = q.and_any([("t.\"user\"", all(&w.owner)), ("t.session", all(&w.sessions)), (NODE, all(&w.nodes))]);
+    }
+    for id in f.user.into_iter().chain(own.flatten()) {
         q = q.and(" AND t.\"user\" = ", id.blob());
     }
     if let Some(skill) = &f.skill {
         q = q.and(" AND t.skill = ", skill.as_str());
     }
-    let index = index(f);
+    let index = index(f, own.flatten().or(f.user).is_some());
     let states = match &f.state {
         Some(state) => std::slice::from_ref(state),
         None if index == Some("tasks_user_state") => &TaskState::ALL,
@@ -49,8 +56,7 @@ pub(crate) fn tasks(dialect: Dialect, f: &TaskFilter, window: Window<TaskId>) ->
 }
 
 /// Whatever is open is little; of what is not, the narrowest is a guess. None: the ids themselves.
-fn index(f: &TaskFilter) -> Option<&'static str> {
-    let own = f.user.is_some();
+fn index(f: &TaskFilter, own: bool) -> Option<&'static str> {
     let of = |alone, of_user| Some(if own { of_user } else { alone });
     match f {
         TaskFilter { state: Some(state), .. } if !state.is_final() => of("tasks_state", "tasks_user_state"),
@@ -108,6 +114,7 @@ mod tests {
         let each = (0..128u32).map(|set| {
             let has = |bit: u32| set & (1 << bit) != 0;
             let filter = TaskFilter {
+                within: None,
                 session: has(0).then(|| SessionId::from_bytes(id)),
                 node: has(1).then(|| NodeId::from_bytes(id)),
                 user: has(2).then(|| UserId::from_bytes(id)),

@@ -25,7 +25,7 @@ impl Memory for Store {
 
     async fn memory_keys(&self, session: SessionId, window: Window<EntryId>) -> Stored<Vec<MemoryKey>> {
         let columns = ("id, key, CAST(length(value) AS BIGINT), updated_at", "session_memory");
-        self.page("memory.memory_keys", columns, ("session", Some(session.blob())), window, key).await
+        self.page("memory.memory_keys", columns, |q| q.and(" AND session = ", session.blob()), window, key).await
     }
 
     async fn remove_memory(&self, session: SessionId, key: &str, by: Option<UserId>, now: UnixMs) -> Stored<Written> {

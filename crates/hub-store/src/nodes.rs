@@ -1,14 +1,14 @@
 //! Invites, and the nodes that came by them.
 
 use crate::dialect::{Conn, Row};
-use crate::rows::{Columns, INVITE_COLUMNS, Id, NODE_COLUMNS, blob, invite, list_text, map_text, node};
-use crate::sql::{IdBytes, Rows, Value, sql, values};
+use crate::rows::{Columns, INVITE_COLUMNS, Id, NODE_COLUMNS, all, invite, list_text, map_text, node};
+use crate::sql::{IdBytes, Rows, Sql, Value, sql, values};
 use crate::store::{Failed, Store};
 use async_trait::async_trait;
 use hub_engine::ports::{NodeDirectory, Stored, Window};
-use hub_engine::records::{Claim, Invite, Node, NodeCertificate, NodeChange, NodeCounts, RegistryChanges};
+use hub_engine::records::{Claim, Invite, Node, NodeCertificate, NodeChange, NodeCounts, RegistryChanges, Within};
 use mesh_core::capability::Capabilities;
-use mesh_core::{InviteId, NodeId, UnixMs, UserId};
+use mesh_core::{InviteId, NodeId, UnixMs};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -25,8 +25,12 @@ impl NodeDirectory for Store {
         self.one("nodes.invite", sql(format!("SELECT {INVITE_COLUMNS} FROM invites WHERE id = $1")).bind(id.blob()), invite).await
     }
 
-    async fn invites(&self, owner: Option<UserId>, window: Window<InviteId>) -> Stored<Vec<Invite>> {
-        self.page("nodes.invites", (INVITE_COLUMNS, "invites"), ("owner", blob(owner)), window, invite).await
+    async fn invites(&self, within: Option<&Within>, window: Window<InviteId>) -> Stored<Vec<Invite>> {
+        let narrow = |q: Sql| match within {
+            Some(w) => q.and_any([("owner", all(&w.owner))]),
+            None => q,
+        };
+        self.page("nodes.invites", (INVITE_COLUMNS, "invites"), narrow, window, invite).await
     }
 
     async fn revoke_invite(&self, id: InviteId, now: UnixMs) -> Stored<bool> {
@@ -46,8 +50,12 @@ impl NodeDirectory for Store {
         self.one("nodes.node", sql(format!("SELECT {NODE_COLUMNS} FROM nodes WHERE id = $1")).bind(id.blob()), node).await
     }
 
-    async fn nodes(&self, owner: Option<UserId>, window: Window<NodeId>) -> Stored<Vec<Node>> {
-        self.page("nodes.nodes", (NODE_COLUMNS, "nodes"), ("owner", blob(owner)), window, node).await
+    async fn nodes(&self, within: Option<&Within>, window: Window<NodeId>) -> Stored<Vec<Node>> {
+        let narrow = |q: Sql| match within {
+            Some(w) => q.and_any([("owner", all(&w.owner)), ("id", all(&w.nodes))]),
+            None => q,
+        };
+        self.page("nodes.nodes", (NODE_COLUMNS, "nodes"), narrow, window, node).await
     }
 
     async fn count_nodes(&self) -> Stored<NodeCounts> {

@@ -1,7 +1,7 @@
 //! Between rows and records: how each kind of value lies in a column.
 
 use crate::dialect::{Dialect, Get, Row};
-use crate::sql::IdBytes;
+use crate::sql::{IdBytes, Value};
 use crate::store::Failed;
 use hub_engine::records::*;
 use mesh_core::capability::Capabilities;
@@ -31,6 +31,11 @@ macro_rules! id {
     )*};
 }
 id!(ApiKeyId, EntryId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, SpoolId, TaskId, UserId);
+
+/// Ids as values of a list.
+pub(crate) fn all<'i, I: Id + 'i>(ids: impl IntoIterator<Item = &'i I>) -> Vec<Value<'static>> {
+    ids.into_iter().map(|id| id.blob().into()).collect()
+}
 
 pub(crate) fn blob<I: Id>(id: Option<I>) -> Option<IdBytes> {
     id.map(|i| i.blob())

@@ -1,12 +1,12 @@
 //! Sessions, the nodes attached to them, and what happened in them.
 
 use crate::dialect::{Conn, Row};
-use crate::rows::{Columns, Id, blob, session, session_columns};
+use crate::rows::{Columns, Id, all, blob, session, session_columns};
 use crate::sql::{Rows, Sql, sql, values};
 use crate::store::{Failed, Store};
 use async_trait::async_trait;
 use hub_engine::ports::{ACTIVITY_KEPT, ACTIVITY_OVER, Sessions, Stored, Window};
-use hub_engine::records::{Activity, Happened, Place, Session, SessionAct, SessionChange};
+use hub_engine::records::{Activity, Happened, Place, Session, SessionAct, SessionChange, Within};
 use mesh_core::task::{ReasonCode, TaskState};
 use mesh_core::{EntryId, NodeId, SessionId, TaskId, UnixMs, UserId};
 use mesh_process::entropy;
@@ -91,9 +91,13 @@ impl Sessions for Store {
         self.one("sessions.session", sql(format!("SELECT {columns} FROM sessions s WHERE id = $1")).bind(id.blob()), session).await
     }
 
-    async fn sessions(&self, owner: Option<UserId>, window: Window<SessionId>) -> Stored<Vec<Session>> {
+    async fn sessions(&self, within: Option<&Within>, window: Window<SessionId>) -> Stored<Vec<Session>> {
         let columns = session_columns(self.read.dialect());
-        self.page("sessions.sessions", (&columns, "sessions s"), ("owner", blob(owner)), window, session).await
+        let narrow = |q: Sql| match within {
+            Some(w) => q.and_any([("owner", all(&w.owner)), ("id", all(&w.sessions))]),
+            None => q,
+        };
+        self.page("sessions.sessions", (&columns, "sessions s"), narrow, window, session).await
     }
 
     async fn close_session(&self, id: SessionId, by: Option<UserId>, now: UnixMs) -> Stored<bool> {

@@ -84,6 +84,20 @@ impl Sql {
         write!(self.text.to_mut(), "{text}${n}").expect("text can be added to text");
         self
     }
+    /// Keeps those rows of which one of these columns has one of its values.
+    pub(crate) fn and_any<const N: usize>(mut self, columns: [(&str, Vec<Value<'static>>); N]) -> Self {
+        let mut before = " AND (";
+        for (column, values) in columns.into_iter().filter(|(_, values)| !values.is_empty()) {
+            self.text.to_mut().push_str(&format!("{before}{column} IN"));
+            for (n, value) in values.into_iter().enumerate() {
+                self = self.and(if n == 0 { " (" } else { ", " }, value);
+            }
+            self.text.to_mut().push(')');
+            before = " OR ";
+        }
+        self.text.to_mut().push_str(if before == " OR " { ")" } else { " AND FALSE" });
+        self
+    }
 }
 
 /// Rows for one write over all of them. They may borrow from what they are made of.

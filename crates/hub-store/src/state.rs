@@ -1,7 +1,7 @@
 //! What agents keep.
 
 use crate::dialect::{Conn, Row};
-use crate::rows::{Columns, Id};
+use crate::rows::{Columns, Id, all};
 use crate::sql::{Rows, Sql, sql, values};
 use crate::store::{Failed, Store};
 use async_trait::async_trait;
@@ -29,8 +29,8 @@ impl AgentState for Store {
     async fn states(&self, filter: &StateFilter, window: Window<EntryId>, max_bytes: u64) -> Stored<Part<StateEntry>> {
         let narrow = || {
             let mut q = sql("WHERE TRUE");
-            if let Some(owner) = filter.owner {
-                q = q.and(" AND owner = ", owner.blob());
+            if let Some(w) = &filter.within {
+                q = q.and_any([("owner", all(&w.owner)), ("agent", w.agents.iter().map(|a| a.clone().into()).collect())]);
             }
             if let Some(agent) = &filter.agent {
                 q = q.and(" AND agent = ", agent.as_str());

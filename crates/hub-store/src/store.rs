@@ -3,7 +3,7 @@
 use crate::dialect::{Conn, Connector, Database, Lane, Readers, Row, postgres, sqlite};
 use crate::output::Outputs;
 use crate::rows::{Columns, Id};
-use crate::sql::{IdBytes, Rows, Sql, Value, sql};
+use crate::sql::{Rows, Sql, Value, sql};
 use crate::writer::Writer;
 use futures::future::BoxFuture;
 use hub_engine::ports::{StoreError, Stored, Window};
@@ -164,14 +164,11 @@ impl Store {
         &self,
         operation: &'static str,
         (columns, table): (&str, &str),
-        (column, of): (&str, Option<IdBytes>),
+        narrow: impl FnOnce(Sql) -> Sql,
         window: Window<I>,
         record: fn(&Row) -> Result<T, Failed>,
     ) -> Stored<Vec<T>> {
-        let mut q = sql(format!("SELECT {columns} FROM {table} WHERE TRUE"));
-        if let Some(of) = of {
-            q = q.and(&format!(" AND {column} = "), of);
-        }
+        let mut q = narrow(sql(format!("SELECT {columns} FROM {table} WHERE TRUE")));
         if let Some(before) = window.before {
             q = q.and(" AND id < ", before.blob());
         }

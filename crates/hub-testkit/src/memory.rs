@@ -151,7 +151,8 @@ impl Journal for MemoryStore {
         let f = filter;
         let shown = |(t, _): &(Task, Vec<TaskEvent>)| {
             let node = t.progress.attempt.as_ref().map(|a| a.node).or(t.named_node);
-            f.session.is_none_or(|s| t.session == Some(s))
+            f.within.as_ref().is_none_or(|w| w.has_task(t))
+                && f.session.is_none_or(|s| t.session == Some(s))
                 && f.node.is_none_or(|n| node == Some(n))
                 && f.user.is_none_or(|u| t.actor.user == u)
                 && f.state.is_none_or(|s| t.progress.state == s)
@@ -306,8 +307,8 @@ impl NodeDirectory for MemoryStore {
     async fn invite(&self, id: InviteId) -> Stored<Option<Invite>> {
         Ok(self.state().invites.get(&id).cloned())
     }
-    async fn invites(&self, owner: Option<UserId>, window: Window<InviteId>) -> Stored<Vec<Invite>> {
-        Ok(page(&self.state().invites, window, |i| owner.is_none_or(|o| i.owner == o)))
+    async fn invites(&self, within: Option<&Within>, window: Window<InviteId>) -> Stored<Vec<Invite>> {
+        Ok(page(&self.state().invites, window, |i| within.is_none_or(|w| w.has_invite(i))))
     }
     async fn revoke_invite(&self, id: InviteId, now: UnixMs) -> Stored<bool> {
         let mut state = self.state();
@@ -345,8 +346,8 @@ impl NodeDirectory for MemoryStore {
     async fn node(&self, id: NodeId) -> Stored<Option<Node>> {
         Ok(self.state().nodes.get(&id).cloned())
     }
-    async fn nodes(&self, owner: Option<UserId>, window: Window<NodeId>) -> Stored<Vec<Node>> {
-        Ok(page(&self.state().nodes, window, |n| owner.is_none_or(|o| n.owner == o)))
+    async fn nodes(&self, within: Option<&Within>, window: Window<NodeId>) -> Stored<Vec<Node>> {
+        Ok(page(&self.state().nodes, window, |n| within.is_none_or(|w| w.has_node(n))))
     }
     async fn count_nodes(&self) -> Stored<NodeCounts> {
         let s = self.state();

@@ -27,11 +27,11 @@ mod feeds {
         (Events::local(Duration::from_secs(600), clock.clone()), clock)
     }
     fn person(n: u16, role: Role) -> Authenticated {
-        Authenticated { caller: Caller::User { user: user_id(n), role }, login: Some(login_id(n)) }
+        Authenticated { caller: Caller::person(user_id(n), role), login: Some(login_id(n)) }
     }
     fn key(n: u16, role: Role, scopes: &[&str]) -> Authenticated {
-        let scopes = scopes.iter().map(|s| Scope::parse(s).unwrap()).collect();
-        Authenticated { caller: Caller::Key { key: key_id(n), user: user_id(n), role, scopes }, login: None }
+        let scopes: Vec<_> = scopes.iter().map(|s| Scope::parse(s).unwrap()).collect();
+        Authenticated { caller: Caller::key(key_id(n), user_id(n), role, scopes), login: None }
     }
     /// One event of each built topic for each of two owners.
     fn publish(events: &Events) {

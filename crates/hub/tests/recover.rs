@@ -124,7 +124,7 @@ async fn refused(w: &World, r: Recovery) -> &'static str {
 async fn a_node_gets_one_certificate_for_each_counter() {
     let w = World::new();
     let m = w.enrolled(1).await;
-    let caller = Caller::User { user: sample::user_id(1), role: Role::Developer };
+    let caller = Caller::person(sample::user_id(1), Role::Developer);
     let mut told = w.nodes.events.open(Authenticated { caller, login: None }, Some(vec![Topic::Nodes]), None).unwrap();
     w.at(END + DAY_MS);
     let first = w.ask(&m, 1).await.unwrap();

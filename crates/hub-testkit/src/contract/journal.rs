@@ -2,7 +2,7 @@ use super::sample::{assigned_task, attempt, frame, key_id, node_id, session_id, 
 use super::{T0, all, window};
 use futures::future::join_all;
 use hub_engine::ports::{Applied, Besides, Journal, Output};
-use hub_engine::records::{OutputTotals, Stream, Task, TaskFilter};
+use hub_engine::records::{OutputTotals, Stream, Task, TaskFilter, Within};
 use mesh_core::TaskId;
 use mesh_core::output::Digests;
 use mesh_core::spec::INLINE_SPEC_BYTES;
@@ -328,6 +328,12 @@ async fn lists(store: &dyn Journal) {
     assert_eq!(ids(TaskFilter { skill: Some("echo".into()), ..f() }, all()).await, [5]);
     assert_eq!(ids(TaskFilter { since: Some(T0 + 7), ..f() }, all()).await, [8, 7], "inclusive");
     assert_eq!(ids(TaskFilter { until: Some(T0 + 3), ..f() }, all()).await, [2, 1], "exclusive");
+    let within = |w| TaskFilter { within: Some(w), ..f() };
+    assert_eq!(ids(within(Within::owned_by(user_id(2))), all()).await, [8, 7, 6, 5]);
+    assert_eq!(ids(within(Within::default()), all()).await, Vec::<i64>::new());
+    assert_eq!(ids(within(Within { nodes: vec![node_id(1)], ..Within::default() }), all()).await, [3, 1]);
+    let granted = Within { sessions: vec![session_id(1)], nodes: vec![node_id(1)], ..Within::owned_by(user_id(2)) };
+    assert_eq!(ids(within(granted), all()).await, [8, 7, 6, 5, 4, 3, 2, 1], "each once");
     let narrow = TaskFilter { session: Some(session_id(1)), user: Some(user_id(1)), since: Some(T0 + 2), until: Some(T0 + 4), ..f() };
     assert_eq!(ids(narrow, all()).await, [2], "every field narrows");
 
@@ -337,6 +343,8 @@ async fn lists(store: &dyn Journal) {
         TaskFilter { node: Some(node_id(1)), ..f() },
         TaskFilter { user: Some(user_id(1)), ..f() },
         TaskFilter { user: Some(user_id(9)), ..f() },
+        within(Within::owned_by(user_id(1))),
+        within(Within { sessions: vec![session_id(1)], nodes: vec![node_id(1), node_id(9)], ..Within::owned_by(user_id(2)) }),
         TaskFilter { state: Some(TaskState::Assigned), ..f() },
         TaskFilter { state: Some(TaskState::Failed), ..f() },
         TaskFilter { skill: Some("shell".into()), ..f() },
@@ -350,6 +358,7 @@ async fn lists(store: &dyn Journal) {
         let shown = ids(one.clone(), all()).await;
         for two in &singles {
             let both = TaskFilter {
+                within: one.within.clone().or(two.within.clone()),
                 session: one.session.or(two.session),
                 node: one.node.or(two.node),
                 user: one.user.or(two.user),
@@ -359,7 +368,8 @@ async fn lists(store: &dyn Journal) {
                 until: one.until.or(two.until),
             };
             let other = ids(two.clone(), all()).await;
-            let alike = one.user.is_some() && two.user.is_some()
+            let alike = one.within.is_some() && two.within.is_some()
+                || one.user.is_some() && two.user.is_some()
                 || one.state.is_some() && two.state.is_some()
                 || one.since.is_some() && two.since.is_some()
                 || one.until.is_some() && two.until.is_some();

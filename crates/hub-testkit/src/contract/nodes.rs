@@ -2,7 +2,7 @@ use super::sample::{invite, invite_id, node, node_id, session, session_id, user_
 use super::{T0, all, window};
 use futures::future::join_all;
 use hub_engine::ports::NodeDirectory;
-use hub_engine::records::{Claim, Invite, InviteUse, Node, NodeCertificate, NodeChange, NodeCounts, RegistryChanges};
+use hub_engine::records::{Claim, Invite, InviteUse, Node, NodeCertificate, NodeChange, NodeCounts, RegistryChanges, Within};
 use mesh_core::capability::Capabilities;
 use std::sync::Arc;
 
@@ -56,11 +56,12 @@ async fn invites(store: &dyn NodeDirectory) {
     }
     assert!(store.add_invite(&invite(1)).await.is_err(), "an id is used once");
     assert_eq!(store.invite(invite_id(9)).await.unwrap(), None);
-    let ids = async |owner, w| store.invites(owner, w).await.unwrap().iter().map(|i| i.id).collect::<Vec<_>>();
+    let ids = async |within: Option<Within>, w| store.invites(within.as_ref(), w).await.unwrap().iter().map(|i| i.id).collect::<Vec<_>>();
     let id = invite_id;
     assert_eq!(ids(None, all()).await, [id(4), id(3), id(2), id(1)], "newest first");
     assert_eq!(ids(None, window(Some(id(4)), 2)).await, [id(3), id(2)]);
-    assert_eq!(ids(Some(user_id(2)), all()).await, [id(3), id(1)]);
+    assert_eq!(ids(Some(Within::owned_by(user_id(2))), all()).await, [id(3), id(1)]);
+    assert_eq!(ids(Some(Within::default()), all()).await, vec![], "within nothing");
 
     assert!(store.revoke_invite(id(1), T0 + 1).await.unwrap());
     assert_eq!(store.invite(id(1)).await.unwrap().unwrap().revoked_at, Some(T0 + 1));
@@ -140,7 +141,12 @@ async fn lists(store: &dyn NodeDirectory) {
     assert_eq!(store.node(node_id(9)).await.unwrap(), None);
     assert_eq!(ids(store.nodes(None, all()).await.unwrap()), [4, 3, 2, 1].map(node_id), "newest first");
     assert_eq!(ids(store.nodes(None, window(Some(node_id(3)), 1)).await.unwrap()), [node_id(2)]);
-    assert_eq!(ids(store.nodes(Some(user_id(2)), all()).await.unwrap()), [3, 1].map(node_id));
+    let within = async |w: Within| ids(store.nodes(Some(&w), all()).await.unwrap());
+    assert_eq!(within(Within::owned_by(user_id(2))).await, [3, 1].map(node_id));
+    let granted = vec![node_id(4), node_id(3), node_id(9)];
+    assert_eq!(within(Within { nodes: granted.clone(), ..Within::owned_by(user_id(2)) }).await, [4, 3, 1].map(node_id), "each once");
+    assert_eq!(within(Within { nodes: granted, ..Default::default() }).await, [4, 3].map(node_id));
+    assert_eq!(within(Within::default()).await, vec![], "within nothing");
     assert_eq!(ids(store.nodes_named("build").await.unwrap()), [4, 3, 1].map(node_id), "names are shared");
     assert_eq!(ids(store.nodes_named("Build").await.unwrap()), vec![]);
 }

@@ -3,7 +3,7 @@ use super::{T0, all, window};
 use futures::future::join_all;
 use hub_engine::ports::{ACTIVITY_KEPT, ACTIVITY_OVER, Applied, Besides, Journal, Sessions};
 use hub_engine::records::SessionAct::{self, *};
-use hub_engine::records::{Activity, Happened, Session, SessionChange, Task};
+use hub_engine::records::{Activity, Happened, Session, SessionChange, Task, Within};
 use mesh_core::SessionId;
 use mesh_core::task::{Event, Outcome, ReasonCode, TaskState};
 use std::sync::Arc;
@@ -64,14 +64,17 @@ async fn lists(store: &dyn Sessions) {
         assert_eq!(store.session(s.id).await.unwrap(), Some(s));
     }
     assert!(store.add_session(&session(1, 1)).await.is_err(), "an id is used once");
-    let ids = async |owner, w| store.sessions(owner, w).await.unwrap().iter().map(|s| s.id).collect::<Vec<_>>();
+    let ids = async |within: Option<Within>, w| store.sessions(within.as_ref(), w).await.unwrap().iter().map(|s| s.id).collect::<Vec<_>>();
     let id = session_id;
     assert_eq!(ids(None, all()).await, [id(4), id(3), id(2), id(1)], "newest first");
     assert_eq!(ids(None, window(Some(id(4)), 2)).await, [id(3), id(2)]);
     assert_eq!(ids(None, window(Some(id(1)), 2)).await, vec![]);
-    assert_eq!(ids(Some(user_id(2)), all()).await, [id(3), id(1)]);
-    assert_eq!(ids(Some(user_id(2)), window(Some(id(3)), 9)).await, [id(1)]);
-    assert_eq!(ids(Some(user_id(7)), all()).await, vec![]);
+    assert_eq!(ids(Some(Within::owned_by(user_id(2))), all()).await, [id(3), id(1)]);
+    assert_eq!(ids(Some(Within::owned_by(user_id(2))), window(Some(id(3)), 9)).await, [id(1)]);
+    assert_eq!(ids(Some(Within::owned_by(user_id(7))), all()).await, vec![]);
+    let granted = Within { sessions: vec![id(4), id(3), id(9)], ..Within::owned_by(user_id(2)) };
+    assert_eq!(ids(Some(granted), all()).await, [id(4), id(3), id(1)], "each once");
+    assert_eq!(ids(Some(Within::default()), all()).await, vec![], "within nothing");
 }
 
 async fn nodes_in_order(store: &dyn Sessions) {

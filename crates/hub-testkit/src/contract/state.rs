@@ -2,7 +2,7 @@ use super::sample::{entry_id, user_id};
 use super::{T0, all, window};
 use futures::future::join_all;
 use hub_engine::ports::AgentState;
-use hub_engine::records::{StateEntry, StateFilter, StateWritten};
+use hub_engine::records::{StateEntry, StateFilter, StateWritten, Within};
 use std::sync::Arc;
 
 fn entry(n: u16, agent: &str, key: &str, owner: u16) -> StateEntry {
@@ -44,14 +44,16 @@ async fn lists(store: &dyn AgentState) {
     };
     let f = StateFilter::default;
     assert_eq!(ids(f(), all(), 999).await, (vec![4, 3, 2, 1], false), "newest first");
-    assert_eq!(ids(StateFilter { owner: Some(user_id(1)), ..f() }, all(), 999).await, (vec![4, 3, 1], false));
+    assert_eq!(ids(StateFilter { within: Some(Within::owned_by(user_id(1))), ..f() }, all(), 999).await, (vec![4, 3, 1], false));
     assert_eq!(ids(StateFilter { agent: Some("a".into()), ..f() }, all(), 999).await, (vec![3, 1], false));
     assert_eq!(ids(StateFilter { key: Some("x".into()), ..f() }, window(Some(entry_id(4)), 9), 999).await, (vec![2, 1], false));
-    let narrow = StateFilter { owner: Some(user_id(1)), agent: Some("b".into()), key: Some("x".into()) };
+    let granted = Within { agents: vec!["b".into(), "a".into()], ..Within::default() };
+    assert_eq!(ids(StateFilter { within: Some(granted), ..f() }, all(), 999).await, (vec![3, 2, 1], false));
+    let narrow = StateFilter { within: Some(Within::owned_by(user_id(1))), agent: Some("b".into()), key: Some("x".into()) };
     assert_eq!(ids(narrow, all(), 999).await, (vec![], false), "every field narrows");
     assert_eq!(ids(f(), window(None, 2), 999).await, (vec![4, 3], true));
     assert_eq!(ids(f(), all(), 8).await, (vec![4, 3], true), "no more bytes than that");
-    let other = StateFilter { owner: Some(user_id(1)), ..f() };
+    let other = StateFilter { within: Some(Within::owned_by(user_id(1))), ..f() };
     assert_eq!(ids(other, window(Some(entry_id(4)), 1), 999).await, (vec![3], true));
 }
 

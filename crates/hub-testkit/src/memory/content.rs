@@ -80,8 +80,8 @@ impl Sessions for MemoryStore {
     async fn session(&self, id: SessionId) -> Stored<Option<Session>> {
         Ok(self.state().sessions.get(&id).cloned())
     }
-    async fn sessions(&self, owner: Option<UserId>, window: Window<SessionId>) -> Stored<Vec<Session>> {
-        Ok(page(&self.state().sessions, window, |s| owner.is_none_or(|o| s.owner == o)))
+    async fn sessions(&self, within: Option<&Within>, window: Window<SessionId>) -> Stored<Vec<Session>> {
+        Ok(page(&self.state().sessions, window, |s| within.is_none_or(|w| w.has_session(s))))
     }
     async fn close_session(&self, id: SessionId, by: Option<UserId>, now: UnixMs) -> Stored<bool> {
         let mut state = self.state();
@@ -350,7 +350,7 @@ impl AgentState for MemoryStore {
         let f = filter;
         let by_id: BTreeMap<EntryId, StateEntry> = MemoryStore::state(self).state.values().map(|e| (e.id, e.clone())).collect();
         let shown = |e: &StateEntry| {
-            f.owner.is_none_or(|o| e.owner == o)
+            f.within.as_ref().is_none_or(|w| w.has_entry(e))
                 && f.agent.as_ref().is_none_or(|a| e.agent == *a)
                 && f.key.as_ref().is_none_or(|k| e.key == *k)
         };

@@ -236,7 +236,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let (own, group, token) = (events.clone(), tasks.clone(), stop.clone());
         let get = async move |upgrade: WebSocketUpgrade| {
-            let caller = Caller::Key { key: key_id(1), user: user_id(1), role: Role::Developer, scopes };
+            let caller = Caller::key(key_id(1), user_id(1), Role::Developer, scopes);
             let feed = own.open(Authenticated { caller, login: None }, None, None).unwrap();
             let mut reader = Reader::new(feed, accounts, clock);
             reader.look_at = Instant::now() + look_in;

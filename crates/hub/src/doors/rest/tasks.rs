@@ -76,7 +76,7 @@ pub async fn dispatch_in_session(
 /// Boxed, since each future on the way would hold it twice.
 fn asked_for(app: &App, who: &Who, session: Option<SessionId>, asked: Creating<DispatchRequest>) -> Answer<Box<Dispatch>> {
     let (r, keyed) = asked.split(app, who);
-    let d = Dispatch { keyed, request_id: Some(who.asked.request_id.clone()), ..read(r, session, who.door)? };
+    let d = Dispatch { keyed, ..read(r, session)? };
     who.asked.may_wait(d.wait_secs.min(MAX_WAIT_SECS));
     Ok(Box::new(d))
 }
@@ -90,7 +90,7 @@ async fn run(app: App, who: Who, d: Box<Dispatch>) -> Answer<Dispatched> {
 }
 
 /// Reads a dispatch; what the contract names and is not built is refused by name.
-fn read(r: DispatchRequest, session: Option<SessionId>, door: &'static str) -> Answer<Dispatch> {
+fn read(r: DispatchRequest, session: Option<SessionId>) -> Answer<Dispatch> {
     let unbuilt = [
         ("all", r.all.as_ref().is_some_and(|v| *v != serde_json::Value::Bool(false))),
         ("browser", r.browser.is_some()),
@@ -129,8 +129,6 @@ fn read(r: DispatchRequest, session: Option<SessionId>, door: &'static str) -> A
         wait_secs: r.wait_secs.unwrap_or(0),
         terms,
         keyed: None,
-        door,
-        request_id: None,
     })
 }
 
@@ -246,6 +244,7 @@ pub async fn list(State(app): State<App>, who: Who, Query(q): Query<ListQuery>) 
         },
     };
     let filter = TaskFilter {
+        within: None,
         session: id(&q.session)?,
         node,
         user: id(&q.user)?,

@@ -7,7 +7,7 @@ use axum::extract::FromRequestParts;
 use axum::http::header;
 use axum::http::request::Parts;
 use hub_engine::accounts::Authenticated;
-use mesh_core::permission::Caller;
+use mesh_core::permission::{Caller, Via};
 
 /// The name of the first user, who also stands behind the control socket.
 pub const ADMIN: &str = "admin";
@@ -23,7 +23,6 @@ pub enum Door {
 /// The authenticated caller of a request.
 pub struct Who {
     pub authenticated: Authenticated,
-    pub door: &'static str,
     pub asked: Asked,
 }
 
@@ -38,7 +37,7 @@ impl FromRequestParts<App> for Who {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
         let socket = parts.extensions.get::<Door>() == Some(&Door::Socket);
         let door = if socket { "socket" } else { "rest" };
-        let authenticated = match parts.headers.get(header::AUTHORIZATION) {
+        let mut authenticated = match parts.headers.get(header::AUTHORIZATION) {
             Some(value) => {
                 let token = value.to_str().ok().and_then(|v| v.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
                 let (_, token) = token.ok_or_else(|| unauthenticated("use the header Authorization: Bearer <token or API key>"))?;
@@ -51,7 +50,10 @@ impl FromRequestParts<App> for Who {
             tracing::Span::current().record("user", tracing::field::display(user));
         }
         let asked = parts.extensions.get::<Asked>().cloned().ok_or_else(|| unauthenticated("the request came by no door"))?;
-        Ok(Self { authenticated, door, asked })
+        if let Caller::Person(person) = &mut authenticated.caller {
+            person.via = Via { door, address: asked.address, request_id: Some(asked.request_id.clone()) };
+        }
+        Ok(Self { authenticated, asked })
     }
 }
 
