@@ -113,12 +113,12 @@ async fn not_before_and_deadline() {
     assert_eq!(alive(&mark), Vec::<u32>::new());
 
     // It comes while both the node and the hub are away, and counts when they are back.
-    let id = text(&hub.dispatch(json!({"shell": sh(&format!("sleep {mark}")), "deadline": in_ms(6000)})).await, "id");
+    let id = text(&hub.dispatch(json!({"shell": sh(&format!("sleep {mark}")), "deadline": in_ms(12_000)})).await, "id");
     hub.task_when(&id, "to run", |t| t["state"] == "running").await;
     node.daemon().kill9();
     node.offline(&hub).await;
     hub.process.kill9();
-    let deadline = OffsetDateTime::now_utc() + Duration::from_secs(6);
+    let deadline = OffsetDateTime::now_utc() + Duration::from_secs(12);
     until("the deadline to pass", async || (OffsetDateTime::now_utc() > deadline).then_some(())).await;
     hub.restart().await;
     assert_eq!(hub.task(&id).await["waiting"]["code"], "in_doubt", "its node alone knows");
