@@ -1,11 +1,10 @@
-//! Chores of the house: the architecture check, the run of all tests, throw-away certificates, benchmarks.
+//! Chores of the house: the architecture check, throw-away certificates, benchmarks.
 //!
 //! Run as `cargo xtask <chore>`. Nothing here is shipped.
 
 pub mod arch;
 pub mod bench;
 pub mod certs;
-pub mod testing;
 
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
@@ -22,8 +21,6 @@ struct Cli {
 enum Chore {
     /// Checks the rules of ARCHITECTURE.md against the crates as they are
     CheckArch,
-    /// Runs all tests; one that fails is run once more, alone, and then counts as unsteady or failed
-    Test,
     /// Makes a throw-away CA with a server and a client certificate in certs-dev/
     DevCerts {
         /// Replace what is there
@@ -51,7 +48,6 @@ struct Rest {
 pub fn run() -> ExitCode {
     let done = match Cli::parse().chore {
         Chore::CheckArch => arch::run(),
-        Chore::Test => root().and_then(|r| testing::run(&r)),
         Chore::DevCerts { force } => root().and_then(|r| certs::make(&r.join("certs-dev"), force)).map(|()| true),
         Chore::Load(_) => return not_yet("load"),
         Chore::Bench(what) => bench::run(&what),
