@@ -1,7 +1,7 @@
 //! The daemon's engine at message level: the node's own checker, table of attempts, pulls and back-off,
 //! between a simulated link and a simulated warden. It follows `node::link::engine` step by step.
 
-use crate::net::{Hello, NodeEnd, ToHub, ToNode, Wire};
+use crate::net::{Dialed, Hello, NodeEnd, ToHub, ToNode, Wire};
 use crate::node::Machine;
 use crate::oracle::Key as Attempt;
 use crate::plan::{Break, Fault, Point};
@@ -50,8 +50,6 @@ struct Up {
     heartbeat_due: Instant,
     repeat_due: Instant,
 }
-
-type Dialed = Result<(NodeEnd, [u8; 16], i64, Vec<(Attempt, u64)>), &'static str>;
 
 pub struct Daemon {
     m: Arc<Machine>,
@@ -245,9 +243,9 @@ impl Daemon {
         let known = self.attempts.known();
         let attempts = known.iter().filter_map(|k| Some((k.task_id.parse().ok()?, AttemptNo(k.attempt)))).collect();
         let hello = Hello { spool: self.m.spool_id(), attempts, max_tasks: self.m.max_tasks, last_session: lock(&self.m.session).clone() };
-        let (m, told) = (self.m.clone(), self.dialled.0.clone());
+        let (m, told, tasks) = (self.m.clone(), self.dialled.0.clone(), self.tasks.clone());
         self.tasks.spawn_until_cancelled("dial", async move {
-            let dialed = tokio::time::timeout(DIAL_TIMEOUT, connect(&m, hello)).await.unwrap_or(Err("timed out"));
+            let dialed = tokio::time::timeout(DIAL_TIMEOUT, connect(&m, hello, &tasks)).await.unwrap_or(Err("timed out"));
             let _ = told.send(dialed).await;
         });
     }
@@ -287,8 +285,8 @@ impl Daemon {
         self.drop_link();
         *lock(&self.m.session) = link_session.to_vec();
         let (m, now) = (&self.m, Instant::now());
-        let keys = crate::hub::SimKeys::default();
-        let checker = Checker::new(crate::hub::hub_id(), m.id, crate::hub::node_key(m.n), vec![keys.public()], link_session);
+        let (hub, public) = m.world.hub_identity();
+        let checker = Checker::new(hub, m.id, m.world.node_key(m.n), vec![public], link_session);
         m.world.note(format_args!("node {}: link {} up{}", m.n, end.wire.no, if swap { ", swapped" } else { "" }));
         self.up = Some(Up {
             end,
@@ -611,21 +609,18 @@ impl Daemon {
 }
 
 /// Dials the hub and says hello.
-async fn connect(m: &Arc<Machine>, hello: Hello) -> Dialed {
+async fn connect(m: &Arc<Machine>, hello: Hello, tasks: &Tasks) -> Dialed {
     m.world.pause(1, 50).await;
     if let Some(until) = m.world.partitioned_until(m.n) {
         tokio::time::sleep_until(until).await;
     }
     let hub = m.hub.borrow().clone().filter(|h| h.serves()).ok_or("refused")?;
     let no = m.wire_no.fetch_add(1, Ordering::SeqCst) + 1;
-    let (mut near, far) = Wire::make(&m.world, m.n, no);
-    {
-        let mut wires = lock(&m.wires);
-        wires.push(near.wire.clone());
-        if wires.len() > 4 {
-            wires.remove(0);
-        }
+    if m.world.carrier.is_some() {
+        return crate::carry::connect(m, &hub, no, hello, tasks).await;
     }
+    let (mut near, far): (NodeEnd, _) = Wire::make(&m.world, m.n, no);
+    m.note_wire(&near.wire);
     m.world.pause(0, 20).await;
     hub.accept(far, m.id, hello);
     let first = tokio::select! {

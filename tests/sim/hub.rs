@@ -1,6 +1,7 @@
 //! One life of the hub: the real engine on the simulated store, and the link's conversation as the hub's
 //! link holds it.
 
+use crate::carry::{self, Port};
 use crate::net::{HubEnd, ToHub, ToNode};
 use crate::oracle::Key;
 use crate::plan::{Break, Fault, Point};
@@ -29,8 +30,8 @@ use mesh_wire::limits::{HEARTBEAT_SECS, ORDERS_PER_ENVELOPE, PAYLOAD_CHUNK_BYTES
 use mesh_wire::node::{Envelope, OrdersBody, PayloadChunk, PayloadRequest, ResultAck, node_frame};
 use prost::Message;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -39,13 +40,6 @@ const SILENCE: Duration = Duration::from_secs(SILENCE_SECS);
 const TOGETHER: usize = 64;
 const REPORTS: usize = 2048;
 const REPORTS_AT_ONCE: usize = 256;
-
-pub fn hub_id() -> HubId {
-    HubId::from_bytes([1; 16])
-}
-pub fn node_key(n: usize) -> Digest {
-    [n as u8; 32]
-}
 
 /// Keys that sign and seal truly.
 pub struct SimKeys(ed25519_dalek::SigningKey);
@@ -57,6 +51,9 @@ impl Default for SimKeys {
 }
 
 impl SimKeys {
+    pub fn hub() -> HubId {
+        HubId::from_bytes([1; 16])
+    }
     pub fn public(&self) -> [u8; 32] {
         self.0.verifying_key().to_bytes()
     }
@@ -93,7 +90,7 @@ pub struct Hub {
     pub life: Arc<Life>,
     world: Arc<World>,
     pub store: SimStore,
-    keys: Arc<SimKeys>,
+    keys: Arc<dyn Keyring>,
     pub clock: Arc<SimClock>,
     pub links: Arc<Links>,
     pub pool: Arc<Pool>,
@@ -102,6 +99,7 @@ pub struct Hub {
     pub tasks: Arc<TaskService>,
     pub idempotency: Idempotency,
     ready: AtomicBool,
+    port: OnceLock<Port>,
 }
 
 impl Hub {
@@ -109,12 +107,12 @@ impl Hub {
     pub fn new(world: &Arc<World>, disk: &Arc<MemoryStore>, no: u64, incarnation: u32) -> Arc<Self> {
         let life = Arc::new(Life { no, dead: AtomicBool::new(false), tasks: Tasks::new() });
         let store = SimStore { disk: disk.clone(), world: world.clone(), life: life.clone(), writer: Arc::default() };
-        let (clock, keys) = (world.clock(), Arc::new(SimKeys::default()));
+        let (clock, keys) = (world.clock(), world.keys());
         let port = Arc::new(store.clone());
         let events = Events::local(Duration::from_secs(60), clock.clone());
         let (links, watchers) = (Arc::new(Links::telling(events.clone())), Watchers::default());
         let nodes = Arc::new(Nodes {
-            hub: hub_id(),
+            hub: world.hub_identity().0,
             store: port.clone(),
             keyring: keys.clone(),
             links: links.clone(),
@@ -176,8 +174,8 @@ impl Hub {
             stop: CancellationToken::new(),
         });
         let idempotency = Idempotency { store: port, clock: clock.clone() };
-        let (world, ready) = (world.clone(), AtomicBool::new(false));
-        Arc::new(Self { life, world, store, keys, clock, links, pool, delivery, manage, tasks, idempotency, ready })
+        let (world, ready, port) = (world.clone(), AtomicBool::new(false), OnceLock::new());
+        Arc::new(Self { life, world, store, keys, clock, links, pool, delivery, manage, tasks, idempotency, ready, port })
     }
 
     /// Takes up what the journal holds, and then serves. A start that fails ends the process.
@@ -193,12 +191,18 @@ impl Hub {
                 hub.world.note(format_args!("hub {} cannot start: {error}", hub.life.no));
                 return hub.life.kill(&hub.world);
             }
+            if let Some(c) = &hub.world.carrier {
+                let _ = hub.port.set(carry::serve(&hub, c.keys.clone()));
+            }
             hub.ready.store(true, Ordering::SeqCst);
             hub.world.note(format_args!("hub {} is ready", hub.life.no));
             let (pool, manage) = (hub.pool.clone(), hub.manage.clone());
             hub.life.tasks.spawn_until_cancelled("pool", async move { pool.run().await });
             hub.life.tasks.spawn_until_cancelled("registry", async move { manage.run().await });
         });
+    }
+    pub fn port(&self) -> Option<&Port> {
+        self.port.get()
     }
     pub fn serves(&self) -> bool {
         self.ready.load(Ordering::SeqCst) && !self.life.dead()
@@ -271,7 +275,7 @@ impl Hub {
             output,
             link_session,
             seq: 0,
-            key: node_key(wire.node),
+            key: self.world.node_key(wire.node),
         };
         for command in first {
             talk.pass(vec![command]);
@@ -490,14 +494,20 @@ impl Talk {
         let (world, keys) = (self.hub.world.clone(), self.hub.keys.clone());
         let ordered = !orders.is_empty();
         let stray = world.rng(|r| ordered && r.chance(6)).then(|| self.stray(&orders[0]));
-        let mut sealer =
-            Sealer { keyring: &*keys, hub: hub_id(), node: self.node, node_key: self.key, link_session: self.link_session, seq: self.seq };
+        let mut sealer = Sealer {
+            keyring: &*keys,
+            hub: world.hub_identity().0,
+            node: self.node,
+            node_key: self.key,
+            link_session: self.link_session,
+            seq: self.seq,
+        };
         let mut envelopes = sealer.orders(orders);
         envelopes.extend(sealer.cancels(&cancels));
         if let Some(stray) = stray {
             world.fault(Fault::UngrantedOrder, stray.task);
             for sealed in sealer.orders(vec![stray]) {
-                envelopes.push(ungranted(&keys, sealed));
+                envelopes.push(ungranted(&*keys, sealed));
             }
         }
         self.seq = sealer.seq;
@@ -529,7 +539,7 @@ impl Talk {
 }
 
 /// The same orders as a version would sign them that assigns ahead.
-fn ungranted(keys: &SimKeys, sealed: Envelope) -> Envelope {
+fn ungranted(keys: &dyn Keyring, sealed: Envelope) -> Envelope {
     let mut body = OrdersBody::decode(sealed.body.as_slice()).unwrap_or_default();
     body.orders.iter_mut().for_each(|o| o.granted = false);
     let body = body.encode_to_vec();

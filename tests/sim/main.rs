@@ -9,6 +9,7 @@
 //! What may go wrong stands in `plan.rs`, what must hold in `oracle.rs`.
 #![expect(clippy::disallowed_methods, reason = "a seed is given on the command line")]
 
+mod carry;
 mod daemon;
 mod hub;
 mod net;
@@ -21,13 +22,19 @@ mod warden;
 mod world;
 
 use plan::{Break, Fault, Point, TRANSITIONS};
-use run::{Report, run};
+use run::{How, Report, run};
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Seeds of a run; more with `SIM_SEEDS`.
 const SEEDS: u64 = 2000;
+/// Of them, over what really carries links.
+const CARRIED_SEEDS: u64 = 200;
+const CARRIED_FAULTS: [Fault; 12] = {
+    use Fault::*;
+    [HubCrash, HubRestore, DaemonCrash, WardenCrash, PowerCut, SpoolReplaced, LinkCut, HalfOpen, Partition, SlowLink, SecondLink, SlowStore]
+};
 /// Of a failed seed's trace, when it is one of many.
 const LINES: usize = 100;
 /// Of everything that is to be covered there is at least so much.
@@ -39,16 +46,19 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
 }
 
-fn story(seed: u64, broken: Option<Break>, report: &Report, lines: usize) -> String {
+fn story(seed: u64, how: How, report: &Report, lines: usize) -> String {
     let Some(v) = &report.violation else { return String::new() };
     let from = report.trace.len().saturating_sub(lines);
-    let with = broken.map(|b| format!(" SIM_BREAK={b:?}")).unwrap_or_default();
+    let mut with = how.broken.map(|b| format!(" SIM_BREAK={b:?}")).unwrap_or_default();
+    if how.carried {
+        with.push_str(" SIM_CARRIED=1");
+    }
     let again = format!("SIM_SEED={seed}{with} cargo test -p mesh-tests --test simulation one -- --nocapture");
     format!("{}\n\nseed {seed} breaks `{}`: {}\nagain: {again}\n", report.trace[from..].join("\n"), v.invariant, v.detail)
 }
 
 /// Runs seeds on all cores until `each` has had enough; `each` sees them in any order.
-fn many(seeds: std::ops::Range<u64>, broken: Option<Break>, each: impl Fn(u64, Report) -> bool + Sync) {
+fn many(seeds: std::ops::Range<u64>, how: How, each: impl Fn(u64, Report) -> bool + Sync) {
     let next = AtomicU64::new(seeds.start);
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     std::thread::scope(|scope| {
@@ -59,7 +69,7 @@ fn many(seeds: std::ops::Range<u64>, broken: Option<Break>, each: impl Fn(u64, R
                     if seed >= seeds.end {
                         return;
                     }
-                    if !each(seed, run(seed, broken)) {
+                    if !each(seed, run(seed, how)) {
                         next.store(seeds.end, Ordering::SeqCst);
                     }
                 }
@@ -72,26 +82,48 @@ fn many(seeds: std::ops::Range<u64>, broken: Option<Break>, each: impl Fn(u64, R
 fn one() {
     let Some(seed) = number("SIM_SEED") else { return };
     let broken = std::env::var("SIM_BREAK").ok().map(|b| Break::named(&b).unwrap_or_else(|| panic!("{b} is nothing to break")));
-    let report = run(seed, broken);
+    let how = How { broken, carried: number("SIM_CARRIED").is_some() };
+    let report = run(seed, how);
     if report.violation.is_some() {
-        panic!("{}", story(seed, broken, &report, usize::MAX));
+        panic!("{}", story(seed, how, &report, usize::MAX));
     }
     println!("{}", report.trace.join("\n"));
 }
 
 #[test]
 fn every_seed_holds_and_everything_is_covered() {
-    let (first, count) = (number("SIM_FIRST").unwrap_or(0), number("SIM_SEEDS").unwrap_or(SEEDS));
+    let count = number("SIM_SEEDS").unwrap_or(SEEDS);
+    let counts = holds(count, How::default());
+    let faults = Fault::ALL.iter().map(|f| format!("fault {f:?}"));
+    let points = Point::ALL.iter().map(|p| format!("crash {p:?}"));
+    let wanted = TRANSITIONS.iter().map(|t| t.to_string()).chain(faults).chain(points);
+    let rare: Vec<_> = wanted.filter(|w| counts.get(w).copied().unwrap_or(0) < AT_LEAST).collect();
+    assert!(count < SEEDS || rare.is_empty(), "covered less than {AT_LEAST} times: {rare:#?}");
+}
+
+/// The hub's own conversation, over gRPC and HTTP/2.
+#[test]
+fn seeds_hold_over_what_really_carries_links() {
+    let count = number("SIM_CARRIED_SEEDS").unwrap_or(CARRIED_SEEDS);
+    let counts = holds(count, How { carried: true, ..How::default() });
+    let faults = CARRIED_FAULTS.iter().map(|f| format!("fault {f:?}"));
+    let rare: Vec<_> = faults.filter(|w| counts.get(w).copied().unwrap_or(0) < AT_LEAST).collect();
+    assert!(count < CARRIED_SEEDS || rare.is_empty(), "covered less than {AT_LEAST} times: {rare:#?}");
+}
+
+/// Plays them all; gives what came about, how often.
+fn holds(count: u64, how: How) -> BTreeMap<String, u64> {
+    let first = number("SIM_FIRST").unwrap_or(0);
     let counts: Mutex<BTreeMap<String, u64>> = Mutex::default();
     let failed: Mutex<BTreeMap<u64, String>> = Mutex::default();
-    many(first..first + count, None, |seed, report| {
+    many(first..first + count, how, |seed, report| {
         for (what, n) in &report.counts {
             *world::lock(&counts).entry(what.clone()).or_default() += n;
         }
         let bad = report.violation.is_some();
         if let Some(v) = &report.violation {
             println!("seed {seed} breaks {}: {}", v.invariant, v.detail);
-            world::lock(&failed).insert(seed, story(seed, None, &report, LINES));
+            world::lock(&failed).insert(seed, story(seed, how, &report, LINES));
         }
         !bad || number("SIM_ALL").is_some()
     });
@@ -101,20 +133,17 @@ fn every_seed_holds_and_everything_is_covered() {
     }
     let counts = counts.into_inner().unwrap_or_default();
     counts.iter().for_each(|(what, n)| println!("{n:>8} {what}"));
-    let faults = Fault::ALL.iter().map(|f| format!("fault {f:?}"));
-    let points = Point::ALL.iter().map(|p| format!("crash {p:?}"));
-    let wanted = TRANSITIONS.iter().map(|t| t.to_string()).chain(faults).chain(points);
-    let rare: Vec<_> = wanted.filter(|w| counts.get(w).copied().unwrap_or(0) < AT_LEAST).collect();
-    assert!(count < SEEDS || rare.is_empty(), "covered less than {AT_LEAST} times: {rare:#?}");
     // And nothing happens that nobody has thought of.
     let unknown: Vec<_> = counts.keys().filter(|w| w.split(' ').count() == 3 && !TRANSITIONS.contains(&w.as_str())).collect();
     assert!(unknown.is_empty(), "transitions that are not in the list: {unknown:?}");
+    counts
 }
 
 #[test]
 fn a_seed_gives_the_same_trace_again() {
-    for seed in [3, 1414, 99_991] {
-        let (first, second) = (run(seed, None), run(seed, None));
+    for (seed, carried) in [(3, false), (1414, false), (99_991, false), (5, true), (77, true)] {
+        let how = How { broken: None, carried };
+        let (first, second) = (run(seed, how), run(seed, how));
         assert!(first.trace.len() > 50);
         let differs = first.trace.iter().zip(&second.trace).position(|(a, b)| a != b);
         assert_eq!(differs.map(|n| (&first.trace[n], &second.trace[n])), None);
@@ -131,7 +160,7 @@ fn a_store_that_decides_for_itself_is_noticed() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().expect("a runtime");
     let noticed = |forge: fn(&mut hub_engine::records::Task), again: bool| {
         runtime.block_on(async {
-            let (world, disk) = (world::World::new(0, None), hub_testkit::MemoryStore::new());
+            let (world, disk) = (world::World::new(0, None, None), hub_testkit::MemoryStore::new());
             let task = sample::task(1);
             disk.accept(&task).await.expect("memory");
             world.saw_accept(&task);
@@ -161,7 +190,7 @@ fn a_broken_mechanism_is_noticed() {
     for (broken, by) in Break::ALL {
         let noticed: Mutex<Option<(u64, String)>> = Mutex::default();
         let tried = AtomicU64::new(0);
-        many(0..SEEDS_TO_NOTICE, Some(broken), |seed, report| {
+        many(0..SEEDS_TO_NOTICE, How { broken: Some(broken), carried: false }, |seed, report| {
             tried.fetch_add(1, Ordering::SeqCst);
             let Some(v) = report.violation.filter(|v| by.contains(&v.invariant)) else { return true };
             world::lock(&noticed).get_or_insert((seed, v.invariant.to_owned()));

@@ -42,11 +42,16 @@ pub enum ToNode {
     Goodbye(&'static str),
 }
 
+/// What came of a dial: a link, its session, the hub's time, and what it has of each output.
+pub type Dialed = Result<(NodeEnd, [u8; 16], i64, Vec<(Key, u64)>), &'static str>;
+
 /// One connection.
 pub struct Wire {
     world: Arc<World>,
     pub node: usize,
     pub no: u64,
+    /// Within one process: nothing is slow or lost there.
+    direct: bool,
     /// What is under way to the hub, or to the node, never arrives.
     pub lost_up: AtomicBool,
     pub lost_down: AtomicBool,
@@ -87,8 +92,15 @@ pub type NodeEnd = End<ToHub, ToNode>;
 pub type HubEnd = End<ToNode, ToHub>;
 
 impl Wire {
-    pub fn make(world: &Arc<World>, node: usize, no: u64) -> (NodeEnd, HubEnd) {
+    pub fn make<S, R>(world: &Arc<World>, node: usize, no: u64) -> (End<S, R>, End<R, S>) {
+        Self::ends(world, node, no, false)
+    }
+    pub fn direct<S, R>(world: &Arc<World>, node: usize, no: u64) -> (End<S, R>, End<R, S>) {
+        Self::ends(world, node, no, true)
+    }
+    fn ends<S, R>(world: &Arc<World>, node: usize, no: u64, direct: bool) -> (End<S, R>, End<R, S>) {
         let wire = Arc::new(Self {
+            direct,
             world: world.clone(),
             node,
             no,
@@ -139,7 +151,10 @@ impl<T> Sender<T> {
         }
         let world = &self.wire.world;
         let slow = lock(&world.slow_links).contains(&self.wire.node);
-        let ms = world.rng(|r| if slow { r.between(200, 3000) } else { r.between(0, 20) });
+        let ms = match self.wire.direct {
+            true => 0,
+            false => world.rng(|r| if slow { r.between(200, 3000) } else { r.between(0, 20) }),
+        };
         let mut last = lock(&self.last);
         *last = (*last).max(Instant::now() + Duration::from_millis(ms));
         self.out.try_send((*last, message)).is_ok()
@@ -173,7 +188,8 @@ impl<T> Receiver<T> {
             }
             let at = self.next.as_ref().map_or_else(Instant::now, |n| n.0);
             tokio::time::sleep_until(at).await;
-            if let Some(until) = self.wire.world.partitioned_until(self.wire.node) {
+            let apart = if self.wire.direct { None } else { self.wire.world.partitioned_until(self.wire.node) };
+            if let Some(until) = apart {
                 tokio::time::sleep_until(until).await;
                 continue;
             }

@@ -71,6 +71,14 @@ impl Machine {
         if self.world.is(Break::ForgetSpool) { self.first_spool } else { lock(&self.spool).id }
     }
 
+    pub fn note_wire(&self, wire: &Arc<Wire>) {
+        let mut wires = lock(&self.wires);
+        wires.push(wire.clone());
+        if wires.len() > 4 {
+            wires.remove(0);
+        }
+    }
+
     // ---- the warden ----
 
     /// Starts the warden unless one runs, and gives the way to it.

@@ -1,13 +1,14 @@
 //! One seed: a hub, a few nodes, callers, and somebody who breaks things; then peace, and the reckoning.
 
-use crate::hub::{Hub, SimKeys};
+use crate::carry::{Carrier, MOST_NODES};
+use crate::hub::Hub;
 use crate::node::Machine;
 use crate::oracle::Oracle;
 use crate::plan::{Break, Fault, Point, Write};
 use crate::store::{leave_ungranted, requeue_on_clock};
 use crate::world::{StoreMood, T0, Violation, World, lock};
 use hub_engine::pool::Accepted;
-use hub_engine::ports::{Accounts, Journal, Keyring, NodeDirectory, Window};
+use hub_engine::ports::{Accounts, Journal, NodeDirectory, Window};
 use hub_engine::records::{Actor, Claim, Node, NodeCertificate, OutputTotals, Task, TaskFilter};
 use hub_testkit::MemoryStore;
 use hub_testkit::contract::sample;
@@ -32,6 +33,14 @@ thread_local! {
     static PANICS: Cell<u32> = const { Cell::new(0) };
 }
 
+/// What all seeds of a run have in common.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct How {
+    pub broken: Option<Break>,
+    /// Over what really carries links.
+    pub carried: bool,
+}
+
 pub struct Report {
     pub violation: Option<Violation>,
     pub trace: Vec<String>,
@@ -39,7 +48,7 @@ pub struct Report {
 }
 
 /// Runs one seed in a runtime of its own, whose time is simulated.
-pub fn run(seed: u64, broken: Option<Break>) -> Report {
+pub fn run(seed: u64, how: How) -> Report {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let usual = std::panic::take_hook();
@@ -51,7 +60,7 @@ pub fn run(seed: u64, broken: Option<Break>) -> Report {
     PANICS.with(|p| p.set(0));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().expect("a runtime");
     let report = runtime.block_on(async {
-        let world = World::new(seed, broken);
+        let world = World::new(seed, how.broken, how.carried.then(Carrier::shared));
         let mut sim = Sim::new(&world).await;
         sim.play().await;
         let panics = PANICS.with(Cell::get);
@@ -82,6 +91,10 @@ struct Sim {
     /// Slow, failing or lossy store; the end of it.
     mood_until: Option<Instant>,
     peace: bool,
+    /// Held by each caller that has no answer yet.
+    asking: Arc<()>,
+    /// By which hub, and which machine.
+    revoked_again: BTreeSet<(u64, usize)>,
 }
 
 fn caller(user: u16) -> Caller {
@@ -97,11 +110,11 @@ impl Sim {
         }
         let (hub, watched) = watch::channel(None);
         let mut machines = vec![];
-        let count = world.rng(|r| r.between(1, 3)) as usize;
+        let count = world.rng(|r| r.between(1, MOST_NODES as u64)) as usize;
         for n in 1..=count {
             let invite = sample::invite(n as u16);
             disk.add_invite(&invite).await.expect("memory");
-            let certificate = NodeCertificate { spki: crate::hub::node_key(n), der: vec![], not_after: i64::MAX, counter: 0 };
+            let certificate = NodeCertificate { spki: world.node_key(n), der: vec![], not_after: i64::MAX, counter: 0 };
             let node = Node { id: sample::node_id(n as u16), name: format!("n{n}"), certificate, ..sample::node(n as u16, n as u8) };
             let claimed = disk.claim_invite(invite.id, &node, T0, 1000).await.expect("memory");
             assert_eq!(claimed, Claim::Claimed);
@@ -123,6 +136,8 @@ impl Sim {
             silent_since: BTreeMap::new(),
             mood_until: None,
             peace: false,
+            asking: Arc::default(),
+            revoked_again: BTreeSet::new(),
         }
     }
 
@@ -199,6 +214,9 @@ impl Sim {
         if self.mood_until.is_some_and(|t| now >= t) {
             self.mood_until = None;
             *lock(&self.world.mood) = StoreMood::default();
+        }
+        if self.peace {
+            self.revoke_again();
         }
         if self.world.is(Break::RequeueOnClock) {
             self.requeue_silent().await;
@@ -348,7 +366,8 @@ impl Sim {
                 }
             }
             12 | 19 => m.swap.store(true, Ordering::SeqCst),
-            13 if world.rng(|r| r.chance(30)) => self.intrude(&m),
+            // A second machine is no node of the model where the hub itself tells them apart.
+            13 if world.rng(|r| r.chance(30)) && world.carrier.is_none() => self.intrude(&m),
             13 | 14 => {
                 let mood = world.rng(|r| match r.below(3) {
                     0 => StoreMood { slow_ms: r.between(50, 400), ..StoreMood::default() },
@@ -399,10 +418,16 @@ impl Sim {
             m.swap.store(false, Ordering::SeqCst);
         }
         self.undrain();
-        // A back-up may have brought nodes back that are gone for good.
+    }
+
+    /// A back-up may have brought nodes back that are gone for good, also a moment after the peace.
+    fn revoke_again(&mut self) {
+        let Some(no) = self.hub.borrow().as_ref().filter(|h| h.serves()).map(|h| h.life.no) else { return };
         for m in self.machines.iter().filter(|m| m.revoked.load(Ordering::SeqCst)) {
-            let id = m.id;
-            self.on_hub("revoke again", move |hub| async move { hub.manage.revoke(&caller(1), id).await.is_ok() });
+            if self.revoked_again.insert((no, m.n)) {
+                let id = m.id;
+                self.on_hub("revoke again", move |hub| async move { hub.manage.revoke(&caller(1), id).await.is_ok() });
+            }
         }
     }
 
@@ -410,6 +435,9 @@ impl Sim {
     async fn left(&self) -> Option<(&'static str, String)> {
         let hub = self.hub.borrow().clone();
         let Some(hub) = hub.filter(|h| h.serves()) else { return Some(("comes_to_rest", "the hub does not serve".into())) };
+        if Arc::strong_count(&self.asking) > 1 {
+            return Some(("comes_to_rest", "somebody still asks for something".into()));
+        }
         let open = self.disk.open_tasks(None, None, 1).await.unwrap_or_default();
         if let Some(open) = open.first() {
             return Some(("comes_to_rest", format!("{} is {:?}", open.id, open.progress)));
@@ -473,7 +501,7 @@ impl Sim {
                 signed: None,
                 digests: None,
             };
-            task.seal = SimKeys::default().seal(&task.intent());
+            task.seal = self.world.keys().seal(&task.intent());
             task
         })
     }
@@ -491,10 +519,12 @@ impl Sim {
             if copy > 0 {
                 // A door makes a new id for each request.
                 task.id = TaskId::from_parts(task.created_at, self.world.rng(|r| r.bytes()));
-                task.seal = SimKeys::default().seal(&task.intent());
+                task.seal = self.world.keys().seal(&task.intent());
             }
             let (world, hub, key, told) = (self.world.clone(), self.hub.subscribe(), key.clone(), self.dispatched.clone());
+            let asks = self.asking.clone();
             self.world.tasks.spawn_until_cancelled("caller", async move {
+                let _asks = asks;
                 loop {
                     world.pause(0, 50).await;
                     if let Some(id) = ask(&world, &hub, task.clone(), key.as_deref()).await {
@@ -518,7 +548,7 @@ impl Sim {
                     }
                     world.pause(500, 3000).await;
                     task.id = TaskId::from_parts(task.created_at, world.rng(|r| r.bytes()));
-                    task.seal = SimKeys::default().seal(&task.intent());
+                    task.seal = world.keys().seal(&task.intent());
                 }
             });
         }

@@ -1,7 +1,11 @@
 //! What one seed consists of: randomness, simulated time, a trace, what was covered, what went wrong.
 
+use crate::carry::Carrier;
+use crate::hub::SimKeys;
 use crate::oracle::Oracle;
 use crate::plan::{Break, Fault, Point};
+use hub_engine::ports::Keyring;
+use mesh_core::{Digest, HubId};
 use mesh_process::{Clock, Tasks};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -107,12 +111,14 @@ pub struct World {
     pub partitions: Mutex<BTreeMap<usize, Instant>>,
     /// Nodes whose link is slow now.
     pub slow_links: Mutex<BTreeSet<usize>>,
+    /// None: links carry messages as they are.
+    pub carrier: Option<Arc<Carrier>>,
     /// What belongs to no simulated process: callers, the director.
     pub tasks: Tasks,
 }
 
 impl World {
-    pub fn new(seed: u64, broken: Option<Break>) -> Arc<Self> {
+    pub fn new(seed: u64, broken: Option<Break>, carrier: Option<Arc<Carrier>>) -> Arc<Self> {
         Arc::new(Self {
             broken,
             begun: Instant::now(),
@@ -127,8 +133,25 @@ impl World {
             armed: Mutex::default(),
             partitions: Mutex::default(),
             slow_links: Mutex::default(),
+            carrier,
             tasks: Tasks::new(),
         })
+    }
+    pub fn keys(&self) -> Arc<dyn Keyring> {
+        match &self.carrier {
+            Some(c) => c.keys.clone(),
+            None => Arc::new(SimKeys::default()),
+        }
+    }
+    /// Its id, and the key that its orders are signed with.
+    pub fn hub_identity(&self) -> (HubId, [u8; 32]) {
+        match &self.carrier {
+            Some(c) => (c.keys.hub, c.keys.task_keys()[0]),
+            None => (SimKeys::hub(), SimKeys::default().public()),
+        }
+    }
+    pub fn node_key(&self, n: usize) -> Digest {
+        self.carrier.as_ref().map_or([n as u8; 32], |c| c.node_key(n))
     }
     pub fn clock(&self) -> Arc<SimClock> {
         Arc::new(SimClock::new(self.begun, self.wall.clone()))

@@ -12,6 +12,7 @@ use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use std::sync::Arc;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -136,7 +137,10 @@ pub async fn connect(address: &str, name: &str, config: Arc<ClientConfig>) -> Re
 }
 
 /// A gRPC channel over one connection that stands already; when it ends, the channel ends.
-pub async fn channel(stream: TlsStream<TcpStream>) -> Result<tonic::transport::Channel, tonic::transport::Error> {
+pub async fn channel<S>(stream: S) -> Result<tonic::transport::Channel, tonic::transport::Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     use mesh_wire::limits;
     let mut once = Some(hyper_util::rt::TokioIo::new(stream));
     let connector = tower::service_fn(move |_: tonic::transport::Uri| {

@@ -14,6 +14,7 @@ pub mod tls;
 mod wire;
 
 use crate::keys::Keys;
+use futures::Stream;
 use hub_engine::delivery::Delivery;
 use hub_engine::nodes::Nodes;
 use mesh_core::{Digest, NodeId, UnixMs};
@@ -23,8 +24,10 @@ use mesh_wire::node::enrolment_server::EnrolmentServer;
 use mesh_wire::node::node_link_server::NodeLinkServer;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tonic::transport::server::Connected;
 use tonic::{Request, Status};
 
 const PING_EVERY: Duration = Duration::from_secs(20);
@@ -76,8 +79,16 @@ pub async fn serve(
     tls: Arc<tls::ServerTls>,
     connections: usize,
 ) -> Result<(), tonic::transport::Error> {
-    let token = context.tasks.token();
     let incoming = tls::accept(listener, tls, connections, &context.tasks);
+    converse(context, incoming).await
+}
+
+/// Serves connections that say by [`tls::Connection`] who is at their other end, until the group ends.
+pub async fn converse<I>(context: Arc<LinkContext>, incoming: impl Stream<Item = std::io::Result<I>>) -> Result<(), tonic::transport::Error>
+where
+    I: AsyncRead + AsyncWrite + Connected<ConnectInfo = tls::Connection> + Unpin + Send + 'static,
+{
+    let token = context.tasks.token();
     let link = NodeLinkServer::new(node::LinkService(context.clone()))
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);

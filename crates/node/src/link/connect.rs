@@ -5,6 +5,7 @@ use crate::config::Resolved;
 use crate::enrolment::words;
 use crate::state::{DataDir, Identity, StateError};
 use crate::tls::{self, ClientCertificate, TlsError};
+use mesh_core::HubId;
 use mesh_wire::node::node_link_client::NodeLinkClient;
 use mesh_wire::node::{
     Capabilities, Hello, HubFrame, NodeData, NodeFrame, RegistrationRequest, SandboxPolicy, Welcome, hub_frame, node_frame,
@@ -133,19 +134,28 @@ impl Dial {
         let connecting = tls::connect(&self.settings.grpc, &self.settings.server_name, config);
         let stream = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| DialError::Timeout("connecting"))??;
         let channel = tls::channel(stream).await?;
-        let mut client = NodeLinkClient::new(channel)
-            .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
         let registration = RegistrationRequest {
             version: env!("CARGO_PKG_VERSION").into(),
             capabilities: Some(self.capabilities),
             suggested_name: self.settings.node_name.clone(),
         };
+        let dialed = Dialed::greet(channel, self.settings.hub, registration, self.hello).await?;
+        self.time.welcome(dialed.welcome.hub_time_ms);
+        Ok(dialed)
+    }
+}
+
+impl Dialed {
+    /// Registers over a connection that stands, and says hello.
+    pub async fn greet(channel: Channel, hub: HubId, registration: RegistrationRequest, hello: Hello) -> Result<Self, DialError> {
+        let mut client = NodeLinkClient::new(channel)
+            .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
         let policy = in_time("registering", ANSWER_TIMEOUT, client.sync_configuration(registration)).await?.into_inner();
 
         let (task_frames, outgoing) = mpsc::channel(TASK_FRAMES);
         // The queue is new and empty: this cannot fail.
-        let _ = task_frames.try_send(NodeFrame { kind: Some(node_frame::Kind::Hello(self.hello)) });
+        let _ = task_frames.try_send(NodeFrame { kind: Some(node_frame::Kind::Hello(hello)) });
         let greeting = async {
             let mut from_hub = client.task_stream(ReceiverStream::new(outgoing)).await?.into_inner();
             let first = from_hub.message().await?;
@@ -157,13 +167,12 @@ impl Dial {
             Some(hub_frame::Kind::Goodbye(g)) => return Err(DialError::Goodbye { code: g.code, detail: g.detail }),
             _ => return Err(DialError::NoWelcome),
         };
-        if welcome.hub_id != self.settings.hub.to_string() {
+        if welcome.hub_id != hub.to_string() {
             return Err(DialError::OtherHub(welcome.hub_id));
         }
-        self.time.welcome(welcome.hub_time_ms);
         let link_session = convert::fixed("link_session", &welcome.link_session)?;
         let (data_frames, data_source) = mpsc::channel(DATA_FRAMES);
-        Ok(Dialed { client, policy, welcome, link_session, from_hub, task_frames, data_frames, data_source })
+        Ok(Self { client, policy, welcome, link_session, from_hub, task_frames, data_frames, data_source })
     }
 }
 
