@@ -390,8 +390,14 @@ impl Queue {
         self.line().changed.all = true;
         self.wake.notify_one();
     }
+    /// A place is free there. Where nobody waits there is nothing to look for: who comes is looked at in any case.
     pub(crate) fn changed_on(&self, node: NodeId) {
-        self.line().changed.nodes.insert(node);
+        let mut line = self.line();
+        if line.tasks.is_empty() {
+            return;
+        }
+        line.changed.nodes.insert(node);
+        drop(line);
         self.wake.notify_one();
     }
     pub(crate) async fn woken(&self) {
