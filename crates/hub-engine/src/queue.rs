@@ -591,3 +591,15 @@ impl Queue {
         self.weighed.load(Ordering::Relaxed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_that_nobody_waits_for_is_no_news() {
+        let queue = Queue::default();
+        queue.changed_on(NodeId::from_bytes([1; 16]));
+        assert!(queue.take_changed().nodes.is_empty());
+    }
+}
