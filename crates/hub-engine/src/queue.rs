@@ -390,8 +390,14 @@ impl Queue {
         self.line().changed.all = true;
         self.wake.notify_one();
     }
+    /// A place is free there. Where nobody waits there is nothing to look for: who comes is looked at in any case.
     pub(crate) fn changed_on(&self, node: NodeId) {
-        self.line().changed.nodes.insert(node);
+        let mut line = self.line();
+        if line.tasks.is_empty() {
+            return;
+        }
+        line.changed.nodes.insert(node);
+        drop(line);
         self.wake.notify_one();
     }
     pub(crate) async fn woken(&self) {
@@ -583,5 +589,17 @@ impl Queue {
     /// How often a waiting task was weighed against the nodes: what looks have cost.
     pub fn weighed(&self) -> u64 {
         self.weighed.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_that_nobody_waits_for_is_no_news() {
+        let queue = Queue::default();
+        queue.changed_on(NodeId::from_bytes([1; 16]));
+        assert!(queue.take_changed().nodes.is_empty());
     }
 }

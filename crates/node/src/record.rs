@@ -103,30 +103,44 @@ fn former(dir: &Path) -> PathBuf {
     dir.join("log.jsonl.1")
 }
 
+/// Lines that wait are written when they come to so many bytes, whoever asks.
+const BATCH_BYTES: usize = 64 << 10;
+
 /// The daemon's hand on the record.
 pub struct Record {
     dir: PathBuf,
     /// Started and not ended, as far as the lines go.
-    open: BTreeSet<(String, u64)>,
-    bytes: u64,
+    open: BTreeSet<Key>,
+    /// Lines that are not in the file yet.
+    waiting: Vec<u8>,
+    file: Option<Appended>,
+}
+
+/// The file as it was left.
+struct Appended {
+    file: File,
+    place: (u64, u64),
+    len: u64,
 }
 
 impl Record {
     pub fn open(dir: &Path) -> Self {
         let mut open = BTreeSet::new();
         for line in lines(dir) {
+            let (task, attempt) = line.key();
+            let Ok(task) = task.parse() else { continue };
+            let key = Key { task, attempt: AttemptNo(attempt) };
             match line {
-                Line::Start { .. } => open.insert(line.key()),
-                Line::End { .. } => open.remove(&line.key()),
+                Line::Start { .. } => open.insert(key),
+                Line::End { .. } => open.remove(&key),
             };
         }
-        Self { dir: dir.to_owned(), open, bytes: FILE_BYTES }
+        Self { dir: dir.to_owned(), open, waiting: vec![], file: None }
     }
 
-    /// To be called before it can start.
+    /// To be called, and followed by [`Record::write`], before it can start.
     pub fn start(&mut self, o: &Checked, argv: &[String], at: UnixMs) {
-        let key = (o.key.task.to_string(), o.key.attempt.0);
-        if !self.open.insert(key.clone()) {
+        if !self.open.insert(o.key) {
             return;
         }
         let (mut kept, mut bytes) = (vec![], 0);
@@ -141,8 +155,8 @@ impl Record {
         }
         self.append(&Line::Start {
             at: rfc3339(at),
-            task: key.0,
-            attempt: key.1,
+            task: o.key.task.to_string(),
+            attempt: o.key.attempt.0,
             user: o.user.to_string(),
             session: o.session.map(|s| s.to_string()),
             skill: o.skill.clone(),
@@ -153,47 +167,75 @@ impl Record {
 
     /// Of one that was started; a second word about the same end is not written.
     pub fn end(&mut self, key: &Key, outcome: &Outcome, at: UnixMs) {
-        let key = (key.task.to_string(), key.attempt.0);
-        if self.open.remove(&key) {
-            self.append(&Line::End { at: rfc3339(at), task: key.0, attempt: key.1, end: words(outcome) });
+        if self.open.remove(key) {
+            self.append(&Line::End { at: rfc3339(at), task: key.task.to_string(), attempt: key.attempt.0, end: words(outcome) });
         }
     }
 
     fn append(&mut self, line: &Line) {
-        if let Err(error) = self.try_append(line) {
-            tracing::error!(%error, "the machine's record of what ran cannot be written");
+        if let Err(error) = serde_json::to_writer(&mut self.waiting, line) {
+            tracing::error!(%error, "a line of the machine's record cannot be made");
+        }
+        self.waiting.push(b'\n');
+        if self.waiting.len() >= BATCH_BYTES {
+            self.write();
         }
     }
 
-    fn try_append(&mut self, line: &Line) -> io::Result<()> {
-        let mut text = serde_json::to_vec(line)?;
-        text.push(b'\n');
+    /// Brings what waits into the file, all at once.
+    pub fn write(&mut self) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        if let Err(error) = self.try_write() {
+            tracing::error!(%error, "the machine's record of what ran cannot be written");
+        }
+        self.waiting.clear();
+    }
+
+    fn try_write(&mut self) -> io::Result<()> {
         let path = path(&self.dir);
-        if self.bytes >= FILE_BYTES {
-            self.bytes = match std::fs::metadata(&path) {
-                Ok(m) => m.len(),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => 0,
-                Err(e) => return Err(e),
-            };
-        }
-        if self.bytes + text.len() as u64 > FILE_BYTES {
+        // Looked for each time: who moves the file away does not make it go on in secret.
+        let mut to = match self.file.take() {
+            Some(file) if file.is_at(&path) => file,
+            _ => Appended::open(&path, &mut self.waiting)?,
+        };
+        if to.len > 0 && to.len + self.waiting.len() as u64 > FILE_BYTES {
             std::fs::rename(&path, former(&self.dir))?;
-            self.bytes = 0;
+            to = Appended::open(&path, &mut self.waiting)?;
         }
-        // Opened each time: who moves the file away does not make it go on in secret.
-        let mut file = File::options().read(true).append(true).create(true).mode(0o600).open(&path)?;
-        if !ends_whole(&file)? {
-            // A line that a full disk cut short must not swallow this one.
-            text.insert(0, b'\n');
-        }
-        file.write_all(&text)?;
-        self.bytes += text.len() as u64;
+        to.file.write_all(&self.waiting)?;
+        to.len += self.waiting.len() as u64;
+        // After an error it is looked at anew.
+        self.file = Some(to);
         Ok(())
     }
 }
 
-fn ends_whole(file: &File) -> io::Result<bool> {
-    let len = file.metadata()?.len();
+impl Drop for Record {
+    fn drop(&mut self) {
+        self.write();
+    }
+}
+
+impl Appended {
+    /// Opens the file for `waiting`.
+    fn open(path: &Path, waiting: &mut Vec<u8>) -> io::Result<Self> {
+        let file = File::options().read(true).append(true).create(true).mode(0o600).open(path)?;
+        let m = file.metadata()?;
+        if !ends_whole(&file, m.len())? {
+            // A line that a full disk cut short must not swallow the next one.
+            waiting.insert(0, b'\n');
+        }
+        Ok(Self { file, place: (m.dev(), m.ino()), len: m.len() })
+    }
+    /// Is it still the file at this path, and as it was left?
+    fn is_at(&self, path: &Path) -> bool {
+        std::fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == self.place && m.len() == self.len)
+    }
+}
+
+fn ends_whole(file: &File, len: u64) -> io::Result<bool> {
     let mut last = [b'\n'];
     if len > 0 {
         file.read_exact_at(&mut last, len - 1)?;
@@ -341,6 +383,7 @@ mod tests {
             r.start(&a, &argv(&["make", "a b", "x\u{1b}[2J\n"]), 1000);
             r.start(&b, &argv(&["true"]), 2000);
             r.end(&b.key, &Outcome::Exited(3), 3000);
+            assert!(Reader::read(dir.path()).is_empty(), "what came together is written together");
         }
         // Another daemon: it hears of both ends, one of them again.
         let mut r = Record::open(dir.path());
@@ -349,6 +392,7 @@ mod tests {
         r.end(&a.key, &Outcome::Signalled(9), 6000);
         r.end(&a.key, &Outcome::Signalled(9), 7000);
         r.end(&order(3).key, &Outcome::Done, 8000);
+        r.write();
         let ran = Reader::read(dir.path());
         assert_eq!(ran.len(), 2, "{ran:?}");
         assert_eq!(ran.iter().map(|r| r.end.as_deref()).collect::<Vec<_>>(), [Some("signal 9"), Some("exit 3")]);
@@ -365,8 +409,10 @@ mod tests {
         let mut r = Record::open(dir.path());
         let long = "ä".repeat(ARGV_BYTES);
         r.start(&order(1), &argv(&["x", &long, "y"]), 0);
+        r.write();
         std::fs::OpenOptions::new().append(true).open(path(dir.path())).unwrap().write_all(b"{\"event\":\"sta").unwrap();
         r.end(&order(1).key, &Outcome::Exited(0), 0);
+        r.write();
         let ran = Reader::read(dir.path());
         assert!(ran[0].cut && ran[0].argv.len() == 2 && ran[0].argv[1].len() <= ARGV_BYTES, "{}", ran[0].argv.len());
         assert_eq!(ran[0].end.as_deref(), Some("exit 0"));
@@ -379,14 +425,23 @@ mod tests {
             r.start(&o, &argv(&[&long]), 0);
             r.end(&o.key, &Outcome::Exited(0), 0);
             if n % 1000 == 0 {
+                r.write();
                 assert!(!follower.look().unwrap().is_empty(), "also over a change of files");
             }
         }
+        r.write();
         let size = |p: PathBuf| std::fs::metadata(p).unwrap().len();
         assert!(size(path(dir.path())) <= FILE_BYTES && size(former(dir.path())) <= FILE_BYTES);
         assert!(size(former(dir.path())) > FILE_BYTES / 2);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
         assert_eq!(follower.look().unwrap().last().unwrap().attempt, 4501);
         assert!(follower.look().unwrap().is_empty());
+
+        std::fs::rename(path(dir.path()), dir.path().join("moved")).unwrap();
+        let moved = size(dir.path().join("moved"));
+        r.start(&order(3), &argv(&["true"]), 0);
+        r.write();
+        assert_eq!(size(dir.path().join("moved")), moved, "it does not go on in a file that was moved away");
+        assert!(std::fs::read_to_string(path(dir.path())).unwrap().contains("true"));
     }
 }

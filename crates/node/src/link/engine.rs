@@ -39,6 +39,8 @@ use tonic::transport::Channel;
 
 /// What readers and background calls may have waiting for the loop.
 const INBOX: usize = 128;
+/// Words of the warden that are taken in one turn of the loop.
+const EVENTS_AT_ONCE: usize = 64;
 const HEARTBEAT: Duration = Duration::from_secs(limits::HEARTBEAT_SECS);
 const SILENCE: Duration = Duration::from_secs(limits::SILENCE_SECS);
 const HEALTH: Duration = Duration::from_secs(15);
@@ -262,7 +264,14 @@ impl Engine {
                     }
                 },
                 event = self.p.warden.events.recv(), if warden_lives => match event {
-                    Some(e) => self.on_warden(e),
+                    Some(e) => {
+                        self.on_warden(e);
+                        // What came together is told together.
+                        for _ in 1..EVENTS_AT_ONCE {
+                            let Ok(e) = self.p.warden.events.try_recv() else { break };
+                            self.on_warden(e);
+                        }
+                    }
                     None => self.warden_gone(),
                 },
                 Ok(permit) = room(to_warden) => if let Some(r) = self.to_warden.pop_front() { let _ = permit.send(r); },
@@ -435,6 +444,8 @@ impl Engine {
 
     /// Gives away at once what there is room for; what is left waits for room beside all else.
     fn hand_on(&mut self) {
+        // Before the warden or the hub hears of anything that it tells of.
+        self.record.write();
         while !self.to_warden.is_empty()
             && let Ok(permit) = self.p.warden.requests.try_reserve()
             && let Some(request) = self.to_warden.pop_front()

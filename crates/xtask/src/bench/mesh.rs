@@ -14,7 +14,10 @@ use tempfile::TempDir;
 
 const NODE: &str = "bench";
 const PATIENCE: Duration = Duration::from_secs(60);
-const POLL: Duration = Duration::from_millis(50);
+const POLL: Duration = Duration::from_millis(10);
+/// Of a PostgreSQL database that holds no hub yet, in place of the hub's own file. It may hold a secret,
+/// so it is no argument.
+const DATABASE: &str = "BENCH_DATABASE_URL";
 /// More than any phase keeps in flight.
 const MAX_TASKS: &str = "256";
 
@@ -70,6 +73,7 @@ impl Drop for Process {
 pub struct Mesh {
     node: Option<Process>,
     hub: Process,
+    password: String,
     dir: TempDir,
     built: PathBuf,
     pub pids: Pids,
@@ -119,6 +123,30 @@ async fn until<T>(what: &str, process: &mut Process, mut look: impl AsyncFnMut()
     }
 }
 
+/// A hub that serves, and where.
+async fn start_hub(built: &Path, dir: &Path, password: &str) -> Result<(Process, String)> {
+    let data = dir.join("hub");
+    let mut command = program(built, "cortex-hub")?;
+    command.arg("serve").arg("--data-dir").arg(&data).env("CORTEX_ADMIN_PASSWORD", password);
+    for door in ["HTTP", "NODE", "METRICS"] {
+        command.env(format!("CORTEX_{door}_ADDR"), "127.0.0.1:0");
+    }
+    // Longer than any run.
+    command.env("CORTEX_AUTH_ACCESS_SECS", "86400");
+    if let Some(url) = std::env::var_os(DATABASE) {
+        command.env("CORTEX_DATABASE_URL", url);
+    }
+    let mut hub = Process::start(&mut command, dir.join("hub.log"))?;
+    let (facts, pid) = (data.join("hub.json"), hub.child.id());
+    let facts = until("the hub", &mut hub, async || {
+        let facts: serde_json::Value = serde_json::from_slice(&std::fs::read(&facts).ok()?).ok()?;
+        (facts["pid"] == pid).then_some(facts)
+    })
+    .await?;
+    let address = facts["http"].as_str().context("hub.json has no http")?.to_owned();
+    Ok((hub, address))
+}
+
 impl Mesh {
     pub async fn start(built: &Path) -> Result<Self> {
         let dir = tempfile::tempdir()?;
@@ -129,32 +157,18 @@ impl Mesh {
         let mut password = [0_u8; 18];
         rustix::rand::getrandom(&mut password, rustix::rand::GetRandomFlags::empty())?;
         let password: String = password.iter().map(|b| format!("{b:02x}")).collect();
-        let data = dir.path().join("hub");
-        let mut command = program(built, "cortex-hub")?;
-        command.arg("serve").arg("--data-dir").arg(&data).env("CORTEX_ADMIN_PASSWORD", &password);
-        for door in ["HTTP", "NODE", "METRICS"] {
-            command.env(format!("CORTEX_{door}_ADDR"), "127.0.0.1:0");
-        }
-        // Longer than any run.
-        command.env("CORTEX_AUTH_ACCESS_SECS", "86400");
-        let mut hub = Process::start(&mut command, dir.path().join("hub.log"))?;
-        let (facts, pid) = (data.join("hub.json"), hub.child.id());
-        let facts = until("the hub", &mut hub, async || {
-            let facts: serde_json::Value = serde_json::from_slice(&std::fs::read(&facts).ok()?).ok()?;
-            (facts["pid"] == pid).then_some(facts)
-        })
-        .await?;
-        let address = facts["http"].as_str().context("hub.json has no http")?.to_owned();
+        let (hub, address) = start_hub(built, dir.path(), &password).await?;
 
         let url = format!("http://{address}");
-        let login = LoginRequest { username: "admin".into(), password, device_name: None };
+        let login = LoginRequest { username: "admin".into(), password: password.clone(), device_name: None };
         let tokens = Tokens::from(Client::new(&url, Credentials::None)?.login(&login).await?);
         let token = tokens.access_token.clone();
         let client = Client::new(&url, Credentials::Tokens(tokens))?;
         let mut mesh = Self {
             node: None,
-            pids: Pids { hub: pid, ..Pids::default() },
+            pids: Pids { hub: hub.child.id(), ..Pids::default() },
             hub,
+            password,
             dir,
             built: built.to_owned(),
             address,
@@ -199,21 +213,35 @@ impl Mesh {
     }
 }
 
+impl Mesh {
+    /// Ends tasks and warden too, whether the daemon still runs or not.
+    pub fn stop_node(&mut self) {
+        let Some(mut node) = self.node.take() else { return };
+        let data = self.node_data();
+        let stopped =
+            data.to_str().and_then(|data| program(&self.built, "cortex-node").ok()?.args(["stop", "--data-dir", data]).output().ok());
+        if !stopped.is_some_and(|o| o.status.success()) {
+            eprintln!("xtask: `cortex-node stop` failed; the node's last words:\n{}", node.last_words());
+        }
+        node.ended_within(Duration::from_secs(10));
+    }
+
+    /// Ends the hub and starts it again, elsewhere; gives how long it took from its start until it served.
+    pub async fn restart_hub(&mut self) -> Result<Duration> {
+        self.hub.terminate();
+        ensure!(self.hub.ended_within(PATIENCE), "the hub does not end; its last words:\n{}", self.hub.last_words());
+        let begun = Instant::now();
+        let (hub, address) = start_hub(&self.built, self.dir.path(), &self.password).await?;
+        let took = begun.elapsed();
+        self.pids.hub = hub.child.id();
+        (self.hub, self.address) = (hub, address);
+        Ok(took)
+    }
+}
+
 impl Drop for Mesh {
     fn drop(&mut self) {
-        if let Some(node) = &mut self.node {
-            // Ends tasks and warden too, whether the daemon still runs or not.
-            let stopped = self
-                .dir
-                .path()
-                .join("node")
-                .to_str()
-                .and_then(|data| program(&self.built, "cortex-node").ok()?.args(["stop", "--data-dir", data]).output().ok());
-            if !stopped.is_some_and(|o| o.status.success()) {
-                eprintln!("xtask: `cortex-node stop` failed; the node's last words:\n{}", node.last_words());
-            }
-            node.ended_within(Duration::from_secs(10));
-        }
+        self.stop_node();
         self.hub.terminate();
         self.hub.ended_within(Duration::from_secs(20));
     }

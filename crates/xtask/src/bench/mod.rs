@@ -9,6 +9,7 @@ pub mod floor;
 mod load;
 mod mesh;
 mod noisy;
+mod ready;
 mod report;
 mod syncs;
 
@@ -23,6 +24,8 @@ pub enum Bench {
     Dispatch(dispatch::Options),
     /// A task that writes a gibibyte, and what the others feel of it
     Noisy(noisy::Options),
+    /// The start of a hub with many tasks in its journal
+    Ready(ready::Options),
 }
 
 pub fn run(what: &Bench) -> Result<bool> {
@@ -34,6 +37,7 @@ pub fn run(what: &Bench) -> Result<bool> {
     match what {
         Bench::Dispatch(options) => to_its_end(dispatch::measure(options, &built)),
         Bench::Noisy(options) => to_its_end(noisy::measure(options, &built)),
+        Bench::Ready(options) => to_its_end(ready::measure(options, &built)),
     }
 }
 
