@@ -5,6 +5,7 @@
 //!             └─► NodeLink.SyncConfiguration, TaskStream, DataStream, ReportHealth, Renew
 //! ```
 
+mod crowd;
 mod data;
 mod enrolment;
 pub mod envelope;
@@ -24,7 +25,6 @@ use mesh_wire::node::node_link_server::NodeLinkServer;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tonic::{Request, Status};
 
 const PING_EVERY: Duration = Duration::from_secs(20);
@@ -81,7 +81,7 @@ pub async fn serve(
     let link = NodeLinkServer::new(node::LinkService(context.clone()))
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
-    let enrol = EnrolmentServer::new(enrolment::EnrolService(context, Semaphore::new(enrolment::RECOVERIES_AT_ONCE)))
+    let enrol = EnrolmentServer::new(enrolment::EnrolService::new(context))
         .max_decoding_message_size(64 << 10);
     tonic::transport::Server::builder()
         .initial_stream_window_size(limits::STREAM_WINDOW_BYTES)

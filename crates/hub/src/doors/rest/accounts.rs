@@ -2,11 +2,12 @@
 
 use super::App;
 use super::body::{Body, Creating, PathId, Query};
+use super::requests::Asked;
 use super::page::{PlainList, page, window};
 use super::problem::{Answer, Refusal};
 use super::views;
 use super::who::{ADMIN, Who};
-use axum::Json;
+use axum::{Extension, Json};
 use axum::extract::State;
 use axum::http::StatusCode;
 use hub_engine::accounts::Tokens;
@@ -38,11 +39,11 @@ pub struct LoginQuery {
         (status = 501, description = "`cookie=true` is not built yet"),
     ),
 )]
-pub async fn login(State(app): State<App>, Query(q): Query<LoginQuery>, Body(r): Body<LoginRequest>) -> Answer<Json<TokenReply>> {
+pub async fn login(State(app): State<App>, Extension(asked): Extension<Asked>, Query(q): Query<LoginQuery>, Body(r): Body<LoginRequest>) -> Answer<Json<TokenReply>> {
     if q.cookie == Some(true) {
         return Err(Refusal::new(StatusCode::NOT_IMPLEMENTED, "not_yet", "log-in by cookie is not built yet"));
     }
-    let given = app.accounts.login(&r.username, r.password).await?;
+    let given = app.accounts.login(&r.username, r.password, asked.address).await?;
     // Until devices are kept, the log is where a person's log-ins can be told apart.
     let device: String = r.device_name.unwrap_or_default().chars().filter(|c| !is_deceptive(*c)).take(MAX_CHARS).collect();
     tracing::info!(username = ?r.username, ?device, "log-in");
@@ -96,7 +97,7 @@ pub async fn me(State(app): State<App>, who: Who) -> Answer<Json<MeReply>> {
     responses((status = 204, description = "Changed"), (status = 422, description = "Not 12 to 256 characters")),
 )]
 pub async fn change_password(State(app): State<App>, who: Who, Body(r): Body<PasswordRequest>) -> Answer<StatusCode> {
-    app.accounts.change_password(&who.authenticated, r.current_password, r.new_password).await?;
+    app.accounts.change_password(&who.authenticated, r.current_password, r.new_password, who.asked.address).await?;
     let (user, _) = app.accounts.me(who.caller()).await?;
     if user.username == ADMIN {
         // The file held the password that was made at the first start, and is of no more use.
