@@ -126,7 +126,7 @@ impl Throttle {
     /// Before a password is looked at. Says the same of names that nobody has.
     pub fn admit(&self, name: &str, address: Option<IpAddr>) -> Result<Try<'_>> {
         let now = self.clock.steady();
-        let from: From = (self.hasher.hash_one(name.to_lowercase()), address.map(network));
+        let from: From = (self.hasher.hash_one(name.to_ascii_lowercase()), address.map(network));
         let refuse = |by: &'static str, wait| {
             metrics::counter!("cortex_logins_throttled_total", "by" => by).increment(1);
             Error::RateLimited { detail: "too many tries with a password", wait }

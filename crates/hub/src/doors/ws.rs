@@ -216,10 +216,6 @@ mod tests {
     }
 
     async fn stage(keep: usize, pace: Pace, look_in: Duration) -> Stage {
-        stage_with(keep, pace, look_in, None).await
-    }
-
-    async fn stage_with(keep: usize, pace: Pace, look_in: Duration, inbound: Inbound) -> Stage {
         let dir = tempfile::tempdir().unwrap();
         let clock = SystemClock::shared();
         let bus = Arc::new(LocalBus::new(keep, Duration::from_secs(600), clock.clone()));
@@ -258,7 +254,7 @@ mod tests {
             let feed = own.open(Authenticated { caller, login: None }, None, None).unwrap();
             let mut reader = Reader::new(feed, accounts, clock);
             reader.look_at = Instant::now() + look_in;
-            let serve = async move |socket| group.spawn("websocket", serve(socket, reader, token, pace, inbound.clone()));
+            let serve = async move |socket| group.spawn("websocket", serve(socket, reader, token, pace, None));
             upgrade.write_buffer_size(0).max_write_buffer_size(MAX_WAITING).on_upgrade(serve)
         };
         let app = Router::new().route("/", any(get));

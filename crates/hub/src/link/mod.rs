@@ -81,8 +81,7 @@ pub async fn serve(
     let link = NodeLinkServer::new(node::LinkService(context.clone()))
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
-    let enrol = EnrolmentServer::new(enrolment::EnrolService::new(context))
-        .max_decoding_message_size(64 << 10);
+    let enrol = EnrolmentServer::new(enrolment::EnrolService::new(context)).max_decoding_message_size(64 << 10);
     tonic::transport::Server::builder()
         .initial_stream_window_size(limits::STREAM_WINDOW_BYTES)
         .initial_connection_window_size(limits::CONNECTION_WINDOW_BYTES)

@@ -2,14 +2,14 @@
 
 use super::App;
 use super::body::{Body, Creating, PathId, Query};
-use super::requests::Asked;
 use super::page::{PlainList, page, window};
 use super::problem::{Answer, Refusal};
+use super::requests::Asked;
 use super::views;
 use super::who::{ADMIN, Who};
-use axum::{Extension, Json};
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::{Extension, Json};
 use hub_engine::accounts::Tokens;
 use mesh_core::ApiKeyId;
 use mesh_core::name::{MAX_CHARS, is_deceptive};
@@ -39,7 +39,12 @@ pub struct LoginQuery {
         (status = 501, description = "`cookie=true` is not built yet"),
     ),
 )]
-pub async fn login(State(app): State<App>, Extension(asked): Extension<Asked>, Query(q): Query<LoginQuery>, Body(r): Body<LoginRequest>) -> Answer<Json<TokenReply>> {
+pub async fn login(
+    State(app): State<App>,
+    Extension(asked): Extension<Asked>,
+    Query(q): Query<LoginQuery>,
+    Body(r): Body<LoginRequest>,
+) -> Answer<Json<TokenReply>> {
     if q.cookie == Some(true) {
         return Err(Refusal::new(StatusCode::NOT_IMPLEMENTED, "not_yet", "log-in by cookie is not built yet"));
     }
