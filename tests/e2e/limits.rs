@@ -117,14 +117,14 @@ async fn what_a_websocket_says_counts() {
     };
     let end = async {
         loop {
-            match tokio::time::timeout(PATIENCE, from.next()).await.expect("the hub ends it") {
+            match from.next().await {
                 Some(Ok(Message::Close(Some(frame)))) => return Some((u16::from(frame.code), frame.reason.to_string())),
                 Some(Ok(_)) => {}
                 other => panic!("it ends with a reason: {other:?}"),
             }
         }
     };
-    let ((), end) = futures::future::join(chatter, end).await;
+    let ((), end) = tokio::time::timeout(PATIENCE, futures::future::join(chatter, end)).await.expect("the hub ends it");
     assert!(end.as_ref().is_some_and(|(code, why)| *code == 1008 && why.contains("api_per_second")), "{end:?}");
 }
 
