@@ -19,6 +19,8 @@ const RECOVERIES_AT_ONCE: usize = 16;
 
 /// Refused enrolments and recoveries of one network: each costs signatures and looks at the store.
 const REFUSED_A_MINUTE: u64 = 60;
+/// More than a network can have under way, since each counts as refused until it has been looked at.
+const REFUSED_AT_ONCE: u64 = 128;
 
 pub struct EnrolService {
     context: Arc<LinkContext>,
@@ -28,7 +30,7 @@ pub struct EnrolService {
 
 impl EnrolService {
     pub fn new(context: Arc<LinkContext>) -> Self {
-        let refused = Buckets::new(Rate::new(Duration::from_secs(60), REFUSED_A_MINUTE, REFUSED_A_MINUTE));
+        let refused = Buckets::new(Rate::new(Duration::from_secs(60), REFUSED_A_MINUTE, REFUSED_AT_ONCE));
         Self { context, together: Semaphore::new(RECOVERIES_AT_ONCE), refused }
     }
 
