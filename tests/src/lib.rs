@@ -137,6 +137,9 @@ impl Hub {
         let mut all: Vec<(String, String)> =
             ["HTTP", "NODE", "METRICS"].iter().map(|p| (format!("CORTEX_{p}_ADDR"), "127.0.0.1:0".to_owned())).collect();
         all.push(("CORTEX_ADMIN_PASSWORD".into(), PASSWORD.into()));
+        // Tests ask more often than people do; those of the limits set their own.
+        all.push(("CORTEX_LIMITS_API_PER_SECOND".into(), "0".into()));
+        all.extend(["ADDRESS", "ACCOUNT"].map(|of| (format!("CORTEX_LIMITS_LOGIN_PER_MINUTE_{of}"), "100000".to_owned())));
         for (k, v) in env {
             all.retain(|(known, _)| known != k);
             all.push((k.to_string(), v.to_string()));

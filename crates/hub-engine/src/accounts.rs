@@ -6,10 +6,12 @@ use crate::events::{Events, Whose};
 use crate::idempotency::{self, Keyed};
 use crate::ports::{self, Creation, Keyring, Passwords, Window};
 use crate::records::{ApiKey, RefreshToken, Rotation, User};
+use crate::throttle::Throttle;
 use mesh_core::permission::{Caller, Permission, Role, Scope};
 use mesh_core::{ApiKeyId, Digest, LoginId, UnixMs, UserId, name};
 use mesh_process::{SharedClock, entropy};
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -79,6 +81,7 @@ pub struct Accounts {
     pub clock: SharedClock,
     pub events: Events,
     pub lifetimes: Lifetimes,
+    pub throttle: Throttle,
 }
 
 impl Accounts {
@@ -99,11 +102,13 @@ impl Accounts {
         Ok(self.store.add_user(&user).await?)
     }
 
-    pub async fn login(&self, username: &str, password: String) -> Result<Tokens> {
+    /// Each wrong password is a try of the account and of the address that it came from.
+    pub async fn login(&self, username: &str, password: String, address: Option<IpAddr>) -> Result<Tokens> {
         const WRONG: Error = Error::Unauthenticated("the user name or the password is wrong");
         if password.len() > MAX_PASSWORD_BYTES {
             return Err(WRONG);
         }
+        let attempt = self.throttle.admit(username, address)?;
         let user = self.store.user_named(username).await?;
         // An unknown name costs the same time as a wrong password.
         let hash = user.as_ref().map(|u| u.password_hash.clone());
@@ -111,6 +116,7 @@ impl Accounts {
             return Err(WRONG);
         }
         let user = user.ok_or(WRONG)?;
+        attempt.succeeded();
         let now = self.clock.now_ms();
         let login = LoginId::from_parts(now, entropy::bytes());
         let refresh = fresh_token(REFRESH_PREFIX);
@@ -232,10 +238,14 @@ impl Accounts {
         let user = who.caller.in_person().ok_or_else(|| Error::Forbidden("a key cannot change a password; log in as the person".into()))?;
         check_password(&new)?;
         let user = self.store.user(user).await?.ok_or(Error::NotFound("user"))?;
+        // Who has a token only must not find the password by it.
+        let address = who.caller.as_person().and_then(|p| p.via.address);
+        let attempt = self.throttle.admit(&user.username, address)?;
         if current.len() > MAX_PASSWORD_BYTES || !self.passwords.verify(current, Some(user.password_hash)).await? {
             return Err(Error::Forbidden("the current password is wrong".into()));
         }
         let hash = self.passwords.hash(new).await?;
+        attempt.succeeded();
         self.store.set_password(user.id, &hash, who.login).await?;
         self.rights_changed(Whose::User(user.id));
         Ok(())

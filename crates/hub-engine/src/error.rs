@@ -1,6 +1,7 @@
 //! The few kinds of failure that a door can tell its caller.
 
 use crate::ports::StoreError;
+use std::time::Duration;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -19,6 +20,9 @@ pub enum Error {
     /// Named by the contract and not built yet.
     #[error("{0} is not built yet")]
     NotYet(String),
+    /// Too often; how long until the next may come.
+    #[error("{detail}; try again in {} s", secs(*wait))]
+    RateLimited { detail: &'static str, wait: Duration },
     #[error("{detail}")]
     Unavailable { code: &'static str, detail: String },
     #[error("{0}")]
@@ -32,6 +36,11 @@ impl Error {
     pub fn conflict(code: &'static str, detail: impl ToString) -> Self {
         Self::Conflict { code, detail: detail.to_string() }
     }
+}
+
+/// Whole seconds after which a wait is over, for people and `Retry-After`.
+pub fn secs(wait: Duration) -> u64 {
+    wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
 }
 
 pub type Result<T> = std::result::Result<T, Error>;

@@ -5,6 +5,7 @@
 
 pub mod access;
 pub mod accounts;
+pub mod buckets;
 pub mod bus;
 pub mod copies;
 pub mod delivery;
@@ -31,6 +32,7 @@ pub mod sessions;
 pub mod state;
 pub mod stats;
 pub mod tasks;
+pub mod throttle;
 pub mod tracks;
 pub mod watch;
 

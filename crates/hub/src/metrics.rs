@@ -57,6 +57,8 @@ pub const NAMES: &[(&str, Kind, &str)] = &[
     ("cortex_http_connections_cut_total", Counter, "Connections that were ended for keeping the hub waiting."),
     ("cortex_event_streams", Gauge, "Readers of live events."),
     ("cortex_auth_failures_total", Counter, "Credentials that were missing or not good."),
+    ("cortex_rate_limited_total", Counter, "Requests, and messages of streams, beyond the rate of their principal."),
+    ("cortex_logins_throttled_total", Counter, "Tries with a password that were refused unlooked at."),
     ("cortex_tasks_accepted_total", Counter, "Tasks that were accepted."),
     ("cortex_tasks_finished_total", Counter, "Tasks that came to their final state."),
     ("cortex_tasks_waiting", Gauge, "Tasks that wait for a node."),
@@ -71,6 +73,7 @@ pub const NAMES: &[(&str, Kind, &str)] = &[
     ("cortex_link_connections", Gauge, "Open connections of the node port."),
     ("cortex_link_connections_refused_total", Counter, "Connections of the node port beyond a limit, closed at once."),
     ("cortex_link_handshakes_total", Counter, "TLS handshakes on the node port."),
+    ("cortex_enrolments_throttled_total", Counter, "Enrolments and recoveries that were refused unlooked at."),
     ("cortex_links_opened_total", Counter, "Links that were accepted."),
     ("cortex_links_closed_total", Counter, "Links that ended."),
     ("cortex_envelopes_rejected_total", Counter, "Envelopes that a node refused."),
@@ -157,6 +160,12 @@ fn begin() {
     for kind in ["password", "refresh", "bearer", "node"] {
         counter!("cortex_auth_failures_total", "kind" => kind).absolute(0);
     }
+    for principal in ["user", "key", "address"] {
+        counter!("cortex_rate_limited_total", "principal" => principal).absolute(0);
+    }
+    for by in ["address", "account", "busy"] {
+        counter!("cortex_logins_throttled_total", "by" => by).absolute(0);
+    }
     for state in ["succeeded", "failed", "cancelled"] {
         counter!("cortex_tasks_finished_total", "state" => state, "reason" => "none").absolute(0);
     }
@@ -185,6 +194,8 @@ fn begin() {
                 Counter,
                 "cortex_link_handshakes_total"
                 | "cortex_links_closed_total"
+                | "cortex_rate_limited_total"
+                | "cortex_logins_throttled_total"
                 | "cortex_bus_rejected_total"
                 | "cortex_refused_reports_total"
                 | "cortex_retention_erased_total",

@@ -28,6 +28,7 @@ use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::{self, Remembered, Statistics};
 use hub_engine::tasks::TaskService;
+use hub_engine::throttle::{Rates, Throttle};
 use hub_engine::watch::Watchers;
 use hub_store::{RedisBus, RedisPlan, Store};
 use mesh_process::{SharedClock, Tasks, files};
@@ -223,6 +224,7 @@ impl Hub {
             streams: doors.clone(),
             meta: store.clone(),
             recovery: services.recovery,
+            rates: Arc::new(Rates::new(config.api_per_second, config.api_burst, clock.clone())),
             keys: keys.clone(),
             binaries: Binaries::beside(&own_dir),
             clock,
@@ -337,6 +339,7 @@ impl Services {
             clock: clock.clone(),
             events: events.clone(),
             lifetimes: accounts::Lifetimes { access_secs: config.access_secs, refresh_days: config.refresh_days },
+            throttle: Throttle::new(config.login_per_minute_address, config.login_per_minute_account, clock.clone()),
         });
         let nodes = Arc::new(Nodes {
             hub: keys.hub,

@@ -3,7 +3,7 @@
 use cortex_node::link::time::NodeTime;
 use cortex_node::tls::{TlsError, client_config, connect, spki_sha256};
 use mesh_process::{Clock, SystemClock};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PKCS_ED25519};
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, PKCS_ED25519, SanType};
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use std::sync::Arc;
 use std::time::Duration;
@@ -124,6 +124,37 @@ async fn the_pinned_root_beside_a_strangers_leaf_is_not_enough() {
     leaf.chain.push(ca.der.clone());
     let words = handshake_words(meet(leaf, spki_sha256(&ca.der).unwrap(), 0, now_ms()).await);
     assert!(words.contains("UnknownIssuer") || words.contains("BadSignature"), "{words}");
+}
+
+/// The certificate of a node, which the hub gave it: for a client, and no authority.
+#[tokio::test]
+async fn a_nodes_certificate_makes_no_hub() {
+    let ca = ca();
+    let pin = spki_sha256(&ca.der).unwrap();
+    let at = |ms: i64| OffsetDateTime::from_unix_timestamp(ms / 1000).unwrap();
+    let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
+    let mut p = CertificateParams::default();
+    p.subject_alt_names = vec![SanType::URI("spiffe://hub_x/node/node_1".try_into().unwrap())];
+    p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    (p.not_before, p.not_after) = (at(now_ms() - DAY), at(now_ms() + DAY));
+    let node = p.signed_by(&key, &ca.issuer).unwrap().der().clone();
+
+    let itself = Leaf { chain: vec![node.clone(), ca.der.clone()], key: KeyPair::try_from(key.serialize_der()).unwrap() };
+    handshake_words(meet(itself, pin, 0, now_ms()).await);
+    // With the hub's name on it, but for clients.
+    let mut p = CertificateParams::new(vec![NAME.to_owned()]).unwrap();
+    p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    (p.not_before, p.not_after) = (at(now_ms() - DAY), at(now_ms() + DAY));
+    let named = Leaf {
+        chain: vec![p.signed_by(&key, &ca.issuer).unwrap().der().clone(), ca.der.clone()],
+        key: KeyPair::try_from(key.serialize_der()).unwrap(),
+    };
+    handshake_words(meet(named, pin, 0, now_ms()).await);
+    // Signed by the node's certificate, beside the true root.
+    let maker = Ca { der: node.clone(), issuer: Issuer::from_ca_cert_der(&node, key).unwrap() };
+    let mut leaf = leaf(&maker, NAME, now_ms() - DAY, now_ms() + DAY, true);
+    leaf.chain.push(ca.der.clone());
+    handshake_words(meet(leaf, pin, 0, now_ms()).await);
 }
 
 #[tokio::test]

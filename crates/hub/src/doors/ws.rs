@@ -11,13 +11,15 @@ use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::http::{HeaderMap, Uri};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use hub_engine::throttle::{Principal, Rates};
 use mesh_process::CancellationToken;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior};
 
 const GOING_AWAY: u16 = 1001;
 const PROTOCOL: u16 = 1002;
-/// The reader's rights have ended.
+/// The reader's rights have ended, or it says too much.
 const POLICY: u16 = 1008;
 /// Too slow; come back later.
 const TRY_AGAIN: u16 = 1013;
@@ -66,21 +68,25 @@ pub async fn get(
     headers: HeaderMap,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, Refusal> {
+    let inbound = Principal::of(who.caller()).filter(|_| who.asked.address.is_some()).map(|p| (app.rates.clone(), p));
     let reader = open(&app, who, &q, &uri, &headers)?.through("websocket");
     let upgrade = upgrade.map_err(|e| Refusal::new(e.status(), "bad_upgrade", e.body_text()))?;
     let (streams, stop) = (app.streams.clone(), app.stop.clone());
     let upgrade = upgrade.max_message_size(MAX_INBOUND).max_frame_size(MAX_INBOUND).max_write_buffer_size(MAX_WAITING);
     // The hub's stop waits for this group, so that each reader hears of it.
-    let serve = async move |socket| streams.spawn("websocket", serve(socket, reader, stop, PACE));
+    let serve = async move |socket| streams.spawn("websocket", serve(socket, reader, stop, PACE, inbound));
     Ok(upgrade.write_buffer_size(0).on_upgrade(serve).into_response())
 }
+
+/// Whose rate what a client says counts for, as requests do.
+pub type Inbound = Option<(Arc<Rates>, Principal)>;
 
 /// Why a conversation ends. None: the other end has gone already.
 type End = Option<(u16, String)>;
 
 /// Serves one reader until either end closes.
-pub async fn serve(mut socket: WebSocket, mut reader: Reader, stop: CancellationToken, pace: Pace) {
-    let Some((code, mut reason)) = talk(&mut socket, &mut reader, &stop, pace).await else { return };
+pub async fn serve(mut socket: WebSocket, mut reader: Reader, stop: CancellationToken, pace: Pace, inbound: Inbound) {
+    let Some((code, mut reason)) = talk(&mut socket, &mut reader, &stop, pace, &inbound).await else { return };
     tracing::debug!(code, reason, "a websocket is closed");
     while reason.len() > MAX_REASON {
         reason.pop();
@@ -95,7 +101,7 @@ pub async fn serve(mut socket: WebSocket, mut reader: Reader, stop: Cancellation
     let _ = tokio::time::timeout(pace.close_within, goodbye).await;
 }
 
-async fn talk(socket: &mut WebSocket, reader: &mut Reader, stop: &CancellationToken, pace: Pace) -> End {
+async fn talk(socket: &mut WebSocket, reader: &mut Reader, stop: &CancellationToken, pace: Pace, inbound: &Inbound) -> End {
     let begun = Instant::now();
     let mut heard = begun;
     let mut ping = tokio::time::interval_at(begun + pace.ping_every, pace.ping_every);
@@ -106,8 +112,16 @@ async fn talk(socket: &mut WebSocket, reader: &mut Reader, stop: &CancellationTo
             () = stop.cancelled() => return stopping(),
             came = socket.recv() => match came {
                 None | Some(Err(_) | Ok(Message::Close(_))) => return None,
-                Some(Ok(Message::Pong(_))) => heard = Instant::now(),
-                Some(Ok(_)) => {}
+                Some(Ok(message)) => {
+                    if let Some((rates, who)) = inbound
+                        && let Err(error) = rates.admit(*who)
+                    {
+                        return Some((POLICY, error.to_string()));
+                    }
+                    if matches!(message, Message::Pong(_)) {
+                        heard = Instant::now();
+                    }
+                }
             },
             _ = ping.tick() => {
                 if heard.elapsed() >= pace.pong_within {
@@ -178,7 +192,6 @@ mod tests {
     use hub_testkit::contract::sample::{key_id, node_id, user, user_id};
     use mesh_core::permission::{Caller, Role, Scope};
     use mesh_process::{SystemClock, Tasks};
-    use std::sync::Arc;
     use tokio::net::{TcpListener, TcpStream};
     use tokio_tungstenite::WebSocketStream;
     use tokio_tungstenite::tungstenite::Message as Came;
@@ -230,6 +243,7 @@ mod tests {
             clock: clock.clone(),
             events: events.clone(),
             lifetimes: Lifetimes { access_secs: 600, refresh_days: 30 },
+            throttle: hub_engine::throttle::Throttle::new(10, 5, clock.clone()),
         });
         let (stop, tasks) = (CancellationToken::new(), Tasks::new());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -240,7 +254,7 @@ mod tests {
             let feed = own.open(Authenticated { caller, login: None }, None, None).unwrap();
             let mut reader = Reader::new(feed, accounts, clock);
             reader.look_at = Instant::now() + look_in;
-            let serve = async move |socket| group.spawn("websocket", serve(socket, reader, token, pace));
+            let serve = async move |socket| group.spawn("websocket", serve(socket, reader, token, pace, None));
             upgrade.write_buffer_size(0).max_write_buffer_size(MAX_WAITING).on_upgrade(serve)
         };
         let app = Router::new().route("/", any(get));

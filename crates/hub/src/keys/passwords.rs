@@ -7,13 +7,14 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD_NO_PAD as B64;
 use hub_engine::ports::{Passwords, StoreError, Stored};
 use mesh_process::entropy;
+use std::sync::Arc;
 use tokio::sync::Semaphore;
 
 /// Each takes 19 MiB and a core.
 const AT_ONCE: usize = 2;
 
 pub struct Argon2Passwords {
-    gate: Semaphore,
+    gate: Arc<Semaphore>,
     /// Compared with when the user is unknown, so that the answer takes as long.
     dummy: String,
 }
@@ -21,7 +22,18 @@ pub struct Argon2Passwords {
 impl Argon2Passwords {
     pub fn new() -> Result<Self, StoreError> {
         let dummy = hash(b"nobody has this password")?;
-        Ok(Self { gate: Semaphore::new(AT_ONCE), dummy })
+        Ok(Self { gate: Arc::new(Semaphore::new(AT_ONCE)), dummy })
+    }
+
+    /// Its place is the work's own: who hangs up makes no room for another while it still computes.
+    async fn in_turn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Stored<T> {
+        let failed = |e: Box<dyn std::error::Error + Send + Sync>| StoreError::new("hash a password", e);
+        let place = self.gate.clone().acquire_owned().await.map_err(|e| failed(e.into()))?;
+        let work = move || {
+            let _place = place;
+            work()
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|e| failed(e.into()))
     }
 }
 
@@ -57,21 +69,15 @@ fn fits(password: &[u8], phc: &str) -> bool {
     compute(&argon, password, salt.as_ref()).is_ok_and(|out| Output::new(&out).is_ok_and(|o| o == expected))
 }
 
-async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Stored<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| StoreError::new("hash a password", e))
-}
-
 #[async_trait]
 impl Passwords for Argon2Passwords {
     async fn hash(&self, password: String) -> Stored<String> {
-        let _permit = self.gate.acquire().await.map_err(|e| StoreError::new("hash a password", e))?;
-        off_thread(move || hash(password.as_bytes())).await?
+        self.in_turn(move || hash(password.as_bytes())).await?
     }
     async fn verify(&self, password: String, stored: Option<String>) -> Stored<bool> {
-        let _permit = self.gate.acquire().await.map_err(|e| StoreError::new("verify a password", e))?;
         let known = stored.is_some();
         let phc = stored.unwrap_or_else(|| self.dummy.clone());
-        let fits = off_thread(move || fits(password.as_bytes(), &phc)).await?;
+        let fits = self.in_turn(move || fits(password.as_bytes(), &phc)).await?;
         Ok(known && fits)
     }
 }
@@ -91,6 +97,19 @@ mod tests {
         for damaged in ["", "$argon2id$", "plain", "$argon2id$v=19$m=8,t=1,p=1$AAAA"] {
             assert!(!p.verify("x".into(), Some(damaged.into())).await.unwrap(), "{damaged}");
         }
+    }
+
+    #[tokio::test]
+    async fn who_hangs_up_makes_no_room_for_another() {
+        let p = Argon2Passwords::new().unwrap();
+        let (go, wait) = std::sync::mpsc::sync_channel::<()>(0);
+        {
+            let mut work = Box::pin(p.in_turn(move || wait.recv().is_ok()));
+            assert!(futures::poll!(&mut work).is_pending());
+        }
+        assert_eq!(p.gate.available_permits(), AT_ONCE - 1, "it computes on");
+        drop(go);
+        let _all = p.gate.acquire_many(AT_ONCE as u32).await.unwrap();
     }
 
     /// What others write and read: the library's own PHC strings.

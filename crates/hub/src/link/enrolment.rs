@@ -2,23 +2,54 @@
 
 use super::wire::{bad_message, capabilities, certificate, csr_key, status};
 use super::{LinkContext, tls};
+use hub_engine::Error;
+use hub_engine::buckets::{Buckets, Rate};
 use hub_engine::nodes::{Enrolment, Recovery};
+use hub_engine::throttle::network;
 use mesh_wire::convert::{fixed, id};
 use mesh_wire::node as wire;
+use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
 /// Recoveries that are looked at together: after a long outage all nodes come, and strangers may too.
-pub const RECOVERIES_AT_ONCE: usize = 16;
+const RECOVERIES_AT_ONCE: usize = 16;
 
-pub struct EnrolService(pub Arc<LinkContext>, pub Semaphore);
+/// Refused enrolments and recoveries of one network: each costs signatures and looks at the store.
+const REFUSED_A_MINUTE: u64 = 60;
+/// More than a network can have under way, since each counts as refused until it has been looked at.
+const REFUSED_AT_ONCE: u64 = 128;
+
+pub struct EnrolService {
+    context: Arc<LinkContext>,
+    together: Semaphore,
+    refused: Buckets<IpAddr>,
+}
+
+impl EnrolService {
+    pub fn new(context: Arc<LinkContext>) -> Self {
+        let refused = Buckets::new(Rate::new(Duration::from_secs(60), REFUSED_A_MINUTE, REFUSED_AT_ONCE));
+        Self { context, together: Semaphore::new(RECOVERIES_AT_ONCE), refused }
+    }
+
+    /// Counts a try of its network; what comes of it says whether it stays counted.
+    fn admit(&self, address: IpAddr) -> Result<IpAddr, Status> {
+        let network = network(address);
+        self.refused.take(network, self.context.clock.steady()).map(|()| network).map_err(|wait| {
+            metrics::counter!("cortex_enrolments_throttled_total").increment(1);
+            status(&Error::RateLimited { detail: "too many refused enrolments from this address", wait })
+        })
+    }
+}
 
 #[tonic::async_trait]
 impl wire::enrolment_server::Enrolment for EnrolService {
     async fn enrol(&self, request: Request<wire::EnrolRequest>) -> Result<Response<wire::EnrolReply>, Status> {
-        let Self(context, _) = self;
+        let context = &self.context;
         let connection = request.extensions().get::<tls::Connection>().cloned().ok_or_else(|| Status::internal("no connection"))?;
+        let network = self.admit(connection.address.ip())?;
         let r = request.into_inner();
         let registration = r.registration.unwrap_or_default();
         let enrolment = Enrolment {
@@ -36,6 +67,7 @@ impl wire::enrolment_server::Enrolment for EnrolService {
             tracing::warn!(%invite, address = %connection.address, error = %e, "an enrolment was refused");
             status(&e)
         })?;
+        self.refused.give_back(&network);
         Ok(Response::new(wire::EnrolReply {
             node_id: node.id.to_string(),
             node_name: node.name,
@@ -45,8 +77,9 @@ impl wire::enrolment_server::Enrolment for EnrolService {
     }
 
     async fn recover(&self, request: Request<wire::RecoverRequest>) -> Result<Response<wire::RecoverReply>, Status> {
-        let Self(context, together) = self;
+        let context = &self.context;
         let connection = request.extensions().get::<tls::Connection>().cloned().ok_or_else(|| Status::internal("no connection"))?;
+        let network = self.admit(connection.address.ip())?;
         let r = request.into_inner();
         let recovery = Recovery {
             node: id("node_id", &r.node_id).map_err(bad_message)?,
@@ -57,13 +90,14 @@ impl wire::enrolment_server::Enrolment for EnrolService {
             exporter: connection.exporter,
         };
         // Who waits too long is cut with the connection.
-        let _place = together.acquire().await.map_err(|_| Status::unavailable("the hub is stopping"))?;
+        let _place = self.together.acquire().await.map_err(|_| Status::unavailable("the hub is stopping"))?;
         let node = recovery.node;
         let fresh = context.nodes.recover(recovery).await.map_err(|e| {
             metrics::counter!("cortex_auth_failures_total", "kind" => "node").increment(1);
             tracing::warn!(%node, address = %connection.address, error = %e, "a recovery was refused");
             status(&e)
         })?;
+        self.refused.give_back(&network);
         Ok(Response::new(wire::RecoverReply {
             certificate: Some(certificate(&context.keys, fresh)),
             hub_time_ms: context.clock.anchored_ms(),

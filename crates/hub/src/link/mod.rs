@@ -5,6 +5,7 @@
 //!             └─► NodeLink.SyncConfiguration, TaskStream, DataStream, ReportHealth, Renew
 //! ```
 
+mod crowd;
 mod data;
 mod enrolment;
 pub mod envelope;
@@ -26,7 +27,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tonic::transport::server::Connected;
 use tonic::{Request, Status};
 
@@ -92,8 +92,7 @@ where
     let link = NodeLinkServer::new(node::LinkService(context.clone()))
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
-    let enrol = EnrolmentServer::new(enrolment::EnrolService(context, Semaphore::new(enrolment::RECOVERIES_AT_ONCE)))
-        .max_decoding_message_size(64 << 10);
+    let enrol = EnrolmentServer::new(enrolment::EnrolService::new(context)).max_decoding_message_size(64 << 10);
     tonic::transport::Server::builder()
         .initial_stream_window_size(limits::STREAM_WINDOW_BYTES)
         .initial_connection_window_size(limits::CONNECTION_WINDOW_BYTES)

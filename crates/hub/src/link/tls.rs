@@ -2,6 +2,7 @@
 //! certificate to the handlers.
 
 use super::Peer;
+use super::crowd::{self, Crowd};
 use crate::keys::{KeyError, Keys};
 use arc_swap::ArcSwap;
 use mesh_core::{HubId, UnixMs, enrol, sha256};
@@ -35,6 +36,9 @@ const STRANGERS_AT_ONCE: usize = 256;
 const STRANGER_LIFE: Duration = Duration::from_secs(15);
 /// Connections that have finished their handshake and wait to be served.
 const ACCEPTED_QUEUE: usize = 64;
+/// Of both, what one network may have: a quarter of the strangers, an eighth of those who knock.
+const STRANGERS_A_NETWORK: u32 = 64;
+const KNOCKING_A_NETWORK: u32 = 512;
 /// How long to rest when the system gives no more connections (descriptors, memory).
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 
@@ -108,7 +112,7 @@ pub struct LinkStream {
 /// What a connection has of the port's bounds, until it is closed.
 struct Places {
     _any: OwnedSemaphorePermit,
-    _stranger: Option<OwnedSemaphorePermit>,
+    _stranger: Option<(OwnedSemaphorePermit, crowd::Place)>,
 }
 
 impl Drop for Places {
@@ -163,6 +167,7 @@ pub fn accept(
     let (ready, stream) = mpsc::channel(ACCEPTED_QUEUE);
     let (door, gate) = (Arc::new(Semaphore::new(KNOCKING_AT_ONCE)), Arc::new(Semaphore::new(HANDSHAKES_AT_ONCE)));
     let (all, strangers) = (Arc::new(Semaphore::new(connections)), Arc::new(Semaphore::new(STRANGERS_AT_ONCE)));
+    let (knocking, strange) = (Crowd::new(KNOCKING_A_NETWORK), Crowd::new(STRANGERS_A_NETWORK));
     let group = tasks.clone();
     tasks.spawn_until_cancelled("node-port accept", async move {
         loop {
@@ -175,10 +180,15 @@ pub fn accept(
                     continue;
                 }
             };
+            let Some(knock) = knocking.enter(address.ip()) else {
+                refused("network");
+                continue;
+            };
             let Ok(any) = all.clone().try_acquire_owned() else {
                 refused("connections");
                 continue;
             };
+            let strange = strange.clone();
             let (config, ready, gate, strangers) = (tls.config.load_full(), ready.clone(), gate.clone(), strangers.clone());
             group.spawn_until_cancelled("node-port handshake", async move {
                 if !matches!(tokio::time::timeout(SILENT_TIMEOUT, tcp.readable()).await, Ok(Ok(()))) {
@@ -186,16 +196,17 @@ pub fn accept(
                 }
                 let Ok(permit) = gate.acquire().await else { return };
                 let shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(config, tcp, address)).await;
-                drop((permit, place));
+                drop((permit, place, knock));
                 let count = |result| metrics::counter!("cortex_link_handshakes_total", "result" => result).increment(1);
                 match shaken {
                     Ok(Ok((tls, connection))) => {
                         count("done");
                         let stranger = connection.certificate.is_none();
-                        let permit = stranger.then(|| strangers.try_acquire_owned());
-                        let Ok(permit) = permit.transpose() else { return refused("strangers") };
+                        let place = || Some((strangers.try_acquire_owned().ok()?, strange.enter(address.ip())?));
+                        let place = if stranger { place().map(Some) } else { Some(None) };
+                        let Some(place) = place else { return refused("strangers") };
                         metrics::gauge!("cortex_link_connections").increment(1);
-                        let places = Places { _any: any, _stranger: permit };
+                        let places = Places { _any: any, _stranger: place };
                         let stranger = stranger.then(|| Box::pin(tokio::time::sleep(STRANGER_LIFE)));
                         let _ = ready.send(Ok(LinkStream { tls, connection, stranger, _places: places })).await;
                     }

@@ -21,6 +21,7 @@ pub fn status(error: &hub_engine::Error) -> Status {
         E::Conflict { code, detail } => Status::failed_precondition(format!("{code}: {detail}")),
         E::Invalid { detail, .. } => Status::invalid_argument(detail.clone()),
         E::NotYet(what) => Status::unimplemented(format!("{what} is not built yet")),
+        e @ E::RateLimited { .. } => Status::resource_exhausted(e.to_string()),
         E::Unavailable { detail, .. } => Status::unavailable(detail.clone()),
         E::Store(e) => {
             tracing::error!(error = %e, source = ?e.source, "the store failed");

@@ -4,11 +4,12 @@ use super::App;
 use super::body::{Body, Creating, PathId, Query};
 use super::page::{PlainList, page, window};
 use super::problem::{Answer, Refusal};
+use super::requests::Asked;
 use super::views;
 use super::who::{ADMIN, Who};
-use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::{Extension, Json};
 use hub_engine::accounts::Tokens;
 use mesh_core::ApiKeyId;
 use mesh_core::name::{MAX_CHARS, is_deceptive};
@@ -38,11 +39,16 @@ pub struct LoginQuery {
         (status = 501, description = "`cookie=true` is not built yet"),
     ),
 )]
-pub async fn login(State(app): State<App>, Query(q): Query<LoginQuery>, Body(r): Body<LoginRequest>) -> Answer<Json<TokenReply>> {
+pub async fn login(
+    State(app): State<App>,
+    Extension(asked): Extension<Asked>,
+    Query(q): Query<LoginQuery>,
+    Body(r): Body<LoginRequest>,
+) -> Answer<Json<TokenReply>> {
     if q.cookie == Some(true) {
         return Err(Refusal::new(StatusCode::NOT_IMPLEMENTED, "not_yet", "log-in by cookie is not built yet"));
     }
-    let given = app.accounts.login(&r.username, r.password).await?;
+    let given = app.accounts.login(&r.username, r.password, asked.address).await?;
     // Until devices are kept, the log is where a person's log-ins can be told apart.
     let device: String = r.device_name.unwrap_or_default().chars().filter(|c| !is_deceptive(*c)).take(MAX_CHARS).collect();
     tracing::info!(username = ?r.username, ?device, "log-in");

@@ -14,6 +14,7 @@ mod openapi;
 mod output;
 mod page;
 mod problem;
+mod rate;
 mod requests;
 mod sessions;
 mod state;
@@ -51,6 +52,7 @@ use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::Statistics;
 use hub_engine::tasks::TaskService;
+use hub_engine::throttle::Rates;
 use mesh_process::{CancellationToken, SharedClock, Tasks};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -77,6 +79,7 @@ pub struct RestState {
     pub streams: Tasks,
     pub meta: Arc<dyn Meta>,
     pub recovery: Arc<Recovery>,
+    pub rates: Arc<Rates>,
     pub keys: Arc<Keys>,
     pub binaries: Binaries,
     pub clock: SharedClock,

@@ -4,6 +4,7 @@ use axum::body::Body;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use hub_engine::Error;
+use hub_engine::error::secs;
 use mesh_wire::rest::Problem;
 
 /// A refusal before it has its request id.
@@ -12,11 +13,13 @@ pub struct Refusal {
     pub status: StatusCode,
     pub code: &'static str,
     pub detail: String,
+    /// Seconds after which it may be tried again.
+    pub retry_secs: Option<u64>,
 }
 
 impl Refusal {
     pub fn new(status: StatusCode, code: &'static str, detail: impl ToString) -> Self {
-        Self { status, code, detail: detail.to_string() }
+        Self { status, code, detail: detail.to_string(), retry_secs: None }
     }
     pub fn bad_request(code: &'static str, detail: impl ToString) -> Self {
         Self::new(StatusCode::BAD_REQUEST, code, detail)
@@ -39,6 +42,9 @@ impl From<Error> for Refusal {
             Error::Conflict { code, detail } => Self::new(StatusCode::CONFLICT, code, detail),
             Error::Invalid { code, detail } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, code, detail),
             e @ Error::NotYet(_) => Self::new(StatusCode::NOT_IMPLEMENTED, "not_yet", e),
+            Error::RateLimited { wait, .. } => {
+                Self { retry_secs: Some(secs(wait)), ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", e) }
+            }
             Error::Unavailable { code, detail } => Self::new(StatusCode::SERVICE_UNAVAILABLE, code, detail),
             Error::Store(e) if e.is_full() => {
                 tracing::error!(error = %e, "there is no room to store more");
@@ -85,6 +91,9 @@ pub fn written(response: &mut Response, request_id: &str) {
     let headers = response.headers_mut();
     headers.remove(header::CONTENT_LENGTH);
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    if let Some(secs) = r.retry_secs {
+        headers.insert(header::RETRY_AFTER, secs.into());
+    }
     match r.status {
         StatusCode::UNAUTHORIZED => drop(headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))),
         StatusCode::SERVICE_UNAVAILABLE => drop(headers.entry(header::RETRY_AFTER).or_insert(HeaderValue::from_static("1"))),

@@ -1,7 +1,7 @@
 //! What surrounds each request: its id and span, its time, its counts.
 
 use super::problem::{Refusal, written};
-use super::{App, Door};
+use super::{App, Door, rate};
 use crate::doors::listener::Peer;
 use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Request, State};
@@ -73,9 +73,13 @@ pub async fn serve(State(app): State<App>, mut request: Request, next: Next) -> 
     request.extensions_mut().insert(asked.clone());
     // Time for the body, which alone is in the hands of the caller, and as much again for the answer.
     let patience = if request.body().is_end_stream() { time } else { time * 2 };
+    let admitted = rate::admit(&app, &request, address);
     let request = request.map(|body| Body::new(InTime { body, until: begun + time, sleep: None }));
     // Streams answer at once and go on; what is bounded is the time until there is an answer.
     let answered = async {
+        if let Err(refusal) = admitted {
+            return refusal.into_response();
+        }
         let mut work = std::pin::pin!(next.run(request));
         loop {
             let waits = asked.wait_secs.load(Ordering::Acquire);

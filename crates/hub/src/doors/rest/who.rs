@@ -6,7 +6,9 @@ use super::requests::Asked;
 use axum::extract::FromRequestParts;
 use axum::http::header;
 use axum::http::request::Parts;
+use hub_engine::Error;
 use hub_engine::accounts::Authenticated;
+use hub_engine::throttle::Principal;
 use mesh_core::permission::{Caller, Via};
 
 /// The name of the first user, who also stands behind the control socket.
@@ -37,19 +39,19 @@ impl FromRequestParts<App> for Who {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
         let socket = parts.extensions.get::<Door>() == Some(&Door::Socket);
         let door = if socket { "socket" } else { "rest" };
-        let mut authenticated = match parts.headers.get(header::AUTHORIZATION) {
-            Some(value) => {
-                let token = value.to_str().ok().and_then(|v| v.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
-                let (_, token) = token.ok_or_else(|| unauthenticated("use the header Authorization: Bearer <token or API key>"))?;
-                app.accounts.authenticate(token.trim()).await?
-            }
-            None if socket => app.accounts.local_admin(ADMIN).await?,
-            None => return Err(unauthenticated("log in, or give an API key: Authorization: Bearer <token or API key>")),
+        let asked = parts.extensions.get::<Asked>().cloned().ok_or_else(|| Error::Unauthenticated("the request came by no door"))?;
+        let who = identify(parts, app, socket).await;
+        let principal = match &who {
+            _ if socket => None,
+            Ok(who) => Principal::of(&who.caller),
+            Err(Error::Unauthenticated(_)) => asked.address.map(Principal::at),
+            Err(_) => None,
         };
+        principal.map_or(Ok(()), |p| app.rates.admit(p))?;
+        let mut authenticated = who?;
         if let Some(user) = authenticated.caller.user() {
             tracing::Span::current().record("user", tracing::field::display(user));
         }
-        let asked = parts.extensions.get::<Asked>().cloned().ok_or_else(|| unauthenticated("the request came by no door"))?;
         if let Caller::Person(person) = &mut authenticated.caller {
             person.via = Via { door, address: asked.address, request_id: Some(asked.request_id.clone()) };
         }
@@ -57,6 +59,14 @@ impl FromRequestParts<App> for Who {
     }
 }
 
-fn unauthenticated(detail: &'static str) -> Refusal {
-    hub_engine::Error::Unauthenticated(detail).into()
+async fn identify(parts: &Parts, app: &App, socket: bool) -> Result<Authenticated, Error> {
+    match parts.headers.get(header::AUTHORIZATION) {
+        Some(value) => {
+            let token = value.to_str().ok().and_then(|v| v.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+            let (_, token) = token.ok_or(Error::Unauthenticated("use the header Authorization: Bearer <token or API key>"))?;
+            app.accounts.authenticate(token.trim()).await
+        }
+        None if socket => app.accounts.local_admin(ADMIN).await,
+        None => Err(Error::Unauthenticated("log in, or give an API key: Authorization: Bearer <token or API key>")),
+    }
 }
