@@ -7,7 +7,7 @@ use crate::oracle::Key as Attempt;
 use crate::plan::{Break, Fault, Point};
 use crate::warden::ToWarden;
 use crate::world::lock;
-use mesh_core::policy::{Asked, Grant, Place, judge};
+use mesh_core::policy::{self, Asked, Grant, Place, judge};
 use mesh_core::spec::Spec;
 use mesh_core::task::{AttemptNo, NeverStarted, Outcome, Reason, ReasonCode};
 use mesh_process::Tasks;
@@ -421,9 +421,9 @@ impl Daemon {
         }
         let granted = o.spec(payload).and_then(|spec: Spec| {
             let (task, attempt) = (o.key.task, o.key.attempt);
-            let asked = Asked { task, attempt, spec: &spec, digest: o.digest, timeout_secs: o.timeout_secs };
+            let asked = Asked { task, attempt, user: o.user, spec: &spec, digest: o.digest, timeout_secs: o.timeout_secs };
             let place = Place { workspace: "/w".into(), run_as: Some(1000), ephemeral: false };
-            judge(&asked, place).map_err(|reason| Outcome::NeverStarted(NeverStarted::Refused(reason)))
+            judge(&asked, place, &policy::Machine::OPEN).map_err(|reason| Outcome::NeverStarted(NeverStarted::Refused(reason)))
         });
         match granted {
             Err(outcome) => self.over(o, outcome),

@@ -228,7 +228,7 @@ impl Hub {
         // Machines with one identity are told apart elsewhere: here all are the same one.
         let named = hello.last_session;
         self.links.copies().judge(node, &named, false, self.clock.steady());
-        let hello = hub_engine::delivery::Hello { spool: hello.spool, max_tasks: hello.max_tasks, keeps: 0, attempts };
+        let hello = hub_engine::delivery::Hello { spool: hello.spool, max_tasks: hello.max_tasks, keeps: 0, closed: None, attempts };
         let hub = self.clone();
         let opening = async move { hub.delivery.open_link(&row, hello, commands).await };
         let opened = match self.life.tasks.complete("link open", opening).await {

@@ -100,7 +100,7 @@ impl Hub {
     }
     async fn link(&self, node: Node, max_tasks: u32, keeps: u32, attempts: Vec<(TaskId, AttemptNo)>) -> Machine {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(1), max_tasks, keeps, attempts };
+        let hello = Hello { spool: sample::spool_id(1), max_tasks, keeps, closed: None, attempts };
         let welcome = self.delivery.open_link(&node, hello, commands).await.unwrap();
         Machine { node, welcome, queue }
     }
