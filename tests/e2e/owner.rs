@@ -162,7 +162,9 @@ async fn programs_are_bounded_by_what_would_be_executed() {
     succeeded(&run(&hub, &node, &["/bin/id"]).await);
     assert_eq!(run(&hub, &node, &[&at("yes-name"), "hi"]).await["stdout"], "hi\n");
     denied(&run(&hub, &node, &["id", "-g"]).await, "ceiling: deny[0]");
-    for argv in [&["./ls"][..], &["../bin/sh", "-c", "id"], &[&format!("{up}bin/sh")], &["/bin/ls"], &["gone"], &[&at("no-name")], &[&at("one")]] {
+    for argv in
+        [&["./ls"][..], &["../bin/sh", "-c", "id"], &[&format!("{up}bin/sh")], &["/bin/ls"], &["gone"], &[&at("no-name")], &[&at("one")]]
+    {
         denied(&run(&hub, &node, argv).await, "ceiling: allow: no rule names");
     }
     denied(&end(&hub, &node, json!({"shell": {"command": "id"}})).await, "ceiling: allow: no rule names \"");
@@ -267,6 +269,9 @@ async fn a_disabled_node_takes_nothing_with_or_without_a_hub() {
     schedulable(&hub, &node, "the node to be disabled", disabled.clone()).await;
     let status = |node: &Node| serde_json::from_str::<Value>(&ok(node, &["status", "--output", "json"])).unwrap();
     assert_eq!(status(&node)["unschedulable"], "disabled");
+    let report: Value = serde_json::from_slice(&call(&node, &["doctor", "--output", "json"]).stdout).unwrap();
+    let hop = report["checks"].as_array().unwrap().iter().find(|c| c["hop"] == "ceiling").unwrap().clone();
+    assert_eq!(hop["verdict"], "warning", "{report}");
     let waiting = text(&hub.dispatch(json!({"node": node.id, "shell": {"argv": ["true"]}})).await, "id");
     assert_eq!(hub.task(&waiting).await["waiting"]["code"], "no_candidate");
     std::fs::write(&gate, "").unwrap();

@@ -124,8 +124,9 @@ pub async fn run(dir: &DataDir) -> Report {
             None
         }
     };
-    if folder.is_some() {
-        ceiling(&mut report, dir);
+    match folder {
+        Some(()) => ceiling(&mut report, dir),
+        None => report.skip(&["ceiling"]),
     }
     match &known {
         Some(known) => to_the_hub(&mut report, known).await,
