@@ -196,8 +196,10 @@ impl Engine {
     pub fn new(p: Parts) -> Self {
         let (news, inbox) = mpsc::channel(INBOX);
         let owner = Owner::new(p.dir.clone());
-        if let Some(problem) = owner.problem() {
-            tracing::error!(%problem, "the ceiling cannot be read: no task is taken until it is mended");
+        match (owner.closed(), owner.problem()) {
+            (_, Some(problem)) => tracing::error!(%problem, "the ceiling cannot be read: no task is taken until it is mended"),
+            (Some(_), None) => tracing::warn!("this node is disabled: no task is taken until `cortex-node enable`"),
+            (None, None) => {}
         }
         let status = Status {
             pid: std::process::id(),
