@@ -133,7 +133,21 @@ async fn the_nodes_doctor_names_what_is_wrong_with_this_machine() {
     let (failed, _, report) = node_doctor(&node, None);
     assert_eq!(failed, None, "{report:#}");
     let hops: Vec<_> = report["checks"].as_array().unwrap().iter().map(|c| c["hop"].as_str().unwrap()).collect();
-    let all = ["data_folder", "identity", "resolve", "tcp", "tls", "hub", "clock", "daemon", "warden", "workspace", "spool", "sandbox"];
+    let all = [
+        "data_folder",
+        "identity",
+        "ceiling",
+        "resolve",
+        "tcp",
+        "tls",
+        "hub",
+        "clock",
+        "daemon",
+        "warden",
+        "workspace",
+        "spool",
+        "sandbox",
+    ];
     assert_eq!(hops, all);
     let out = node.command(&["doctor"]).output().unwrap();
     let said = String::from_utf8_lossy(&out.stdout).into_owned();

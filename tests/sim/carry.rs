@@ -164,6 +164,7 @@ pub async fn connect(m: &Arc<Machine>, hub: &Hub, no: u64, hello: Hello, tasks: 
         max_tasks: hello.max_tasks,
         last_link_session: hello.last_session,
         keeps: 0,
+        closed: hello.closed.map_or("", mesh_core::ceiling::Closed::as_str).to_owned(),
     };
     let capabilities = wire::Capabilities { os: "linux".into(), cpu_cores: 8, ..Default::default() };
     let registration = wire::RegistrationRequest { version: "sim".into(), capabilities: Some(capabilities), ..Default::default() };

@@ -7,11 +7,12 @@ use crate::oracle::Key as Attempt;
 use crate::plan::{Break, Fault, Point};
 use crate::warden::ToWarden;
 use crate::world::lock;
-use mesh_core::policy::{Asked, Grant, Place, judge};
+use mesh_core::ceiling::Closed;
+use mesh_core::policy::{self, Asked, Grant, Place, judge};
 use mesh_core::spec::Spec;
 use mesh_core::task::{AttemptNo, NeverStarted, Outcome, Reason, ReasonCode};
 use mesh_process::Tasks;
-use mesh_wire::node::{Envelope, Heartbeat, PayloadRequest, node_frame};
+use mesh_wire::node::{Envelope, Heartbeat, PayloadRequest, Standing, node_frame};
 use node::link::attempts::Attempts;
 use node::link::backoff::Backoff;
 use node::link::data::{Pulled, Pulls};
@@ -49,6 +50,8 @@ struct Up {
     heard: Instant,
     heartbeat_due: Instant,
     repeat_due: Instant,
+    /// What the hub knows of the owner's word.
+    told: Option<Closed>,
 }
 
 pub struct Daemon {
@@ -69,6 +72,8 @@ pub struct Daemon {
     up: Option<Up>,
     dialled: (mpsc::Sender<Dialed>, mpsc::Receiver<Dialed>),
     dialling: bool,
+    /// In the hello of the newest try.
+    hello_told: Option<Closed>,
     dial_due: Option<Instant>,
     backoff: Backoff,
     swapping: bool,
@@ -96,6 +101,7 @@ impl Daemon {
             up: None,
             dialled: mpsc::channel(4),
             dialling: false,
+            hello_told: None,
             dial_due: None,
             backoff: Backoff::default(),
             swapping: false,
@@ -191,6 +197,7 @@ impl Daemon {
             self.m.kill_warden();
             return true;
         }
+        self.look_at_owner();
         if let Some(up) = &mut self.up {
             if now >= up.heard + SILENCE {
                 self.lost("the hub was silent", true);
@@ -220,6 +227,16 @@ impl Daemon {
         self.m.revoked.load(Ordering::SeqCst) && self.stopping.is_none()
     }
 
+    /// Tells the hub what the machine's owner has changed.
+    fn look_at_owner(&mut self) {
+        let (closed, max_tasks) = (self.m.closed(), self.m.max_tasks);
+        if let Some(up) = self.up.as_mut().filter(|up| up.told != closed) {
+            up.told = closed;
+            let closed = closed.map_or("", Closed::as_str).to_owned();
+            up.end.send.send(ToHub::Frame(node_frame::Kind::Standing(Standing { max_tasks, closed })));
+        }
+    }
+
     fn flush(&mut self) {
         // Nothing is said before the warden has welcomed, as the socket's pump does it.
         while self.attached
@@ -242,7 +259,9 @@ impl Daemon {
         self.dialling = true;
         let known = self.attempts.known();
         let attempts = known.iter().filter_map(|k| Some((k.task_id.parse().ok()?, AttemptNo(k.attempt)))).collect();
-        let hello = Hello { spool: self.m.spool_id(), attempts, max_tasks: self.m.max_tasks, last_session: lock(&self.m.session).clone() };
+        let (max_tasks, closed) = (self.m.max_tasks, self.m.closed());
+        self.hello_told = closed;
+        let hello = Hello { spool: self.m.spool_id(), attempts, max_tasks, closed, last_session: lock(&self.m.session).clone() };
         let (m, told, tasks) = (self.m.clone(), self.dialled.0.clone(), self.tasks.clone());
         self.tasks.spawn_until_cancelled("dial", async move {
             let dialed = tokio::time::timeout(DIAL_TIMEOUT, connect(&m, hello, &tasks)).await.unwrap_or(Err("timed out"));
@@ -296,6 +315,7 @@ impl Daemon {
             heard: now,
             heartbeat_due: now,
             repeat_due: now + REPEAT,
+            told: self.hello_told,
         });
         let marks: BTreeMap<Attempt, u64> = marks.into_iter().collect();
         for (key, tail) in &mut self.tails {
@@ -364,6 +384,7 @@ impl Daemon {
     // ---- orders ----
 
     fn on_envelope(&mut self, e: &Envelope) {
+        self.look_at_owner();
         let Some(up) = &mut self.up else { return };
         match up.checker.check(e) {
             Ok(Accepted::Orders(orders)) => {
@@ -407,7 +428,7 @@ impl Daemon {
 
     fn admit(&self, o: &Checked) -> Result<(), Outcome> {
         o.admit(self.node_time().unwrap_or(i64::MAX))?;
-        if self.stopping.is_some() {
+        if self.stopping.is_some() || (o.granted && self.m.closed().is_some()) {
             return Err(Outcome::NeverStarted(NeverStarted::Late));
         }
         Ok(())
@@ -419,9 +440,9 @@ impl Daemon {
         }
         let granted = o.spec(payload).and_then(|spec: Spec| {
             let (task, attempt) = (o.key.task, o.key.attempt);
-            let asked = Asked { task, attempt, spec: &spec, digest: o.digest, timeout_secs: o.timeout_secs };
+            let asked = Asked { task, attempt, user: o.user, spec: &spec, digest: o.digest, timeout_secs: o.timeout_secs };
             let place = Place { workspace: "/w".into(), run_as: Some(1000), ephemeral: false };
-            judge(&asked, place).map_err(|reason| Outcome::NeverStarted(NeverStarted::Refused(reason)))
+            judge(&asked, place, &policy::Machine::OPEN).map_err(|reason| Outcome::NeverStarted(NeverStarted::Refused(reason)))
         });
         match granted {
             Err(outcome) => self.over(o, outcome),

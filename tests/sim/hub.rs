@@ -21,6 +21,7 @@ use hub_engine::sessions::Sessions;
 use hub_engine::tasks::TaskService;
 use hub_engine::watch::Watchers;
 use hub_testkit::MemoryStore;
+use mesh_core::ceiling::Closed;
 use mesh_core::permission::Caller;
 use mesh_core::seal::{self, Intent};
 use mesh_core::task::{AttemptNo, Outcome};
@@ -232,7 +233,8 @@ impl Hub {
         // Machines with one identity are told apart elsewhere: here all are the same one.
         let named = hello.last_session;
         self.links.copies().judge(node, &named, false, self.clock.steady());
-        let hello = hub_engine::delivery::Hello { spool: hello.spool, max_tasks: hello.max_tasks, keeps: 0, attempts };
+        let hello =
+            hub_engine::delivery::Hello { spool: hello.spool, max_tasks: hello.max_tasks, keeps: 0, closed: hello.closed, attempts };
         let hub = self.clone();
         let opening = async move { hub.delivery.open_link(&row, hello, commands).await };
         let opened = match self.life.tasks.complete("link open", opening).await {
@@ -465,6 +467,11 @@ impl Talk {
                     let full = match message {
                         None => return "closed",
                         Some(ToHub::Frame(node_frame::Kind::Heartbeat(_))) => false,
+                        Some(ToHub::Frame(node_frame::Kind::Standing(s))) => {
+                            let caller = Caller::Node { node: self.node, generation: self.generation };
+                            let _ = self.hub.delivery.standing(&caller, s.max_tasks, Closed::parse(&s.closed));
+                            false
+                        }
                         Some(ToHub::Frame(kind)) => self.reports.try_send(kind).is_err(),
                         Some(ToHub::Output(key, frame)) => self.output.try_send(Data::Output(key, frame)).is_err(),
                         Some(ToHub::Pull(p)) => self.output.try_send(Data::Pull(p)).is_err(),

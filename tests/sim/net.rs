@@ -20,6 +20,7 @@ pub struct Hello {
     pub spool: mesh_core::SpoolId,
     pub attempts: Vec<Key>,
     pub max_tasks: u32,
+    pub closed: Option<mesh_core::ceiling::Closed>,
     /// Of the newest welcome that its machine has had.
     pub last_session: Vec<u8>,
 }

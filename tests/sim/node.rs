@@ -4,6 +4,7 @@ use crate::daemon::Daemon;
 use crate::hub::Hub;
 use crate::warden::{Spool, ToWarden, Warden};
 use crate::world::{World, lock};
+use mesh_core::ceiling::Closed;
 use mesh_core::{NodeId, SpoolId};
 use mesh_process::{Clock, Tasks};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -37,6 +38,8 @@ pub struct Machine {
     /// What the next daemon is asked to do: swap its link for a second one, or end tasks and warden.
     pub swap: AtomicBool,
     pub stop: AtomicBool,
+    /// By its owner's word: it takes no work.
+    pub closed: AtomicBool,
 }
 
 impl Machine {
@@ -60,11 +63,15 @@ impl Machine {
             wire_no: AtomicU64::new(0),
             swap: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
         })
     }
     pub fn now_ms(&self) -> i64 {
         // The machine's own clock has nothing to do with the hub's.
         self.world.clock().now_ms() + 12_345
+    }
+    pub fn closed(&self) -> Option<Closed> {
+        self.closed.load(Ordering::SeqCst).then_some(Closed::Disabled)
     }
     /// The spool's id as the hello tells it.
     pub fn spool_id(&self) -> SpoolId {

@@ -22,6 +22,7 @@ pub enum Fault {
     Cancel,
     Revoke,
     Drain,
+    OwnerCloses,
     ClockJump,
     UngrantedOrder,
     UngrantedAttempt,
@@ -29,7 +30,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Fault; 23] = [
+    pub const ALL: [Fault; 24] = [
         Self::HubCrash,
         Self::HubRestore,
         Self::DaemonCrash,
@@ -49,6 +50,7 @@ impl Fault {
         Self::Cancel,
         Self::Revoke,
         Self::Drain,
+        Self::OwnerCloses,
         Self::ClockJump,
         Self::UngrantedOrder,
         Self::UngrantedAttempt,

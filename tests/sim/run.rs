@@ -381,6 +381,10 @@ impl Sim {
                 *lock(&world.mood) = mood;
                 self.mood_until = Some(Instant::now() + seconds(1, 8));
             }
+            15 if world.rng(|r| r.chance(40)) => {
+                world.fault(Fault::OwnerCloses, m.n);
+                m.closed.fetch_xor(true, Ordering::SeqCst);
+            }
             15 => self.drain(&m),
             16 => {
                 let by = world.rng(|r| if r.chance(50) { -(r.between(1000, 3_600_000) as i64) } else { r.between(1000, 600_000) as i64 });
@@ -416,6 +420,7 @@ impl Sim {
         for m in &self.machines {
             m.stop.store(false, Ordering::SeqCst);
             m.swap.store(false, Ordering::SeqCst);
+            m.closed.store(false, Ordering::SeqCst);
         }
         self.undrain();
     }
@@ -632,8 +637,13 @@ impl Sim {
         self.world.fault(Fault::Intruder, m.n);
         let no = m.wire_no.fetch_add(1, Ordering::SeqCst) + 1;
         let (mut near, far) = crate::net::Wire::make(&self.world, m.n, no);
-        let hello =
-            crate::net::Hello { spool: m.spool_id(), attempts: vec![], max_tasks: m.max_tasks, last_session: lock(&m.session).clone() };
+        let hello = crate::net::Hello {
+            spool: m.spool_id(),
+            attempts: vec![],
+            max_tasks: m.max_tasks,
+            closed: None,
+            last_session: lock(&m.session).clone(),
+        };
         hub.accept(far, m.id, hello);
         let stay = Duration::from_millis(self.world.rng(|r| r.between(10, 5000)));
         self.world.tasks.spawn_until_cancelled("intruder", async move {

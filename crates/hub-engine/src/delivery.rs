@@ -9,6 +9,7 @@ use crate::nodes;
 use crate::pool::Pool;
 use crate::ports::{Applied, Besides, Journal, NodeDirectory, Output};
 use crate::records::{Node, OutputFrame, Task};
+use mesh_core::ceiling::Closed;
 use mesh_core::output::Digests;
 use mesh_core::permission::Caller;
 use mesh_core::task::{Action, AttemptNo, Event, MAYBE_RAN, Outcome, TaskState};
@@ -24,6 +25,8 @@ pub struct Hello {
     pub max_tasks: u32,
     /// Orders that it keeps without leave to start them.
     pub keeps: u32,
+    /// It takes no work.
+    pub closed: Option<Closed>,
     pub attempts: Vec<(TaskId, AttemptNo)>,
 }
 
@@ -85,6 +88,11 @@ pub struct Delivery {
 }
 
 /// Is this the newest attempt of an open task, and the node's?
+/// A machine's own number of tasks at once, bounded to what the pool can count with.
+fn own_tasks(told: u32) -> u32 {
+    told.clamp(1, 1024)
+}
+
 fn is_ours(task: &Task, node: NodeId, attempt: AttemptNo) -> bool {
     let open = !task.progress.state.is_final() && task.progress.state != TaskState::Pending;
     open && task.progress.attempt.as_ref().is_some_and(|a| a.no == attempt && a.node == node)
@@ -107,14 +115,16 @@ impl Delivery {
         // The queue is in place before the held attempts are looked at: what is granted from now on
         // goes to this link by itself, what was granted before is sent below.
         let cut = CancellationToken::new();
-        let own_tasks = hello.max_tasks.clamp(1, 1024);
+        let own_tasks = own_tasks(hello.max_tasks);
         let in_place = self.links.open(Link {
             node: node.id,
             owner: node.owner,
             generation,
             spool: hello.spool,
             own_tasks,
+            task_limit: None,
             max_tasks: own_tasks,
+            closed: hello.closed,
             keeps: hello.keeps,
             offers: Arc::new(node.offers()),
             // Until the registry was asked below: people may have changed the node since it was read.
@@ -221,6 +231,17 @@ impl Delivery {
             self.links.refuse(node, "foreign", &format_args!("{task} attempt {} was never this node's", attempt.0));
         }
         Ok(false)
+    }
+
+    /// The machine's owner changed what it takes: from now on nothing else is given to it.
+    pub fn standing(&self, caller: &Caller, max_tasks: u32, closed: Option<Closed>) -> Result<()> {
+        let node = self.fence(caller)?;
+        let Caller::Node { generation, .. } = caller else { return Ok(()) };
+        if self.links.set_standing(node, *generation, own_tasks(max_tasks), closed) {
+            tracing::debug!(%node, max_tasks, closed = closed.map(Closed::as_str), "the owner of a node changed what it takes");
+            self.pool.wake();
+        }
+        Ok(())
     }
 
     pub(crate) fn fence(&self, caller: &Caller) -> Result<NodeId> {

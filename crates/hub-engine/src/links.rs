@@ -7,6 +7,7 @@ use crate::events::{Events, NodeNews};
 use crate::input::{Input, Inputs};
 use crate::records::{Node, Task};
 use crate::refusals::Refusals;
+use mesh_core::ceiling::Closed;
 use mesh_core::placement::Candidate;
 use mesh_core::select::Offers;
 use mesh_core::task::AttemptNo;
@@ -90,8 +91,12 @@ pub struct Link {
     pub spool: SpoolId,
     /// As many as the machine itself takes at once.
     pub own_tasks: u32,
+    /// The hub's own bound on that.
+    pub task_limit: Option<u32>,
     /// As many as it is given.
     pub max_tasks: u32,
+    /// It takes no work, by its own word.
+    pub closed: Option<Closed>,
     /// Orders that it keeps without leave to start them; 0 for a node that knows nothing of that.
     pub keeps: u32,
     /// Labels, skills and slots, as placement sees them.
@@ -108,9 +113,15 @@ pub struct Link {
 }
 
 impl Link {
+    /// Takes new work, as far as people have their say.
+    pub fn is_open(&self) -> bool {
+        !self.draining && self.closed.is_none()
+    }
     /// Why it takes no more work, with so much of it running. Placement goes by the same facts.
     pub fn refuses(&self, running: u32) -> Option<&'static str> {
         match () {
+            // Before all that the hub could change: its owner alone opens it.
+            () if self.closed.is_some() => self.closed.map(Closed::as_str),
             () if self.draining => Some("draining"),
             () if running >= self.max_tasks => Some("busy"),
             () => None,
@@ -216,7 +227,7 @@ impl State {
             .map(|l| Candidate {
                 node: l.node,
                 online: true,
-                schedulable: !l.draining,
+                schedulable: l.is_open(),
                 room: l.max_tasks.saturating_sub(self.running(l.node)),
                 offers: &l.offers,
                 taken: self.taken(l.node),
@@ -332,10 +343,19 @@ impl Links {
     pub fn set(&self, node: &Node) {
         if let Some(l) = self.state().links.get_mut(&node.id).filter(|l| l.epoch <= node.epoch) {
             l.offers = Arc::new(node.offers());
-            l.max_tasks = node.takes_at_once(l.own_tasks);
+            (l.task_limit, l.max_tasks) = (node.task_limit, node.takes_at_once(l.own_tasks));
             l.draining = node.draining;
             l.epoch = node.epoch;
         }
+    }
+    /// Takes over what the machine's owner says of it, by the link of that generation. False when nothing changed.
+    pub fn set_standing(&self, node: NodeId, generation: u64, own_tasks: u32, closed: Option<Closed>) -> bool {
+        let mut s = self.state();
+        let link = s.links.get_mut(&node).filter(|l| l.generation == generation);
+        let Some(l) = link.filter(|l| (l.own_tasks, l.closed) != (own_tasks, closed)) else { return false };
+        (l.own_tasks, l.closed) = (own_tasks, closed);
+        l.max_tasks = l.task_limit.map_or(own_tasks, |limit| own_tasks.min(limit));
+        true
     }
     /// From now on this node is never given anything, and its streams end at once.
     pub fn retire(&self, node: NodeId) {
@@ -470,7 +490,7 @@ impl Links {
     pub(crate) fn ahead(&self, of: Option<&BTreeSet<NodeId>>, ahead: impl Fn(NodeId) -> u32) -> Vec<(Link, u32)> {
         let s = self.state();
         let more = |l: &Link| {
-            let full = !l.draining && s.running(l.node) >= l.max_tasks;
+            let full = l.is_open() && s.running(l.node) >= l.max_tasks;
             let most = if full { l.keeps.min(l.max_tasks).min(MOST_AHEAD) } else { 0 };
             if most == 0 { 0 } else { most.saturating_sub(ahead(l.node)) }
         };

@@ -775,7 +775,7 @@ impl Pool {
                 tracing::warn!(node = %a.node, "orders that were sent ahead are not acknowledged; this link gets no more of them");
                 self.links.keeps_none(a.node, a.generation);
             }
-            silent || link.draining
+            silent || !link.is_open()
         };
         let unkept: Vec<_> = self.queue.ahead().into_iter().filter(unkept).collect();
         for some in unkept.chunks(PLACE_AT_ONCE) {

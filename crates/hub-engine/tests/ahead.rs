@@ -10,6 +10,7 @@ use hub_engine::records::{Node, NodeChange, Task, User};
 use hub_engine::watch::Watchers;
 use hub_testkit::contract::{HandClock, sample};
 use hub_testkit::{MemoryStore, TestKeys};
+use mesh_core::ceiling::Closed;
 use mesh_core::permission::{Caller, Role};
 use mesh_core::placement::Waiting;
 use mesh_core::select::Selector;
@@ -100,7 +101,7 @@ impl Hub {
     }
     async fn link(&self, node: Node, max_tasks: u32, keeps: u32, attempts: Vec<(TaskId, AttemptNo)>) -> Machine {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(1), max_tasks, keeps, attempts };
+        let hello = Hello { spool: sample::spool_id(1), max_tasks, keeps, closed: None, attempts };
         let welcome = self.delivery.open_link(&node, hello, commands).await.unwrap();
         Machine { node, welcome, queue }
     }
@@ -334,6 +335,43 @@ async fn a_node_that_goes_drains_or_links_anew_keeps_nothing() {
     let granted = hub.no(b).await;
     let mut m = hub.link(m.node, 1, 64, vec![(a, hub.no(a).await)]).await;
     assert_eq!((m.sent(), hub.no(b).await), (vec![Order(b, true)], granted));
+}
+
+#[tokio::test]
+async fn a_node_that_its_owner_closes_is_given_nothing_and_keeps_nothing() {
+    let hub = Hub::new().await;
+    let mut m = hub.machine(1, 1).await;
+    let (a, b) = (hub.ask(1).await, hub.ask(2).await);
+    hub.round().await;
+    assert_eq!(m.sent(), [Order(a, true), Order(b, false)]);
+    hub.kept(&m, b).await;
+    let closed = Some(Closed::Disabled);
+    hub.delivery.standing(&m.caller(), 1, closed).unwrap();
+    hub.round().await;
+    assert_eq!((m.sent(), hub.progress(b).await.state), (vec![Cancel(b)], TaskState::Pending));
+    assert_eq!(hub.links.look(m.node.id).0.unwrap().refuses(0), Some("disabled"));
+    // What it runs goes on, and its place is given to nobody.
+    hub.end(&m, a, Outcome::Exited(0)).await;
+    hub.round().await;
+    assert_eq!((m.sent(), hub.progress(b).await.state), (vec![], TaskState::Pending));
+    let row = NodeDirectory::node(&*hub.store, m.node.id).await.unwrap().unwrap();
+    hub.links.set(&row);
+    assert!(hub.links.look(m.node.id).0.unwrap().closed.is_some(), "no change of the registry opens it");
+    hub.delivery.standing(&m.caller(), 1, None).unwrap();
+    hub.changes().await;
+    assert_eq!(m.sent(), [Order(b, true)]);
+
+    // How many it takes is its owner's word, within the hub's bound; an older link has none.
+    let old = m.caller();
+    let mut m = hub.link(m.node, 1, 0, hub.links.held(row.id)).await;
+    assert!(hub.delivery.standing(&old, 9, closed).is_err());
+    hub.delivery.standing(&m.caller(), 3, None).unwrap();
+    hub.links.set(&Node { task_limit: Some(2), epoch: row.epoch + 1, ..row.clone() });
+    hub.delivery.standing(&m.caller(), 5, None).unwrap();
+    assert_eq!(hub.links.get(row.id).unwrap().max_tasks, 2);
+    hub.delivery.standing(&m.caller(), 0, None).unwrap();
+    assert_eq!(hub.links.get(row.id).unwrap().max_tasks, 1, "none at all is said in another way");
+    assert_eq!(m.sent(), []);
 }
 
 #[tokio::test]

@@ -137,7 +137,7 @@ impl World {
 
     async fn hello_with(&self, spool: u16, attempts: Vec<(TaskId, AttemptNo)>) -> (Welcome, mpsc::Receiver<LinkCommand>) {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(spool), max_tasks: 4, keeps: 0, attempts };
+        let hello = Hello { spool: sample::spool_id(spool), max_tasks: 4, keeps: 0, closed: None, attempts };
         (self.delivery.open_link(&self.node, hello, commands).await.unwrap(), queue)
     }
 

@@ -152,7 +152,8 @@ impl World {
 
     async fn link(&self) -> (Welcome, mpsc::Receiver<LinkCommand>) {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(1), max_tasks: 4, keeps: 0, attempts: self.delivery.links.held(self.node.id) };
+        let hello =
+            Hello { spool: sample::spool_id(1), max_tasks: 4, keeps: 0, closed: None, attempts: self.delivery.links.held(self.node.id) };
         (self.delivery.open_link(&self.node, hello, commands).await.unwrap(), queue)
     }
 

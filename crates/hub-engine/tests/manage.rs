@@ -155,7 +155,7 @@ impl World {
 
     async fn try_hello(&self, node: &Node) -> Result<(Welcome, mpsc::Receiver<LinkCommand>), Error> {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(1), max_tasks: 4, keeps: 0, attempts: vec![] };
+        let hello = Hello { spool: sample::spool_id(1), max_tasks: 4, keeps: 0, closed: None, attempts: vec![] };
         Ok((self.delivery.open_link(node, hello, commands).await?, queue))
     }
     async fn hello(&self) -> (Welcome, mpsc::Receiver<LinkCommand>) {
@@ -489,7 +489,7 @@ async fn a_hello_in_the_middle_of_a_revocation_is_refused() {
     let task = w.accept(1, true).await;
     drop(first);
     w.journal.hold();
-    let other = Hello { spool: sample::spool_id(2), max_tasks: 4, keeps: 0, attempts: vec![] };
+    let other = Hello { spool: sample::spool_id(2), max_tasks: 4, keeps: 0, closed: None, attempts: vec![] };
     let (commands, mut queue) = mpsc::channel(LINK_QUEUE);
     let delivery = w.delivery.clone();
     let node = w.node.clone();

@@ -167,7 +167,7 @@ impl Hub {
     }
     async fn link(&self, node: Node, max_tasks: u32, attempts: Vec<(TaskId, mesh_core::task::AttemptNo)>) -> Machine {
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(1), max_tasks, keeps: 0, attempts };
+        let hello = Hello { spool: sample::spool_id(1), max_tasks, keeps: 0, closed: None, attempts };
         let welcome = self.delivery.open_link(&node, hello, commands).await.unwrap();
         Machine { node, welcome, queue }
     }

@@ -5,6 +5,7 @@
 
 pub mod canon;
 pub mod capability;
+pub mod ceiling;
 pub mod enrol;
 pub mod ids;
 pub mod input;

@@ -2,9 +2,10 @@
 //! decoder stands here too: the warden takes nothing else.
 
 use crate::canon::{Malformed, Reader, Tag, Writer};
+use crate::ceiling::{Ceiling, Find};
 use crate::spec::{Program, Shell, Spec};
 use crate::task::{AttemptNo, Reason, ReasonCode};
-use crate::{Digest, TaskId};
+use crate::{Digest, TaskId, UserId};
 use std::collections::BTreeMap;
 
 /// Where and as whom a node lets tasks run: the node's own words, never the hub's.
@@ -126,14 +127,32 @@ impl Grant {
 pub struct Asked<'a> {
     pub task: TaskId,
     pub attempt: AttemptNo,
+    /// Whose task it is.
+    pub user: UserId,
     pub spec: &'a Spec,
     pub digest: Digest,
     pub timeout_secs: u64,
 }
 
+/// What the machine itself brings into a judgement.
+#[derive(Clone, Copy)]
+pub struct Machine<'a> {
+    pub ceiling: &'a Ceiling,
+    /// Where a name leads, from the task's folder.
+    pub find: Find<'a>,
+}
+
+impl Machine<'static> {
+    /// One whose owner bounds nothing.
+    pub const OPEN: Machine<'static> = Machine { ceiling: &Ceiling::OPEN, find: &|_| None };
+}
+
+/// Where a program is looked for, whatever PATH a task brings: by the ceiling's rules, and by default.
+pub const FIXED_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// Judges a process to be started. The environment starts empty but for PATH, HOME, LANG, TMPDIR and
 /// USER; names that steer the loader are refused, since they would change what is executed.
-pub fn judge(asked: &Asked<'_>, place: Place) -> Result<Grant, Reason> {
+pub fn judge(asked: &Asked<'_>, place: Place, machine: &Machine<'_>) -> Result<Grant, Reason> {
     let Spec::Shell(Shell { program, cwd, env, stdin, stdin_open }) = asked.spec else {
         return Err(Reason::new(ReasonCode::BadRequest, "not a process"));
     };
@@ -144,20 +163,18 @@ pub fn judge(asked: &Asked<'_>, place: Place) -> Result<Grant, Reason> {
     if let Some(name) = env.keys().find(|k| k.starts_with("LD_") || k.starts_with("DYLD_")) {
         return Err(Reason::new(ReasonCode::PolicyDenied, format!("environment variable {name} steers the loader")));
     }
-    let argv = match program {
-        Program::Argv(argv) => argv.clone(),
-        Program::Script(text) => vec!["/bin/sh".into(), "-c".into(), text.clone()],
-    };
-    let mut full: BTreeMap<String, String> = [
-        ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
-        ("HOME", place.workspace.as_str()),
-        ("LANG", "C.UTF-8"),
-        ("TMPDIR", "/tmp"),
-        ("USER", "cortex"),
-    ]
-    .into_iter()
-    .map(|(k, v)| (k.to_owned(), v.to_owned()))
-    .collect();
+    let ceiling = machine.ceiling;
+    ceiling.admit(asked.user)?;
+    ceiling.admit_timeout(asked.timeout_secs)?;
+    if let Program::Script(_) = program {
+        ceiling.admit_scripts()?;
+    }
+    let argv = ceiling.admit_program(program.argv(), machine.find)?;
+    let mut full: BTreeMap<String, String> =
+        [("PATH", FIXED_PATH), ("HOME", place.workspace.as_str()), ("LANG", "C.UTF-8"), ("TMPDIR", "/tmp"), ("USER", "cortex")]
+            .into_iter()
+            .map(|(k, v)| (k.to_owned(), v.to_owned()))
+            .collect();
     full.extend(env.clone());
     Ok(Grant {
         task: asked.task,
@@ -176,6 +193,7 @@ pub fn judge(asked: &Asked<'_>, place: Place) -> Result<Grant, Reason> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ceiling::{Executable, Rule};
     use proptest::prelude::*;
 
     fn place() -> Place {
@@ -186,20 +204,27 @@ mod tests {
         Spec::Shell(Shell { program, cwd: "sub".into(), env, stdin: b"in".to_vec(), stdin_open: false })
     }
     fn ask(spec: &Spec) -> Asked<'_> {
-        Asked { task: TaskId::from_bytes([1; 16]), attempt: AttemptNo(1), spec, digest: spec.digest(), timeout_secs: 3 }
+        Asked {
+            task: TaskId::from_bytes([1; 16]),
+            attempt: AttemptNo(1),
+            user: UserId::from_bytes([7; 16]),
+            spec,
+            digest: spec.digest(),
+            timeout_secs: 3,
+        }
     }
 
     #[test]
     fn a_grant_round_trips() {
         let spec = shell(Program::Script("echo".into()), &[("A", "b")]);
-        let g = judge(&ask(&spec), place()).unwrap();
+        let g = judge(&ask(&spec), place(), &Machine::OPEN).unwrap();
         assert_eq!(g.argv(), ["/bin/sh", "-c", "echo"]);
         assert_eq!(g.env()["HOME"], "/w");
         assert_eq!(Grant::decode(&g.encode()).unwrap(), g);
         assert_eq!(g.encode()[1], 1, "a warden of before live input reads it");
         let Spec::Shell(s) = spec else { unreachable!() };
         let open = Spec::Shell(Shell { stdin_open: true, ..s });
-        let g = judge(&ask(&open), place()).unwrap();
+        let g = judge(&ask(&open), place(), &Machine::OPEN).unwrap();
         assert!(g.stdin_open() && Grant::decode(&g.encode()).unwrap() == g);
     }
 
@@ -207,8 +232,8 @@ mod tests {
     fn root_is_refused_by_judge_and_by_decoder() {
         let spec = shell(Program::Argv(vec!["id".into()]), &[]);
         let root = Place { run_as: Some(0), ..place() };
-        assert_eq!(judge(&ask(&spec), root).unwrap_err().code, ReasonCode::PolicyDenied);
-        let mut bytes = judge(&ask(&spec), place()).unwrap().encode();
+        assert_eq!(judge(&ask(&spec), root, &Machine::OPEN).unwrap_err().code, ReasonCode::PolicyDenied);
+        let mut bytes = judge(&ask(&spec), place(), &Machine::OPEN).unwrap().encode();
         let at = bytes.len() - 1 - 8 - 4;
         bytes[at..at + 4].fill(0);
         assert_eq!(Grant::decode(&bytes), Err(Malformed::Bounds("uid")));
@@ -217,7 +242,31 @@ mod tests {
     #[test]
     fn the_loader_is_not_steered() {
         let spec = shell(Program::Argv(vec!["id".into()]), &[("LD_PRELOAD", "/tmp/x.so")]);
-        assert_eq!(judge(&ask(&spec), place()).unwrap_err().code, ReasonCode::PolicyDenied);
+        assert_eq!(judge(&ask(&spec), place(), &Machine::OPEN).unwrap_err().code, ReasonCode::PolicyDenied);
+    }
+
+    #[test]
+    fn the_ceiling_has_its_say_in_everything() {
+        let script = shell(Program::Script("true".into()), &[]);
+        let argv = shell(Program::Argv(vec!["true".into(), "x".into()]), &[("PATH", "/evil")]);
+        let judged = |spec: &Spec, ceiling: &Ceiling| {
+            let find = |name: &str| Some(Executable { path: format!("/found/{}", name.rsplit('/').next()?), file: (1, 1) });
+            judge(&ask(spec), place(), &Machine { ceiling, find: &find }).map(|g| g.argv().to_vec()).map_err(|r| r.detail)
+        };
+        let rule = |program: &str| Rule { program: program.into(), args_prefix: vec![], matches: vec![], not_matches: vec![] };
+        let denied = |spec: &Spec, c: Ceiling| judged(spec, &c).unwrap_err();
+        assert!(denied(&argv, Ceiling { users: Some(vec![]), ..Ceiling::OPEN }).starts_with("ceiling: users"));
+        assert!(denied(&argv, Ceiling { timeout_secs: Some(2), ..Ceiling::OPEN }).starts_with("ceiling: limits.timeout_secs"));
+        assert!(denied(&argv, Ceiling { deny: vec![rule("true")], ..Ceiling::OPEN }).starts_with("ceiling: deny[0]"));
+        let allow_other = Ceiling { allow: Some(vec![rule("other")]), ..Ceiling::OPEN };
+        assert!(denied(&argv, allow_other.clone()).starts_with("ceiling: allow"));
+        assert_eq!(denied(&script, Ceiling { scripts: false, ..Ceiling::OPEN }), "ceiling: scripts: false");
+        assert!(denied(&script, allow_other).contains("sh"), "a script is also what runs it");
+        assert!(denied(&script, Ceiling { deny: vec![rule("/bin/sh")], ..Ceiling::OPEN }).starts_with("ceiling: deny[0]"));
+        let no_scripts = Ceiling { scripts: false, deny: vec![rule("/bin/other")], ..Ceiling::OPEN };
+        let found_elsewhere = |name: &str| (name == "true").then(|| Executable { path: "/usr/bin/true".into(), file: (1, 1) });
+        let g = judge(&ask(&argv), place(), &Machine { ceiling: &no_scripts, find: &found_elsewhere }).unwrap();
+        assert_eq!(g.argv(), ["/usr/bin/true", "x"], "what was judged is what is executed");
     }
 
     proptest! {

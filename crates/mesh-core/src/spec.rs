@@ -44,6 +44,16 @@ pub enum Program {
     Script(String),
 }
 
+impl Program {
+    /// What is executed.
+    pub fn argv(&self) -> Vec<String> {
+        match self {
+            Self::Argv(argv) => argv.clone(),
+            Self::Script(text) => vec!["/bin/sh".into(), "-c".into(), text.clone()],
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadSpec {
     #[error("argv names no program")]
@@ -121,6 +131,14 @@ impl Spec {
             Spec::Shell(s) => s.stdin.len(),
         };
         if n > MAX_SPEC_BYTES - MAX_ARGV_BYTES - 4096 { Err(BadSpec::TooLarge(n)) } else { Ok(()) }
+    }
+
+    /// What is executed; nothing for a skill without a process.
+    pub fn argv(&self) -> Vec<String> {
+        match self {
+            Spec::Shell(s) => s.program.argv(),
+            Spec::Echo { .. } => vec![],
+        }
     }
 
     /// True when the task takes input while it runs.

@@ -2,10 +2,10 @@
 //! `rate DATA_DIR COUNT IN_FLIGHT`, `rate plain COUNT THREADS`.
 #![allow(clippy::disallowed_methods, reason = "the plain way is the measure")]
 
-use mesh_core::TaskId;
-use mesh_core::policy::{Asked, Place, judge};
+use mesh_core::policy::{Asked, Machine, Place, judge};
 use mesh_core::spec::{Program, Shell, Spec};
 use mesh_core::task::{AttemptNo, Outcome};
+use mesh_core::{TaskId, UserId};
 use node_warden::frames::{Decoder, Event, Request, VERSION};
 use std::io::{Read, Write};
 use std::path::Path;
@@ -54,8 +54,9 @@ fn through_warden(data: &Path, count: u64, width: u64) {
             id[..8].copy_from_slice(&stamp.to_be_bytes());
             id[8..].copy_from_slice(&sent.to_be_bytes());
             let task = TaskId::from_bytes(id);
-            let asked = Asked { task, attempt: AttemptNo(1), spec: &spec, digest: [0; 32], timeout_secs: 0 };
-            out.extend(Request::Start { grant: judge(&asked, place.clone()).unwrap() }.encode());
+            let asked =
+                Asked { task, attempt: AttemptNo(1), user: UserId::from_bytes([1; 16]), spec: &spec, digest: [0; 32], timeout_secs: 0 };
+            out.extend(Request::Start { grant: judge(&asked, place.clone(), &Machine::OPEN).unwrap() }.encode());
         }
         stream.write_all(&out).unwrap();
         let n = stream.read(&mut buffer).unwrap();

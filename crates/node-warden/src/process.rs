@@ -347,7 +347,7 @@ pub(crate) fn refusal(step: u32, errno: i32, program: &str, cwd: &str) -> Reason
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mesh_core::policy::{Asked, Place, judge};
+    use mesh_core::policy::{Asked, Machine, Place, judge};
     use mesh_core::spec::{Program as Words, Shell, Spec};
     use std::io::Read;
 
@@ -363,9 +363,9 @@ mod tests {
         let spec = Spec::Shell(Shell { program, cwd: String::new(), env: Default::default(), stdin: b"in".to_vec(), stdin_open: false });
         let task = mesh_core::TaskId::from_bytes([1; 16]);
         let attempt = mesh_core::task::AttemptNo(1);
-        let asked = Asked { task, attempt, spec: &spec, digest: [0; 32], timeout_secs: 0 };
+        let asked = Asked { task, attempt, user: mesh_core::UserId::from_bytes([1; 16]), spec: &spec, digest: [0; 32], timeout_secs: 0 };
         let run_as = root.then_some(65534);
-        let grant = judge(&asked, Place { workspace: "/".into(), run_as, ephemeral: false }).unwrap();
+        let grant = judge(&asked, Place { workspace: "/".into(), run_as, ephemeral: false }, &Machine::OPEN).unwrap();
         let (status, status_far) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         let lock = tempfile::tempfile().unwrap();
         let mut spawner = Spawner::new(status_far, lock.as_raw_fd()).unwrap();

@@ -1,6 +1,9 @@
 //! The command line. Results go to standard output, all else to standard error.
 
+mod owner;
+
 use crate::capabilities;
+use crate::ceiling;
 use crate::config::{self, environment, read_invite, strike_secret};
 use crate::daemon::{self, DaemonError};
 use crate::doctor::{self, Verdict};
@@ -81,12 +84,15 @@ enum Command {
         #[arg(long)]
         beside: Option<PathBuf>,
     },
-    /// Not yet: show or set the owner's ceiling
-    Policy(Rest),
-    /// Not yet: take no more work
-    Disable(Rest),
-    /// Not yet: take work again
-    Enable(Rest),
+    /// Show or set the ceiling: what no hub can exceed on this machine
+    Policy {
+        #[command(subcommand)]
+        command: owner::Policy,
+    },
+    /// Take no more tasks, with or without a hub; what runs goes on
+    Disable,
+    /// Take tasks again
+    Enable,
     /// Not yet: install or remove a service unit
     Service(Rest),
     /// Not yet: the process that alone opens the container socket
@@ -168,9 +174,9 @@ pub fn main(cli: Cli) -> Result<ExitCode, Error> {
             node_warden::run(node_warden::Config { beside: beside.clone(), ..node_warden::Config::new(dir.path()) })?;
             return Ok(ExitCode::SUCCESS);
         }
-        Command::Policy(_) => "policy",
-        Command::Disable(_) => "disable",
-        Command::Enable(_) => "enable",
+        Command::Policy { command } => return owner::policy(&dir, command),
+        Command::Disable => return owner::disable(&dir),
+        Command::Enable => return owner::enable(&dir),
         Command::Service(_) => "service",
         Command::ComposeAgent(_) => "compose-agent",
         Command::Leave(_) => "leave",
@@ -241,6 +247,7 @@ async fn join(dir: &DataDir, source: Option<&str>) -> Result<(), Error> {
     let capabilities = capabilities::gather(Path::new(root.path()), &node_warden::probe());
     let settings = enrolment::join(dir, &state, &invite, capabilities, SystemClock::shared()).await?;
     println!("joined: node {} ({}) on hub {}", settings.node_name, settings.node_id, settings.hub_id);
+    owner::make(dir);
     if let Some(path) = file {
         // Through a link, so that the secret does not stay where the link leads.
         let struck = path.canonicalize().and_then(|real| strike_secret(&real, &invite.file));
@@ -360,6 +367,11 @@ async fn status(dir: &DataDir, form: Form) -> Result<ExitCode, Error> {
         s.unschedulable = if s.link == "revoked" { "revoked".into() } else { "offline".into() };
         (s.spool_bytes, s.spool_limit) = (node_warden::spool::used(dir.path()), node_warden::SPOOL_NODE_BYTES);
     }
+    let owner = ceiling::Owner::new(dir.clone());
+    if let Some(closed) = owner.closed().filter(|_| s.link != "revoked") {
+        s.unschedulable = closed.as_str().into();
+    }
+    s.max_tasks = owner.places(s.max_tasks);
     if form == Form::Json {
         println!("{}", serde_json::to_string_pretty(&s).unwrap_or_default());
         return Ok(ExitCode::SUCCESS);
@@ -372,6 +384,9 @@ async fn status(dir: &DataDir, form: Form) -> Result<ExitCode, Error> {
     println!("link         {} since {}{detail}", s.link, s.since);
     let no = if s.unschedulable.is_empty() { "yes".to_owned() } else { format!("no: {}", s.unschedulable) };
     println!("takes work   {no}");
+    if let Some(problem) = owner.problem() {
+        println!("ceiling      {problem}");
+    }
     if s.clock_skew_secs.abs() > CLOCK_SKEW_SECS {
         println!("clock        {} s from the hub's: set it", s.clock_skew_secs);
     }

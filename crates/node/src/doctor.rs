@@ -6,6 +6,7 @@
 //! connection of its own.
 
 use crate::capabilities::disk_of;
+use crate::ceiling;
 use crate::config::{self, Resolved, environment};
 use crate::enrolment::{self, words};
 use crate::link::connect::says_revoked;
@@ -123,6 +124,10 @@ pub async fn run(dir: &DataDir) -> Report {
             None
         }
     };
+    match folder {
+        Some(()) => ceiling(&mut report, dir),
+        None => report.skip(&["ceiling"]),
+    }
     match &known {
         Some(known) => to_the_hub(&mut report, known).await,
         None => report.skip(&["resolve", "tcp", "tls", "hub", "clock"]),
@@ -169,6 +174,27 @@ fn data_folder(path: &Path) -> Hop<((), String)> {
     match written {
         Ok(()) => Ok(((), named.to_string())),
         Err(e) => fail(format!("{named} cannot be written: {e}"), "make room on its disk, or mount it for writing"),
+    }
+}
+
+/// What the machine's owner has said.
+fn ceiling(report: &mut Report, dir: &DataDir) {
+    match ceiling::load(dir) {
+        Err(e) => report.push(
+            "ceiling",
+            Verdict::Failed,
+            format!("no task is taken: {e}"),
+            "mend the file, or set another with `cortex-node policy set FILE`",
+        ),
+        Ok(_) if ceiling::is_disabled(dir) => {
+            report.push("ceiling", Verdict::Warning, "this node is disabled by its owner", "`cortex-node enable` takes tasks again");
+        }
+        Ok((text, _)) => report.push(
+            "ceiling",
+            Verdict::Ok,
+            text.map_or_else(|| "no file: the default holds".to_owned(), |_| dir.ceiling().display().to_string()),
+            "",
+        ),
     }
 }
 

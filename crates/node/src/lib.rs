@@ -4,6 +4,7 @@
 //! which alone starts processes. This crate does *not* know how confinement works, nor the hub's insides.
 
 pub mod capabilities;
+pub mod ceiling;
 pub mod cli;
 pub mod config;
 pub mod daemon;

@@ -1,5 +1,5 @@
 //! The machine's own record of all that ran: two lines an attempt, appended by the daemon and never
-//! changed. A start is written before the warden hears of it, so that nothing runs without its line,
+//! changed; and one for each that its owner does not allow. A start is written before the warden hears of it, so that nothing runs without its line,
 //! whatever becomes of the daemon; an end that came while no daemon was there is written by the next.
 //!
 //! Lines reach the system's cache, not its disk: a machine that loses power may lose the last seconds.
@@ -41,12 +41,27 @@ enum Line {
         attempt: u64,
         end: String,
     },
+    /// Asked for by the hub, and not run since the owner does not allow it.
+    Refused {
+        at: String,
+        task: String,
+        attempt: u64,
+        user: String,
+        session: Option<String>,
+        skill: String,
+        argv: Vec<String>,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        cut: bool,
+        why: String,
+    },
 }
 
 impl Line {
     fn key(&self) -> (String, u64) {
         match self {
-            Self::Start { task, attempt, .. } | Self::End { task, attempt, .. } => (task.clone(), *attempt),
+            Self::Start { task, attempt, .. } | Self::End { task, attempt, .. } | Self::Refused { task, attempt, .. } => {
+                (task.clone(), *attempt)
+            }
         }
     }
 }
@@ -56,6 +71,7 @@ impl Line {
 pub struct Ran {
     pub task: String,
     pub attempt: u64,
+    /// Of one that was refused: when it was asked for.
     pub started_at: String,
     pub user: String,
     pub session: Option<String>,
@@ -133,6 +149,7 @@ impl Record {
             match line {
                 Line::Start { .. } => open.insert(key),
                 Line::End { .. } => open.remove(&key),
+                Line::Refused { .. } => false,
             };
         }
         Self { dir: dir.to_owned(), open, waiting: vec![], file: None }
@@ -143,16 +160,7 @@ impl Record {
         if !self.open.insert(o.key) {
             return;
         }
-        let (mut kept, mut bytes) = (vec![], 0);
-        for word in argv {
-            let room = ARGV_BYTES.saturating_sub(bytes);
-            let end = (0..=room.min(word.len())).rev().find(|n| word.is_char_boundary(*n)).unwrap_or(0);
-            kept.push(word[..end].to_owned());
-            bytes += word.len() + 1;
-            if bytes > ARGV_BYTES {
-                break;
-            }
-        }
+        let (argv, cut) = kept(argv);
         self.append(&Line::Start {
             at: rfc3339(at),
             task: o.key.task.to_string(),
@@ -160,8 +168,24 @@ impl Record {
             user: o.user.to_string(),
             session: o.session.map(|s| s.to_string()),
             skill: o.skill.clone(),
-            argv: kept,
-            cut: bytes > ARGV_BYTES,
+            argv,
+            cut,
+        });
+    }
+
+    /// Of one that is not run, by the owner's word.
+    pub fn refused(&mut self, o: &Checked, argv: &[String], why: &str, at: UnixMs) {
+        let (argv, cut) = kept(argv);
+        self.append(&Line::Refused {
+            at: rfc3339(at),
+            task: o.key.task.to_string(),
+            attempt: o.key.attempt.0,
+            user: o.user.to_string(),
+            session: o.session.map(|s| s.to_string()),
+            skill: o.skill.clone(),
+            argv,
+            cut,
+            why: why.to_owned(),
         });
     }
 
@@ -210,6 +234,21 @@ impl Record {
         self.file = Some(to);
         Ok(())
     }
+}
+
+/// As much of an argv as is kept, and whether that is not all.
+fn kept(argv: &[String]) -> (Vec<String>, bool) {
+    let (mut kept, mut bytes) = (vec![], 0);
+    for word in argv {
+        let room = ARGV_BYTES.saturating_sub(bytes);
+        let end = (0..=room.min(word.len())).rev().find(|n| word.is_char_boundary(*n)).unwrap_or(0);
+        kept.push(word[..end].to_owned());
+        bytes += word.len() + 1;
+        if bytes > ARGV_BYTES {
+            break;
+        }
+    }
+    (kept, bytes > ARGV_BYTES)
 }
 
 impl Drop for Record {
@@ -278,7 +317,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Gives the attempt that a line has ended.
+    /// Gives the attempt that a line has ended, or that was refused.
     fn take(&mut self, line: Line) -> Option<Ran> {
         let key = line.key();
         match line {
@@ -291,6 +330,12 @@ impl Reader {
                 let ran = self.ran.get_mut(*self.place.get(&key)?)?;
                 (ran.ended_at, ran.end) = (Some(at), Some(end));
                 Some(ran.clone())
+            }
+            Line::Refused { at, task, attempt, user, session, skill, argv, cut, why } => {
+                let end = Some(format!("refused: {why}"));
+                let ran = Ran { task, attempt, started_at: at.clone(), user, session, skill, argv, cut, ended_at: Some(at), end };
+                self.ran.push(ran.clone());
+                Some(ran)
             }
         }
     }
@@ -401,6 +446,25 @@ mod tests {
         assert!(line.contains(&format!("{}/1", a.key.task)) && line.contains("signal 9  make \"a b\""), "{line}");
         assert!(!line.contains(['\u{1b}', '\n']), "{line:?}");
         assert_eq!(std::fs::metadata(path(dir.path())).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn what_was_refused_is_a_line_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut r = Record::open(dir.path());
+        let (mut follower, _) = Follower::new(dir.path()).unwrap();
+        r.start(&order(1), &argv(&["true"]), 1000);
+        r.refused(&order(2), &argv(&["rm", "-rf"]), "ceiling: deny[0]", 2000);
+        let seen = follower.look().unwrap();
+        assert_eq!(seen.len(), 1, "{seen:?}");
+        assert_eq!((seen[0].end.as_deref(), &seen[0].argv), (Some("refused: ceiling: deny[0]"), &argv(&["rm", "-rf"])));
+        assert!(seen[0].ended_at.is_some() && seen[0].line().ends_with("refused: ceiling: deny[0]  rm -rf"), "{seen:?}");
+        // The next daemon: what was refused was never started, and is not waited for.
+        let mut r = Record::open(dir.path());
+        r.end(&order(2).key, &Outcome::Exited(0), 3000);
+        r.end(&order(1).key, &Outcome::Exited(0), 4000);
+        let ran = Reader::read(dir.path());
+        assert_eq!(ran.iter().map(|r| r.end.as_deref()).collect::<Vec<_>>(), [Some("exit 0"), Some("refused: ceiling: deny[0]")]);
     }
 
     #[test]

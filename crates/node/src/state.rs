@@ -84,6 +84,14 @@ impl DataDir {
     pub fn pid(&self) -> PathBuf {
         self.0.join("node.pid")
     }
+    /// What the owner allows any hub.
+    pub fn ceiling(&self) -> PathBuf {
+        self.0.join("ceiling.yaml")
+    }
+    /// There while the owner wants no work.
+    pub fn disabled(&self) -> PathBuf {
+        self.0.join("disabled")
+    }
     pub fn status(&self) -> PathBuf {
         self.0.join("status.json")
     }

@@ -76,6 +76,7 @@ impl Node {
         n.start(&["join", &invite]);
         let link = hub.link().await;
         assert!(n.line().starts_with("joined: node box (node_"));
+        assert!(n.line().starts_with("ceiling: tasks have the full network"));
         assert_eq!(n.line(), format!("link up: node box ({}) on hub {}", hub.inner.node, hub.inner.hub));
         (n, link)
     }
@@ -323,6 +324,98 @@ async fn tasks_outlive_the_daemon_and_nothing_is_lost() {
     assert_eq!(node.wait(), Some(3));
     assert!(folder.join("go").exists(), "the workspace stays");
     assert!(!node.dir.join("warden.sock").exists());
+}
+
+/// The machine's own record, newest last: how each attempt ended.
+fn record(node: &Node) -> Vec<(String, String)> {
+    let out = String::from_utf8(node.call(&["log", "--output", "json"]).stdout).unwrap();
+    let lines = out.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
+    lines.map(|l| (l["task"].as_str().unwrap().to_owned(), l["end"].as_str().unwrap_or_default().to_owned())).collect()
+}
+/// The next word of the node about its owner, and what follows from it.
+async fn standing(link: &mut Link) -> (u32, String) {
+    loop {
+        match link.frame().await {
+            node_frame::Kind::Standing(s) => return (s.max_tasks, s.closed),
+            node_frame::Kind::Started(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+/// Puts a file into the data folder as a whole: nobody sees a part of it.
+fn put(node: &Node, name: &str, text: &str) {
+    let part = node.dir.join("part");
+    std::fs::write(&part, text).unwrap();
+    std::fs::rename(part, node.dir.join(name)).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_that_asks_all_the_same_gets_nothing() {
+    let mut hub = support::start().await;
+    let (mut node, mut link) = Node::up(&mut hub).await;
+    assert_eq!((link.hello.max_tasks, link.hello.closed.as_str()), (4, ""));
+    let gate = node.dir.parent().unwrap().join("gate");
+    let waits = script(&format!("while [ ! -e {} ]; do sleep 0.05; done", gate.display()));
+
+    // More at once than the ceiling lets it, with what is to be pulled, too.
+    put(&node, "ceiling.yaml", "max_tasks: 1");
+    assert_eq!(standing(&mut link).await, (1, String::new()));
+    let (first, second, pulled) = (task(), task(), task());
+    link.orders(vec![hub.order(first, &waits, None), hub.order(second, &waits, None)]).await;
+    link.orders(vec![hub.order(pulled, &shell("cat", vec![b'z'; 300_000]), None)]).await;
+    let mut late = vec![];
+    while late.len() < 2 {
+        let r = link.result().await;
+        assert_eq!(r.outcome.as_ref().unwrap().kind(), Ended::Late, "{r:?}");
+        link.acknowledge(&r).await;
+        late.push(r.task_id);
+    }
+    assert_eq!(late, [second.to_string(), pulled.to_string()]);
+    let over = "refused: ceiling: max_tasks: 1, and as many run";
+    let rest = late.iter().map(|t| (t.clone(), over.to_owned()));
+    assert_eq!(record(&node), std::iter::once((first.to_string(), String::new())).chain(rest).collect::<Vec<_>>());
+
+    // Anything at all from a node that is closed. What runs goes on.
+    for (close, word) in [("disabled", "disabled"), ("ceiling.yaml", "ceiling_unreadable")] {
+        put(&node, close, "nonsense");
+        let said = standing(&mut link).await;
+        assert_eq!(said.1, word);
+        let asked = task();
+        let echo = Spec::Echo { payload: b"hi".to_vec() };
+        link.orders(vec![hub.order(asked, &echo, None)]).await;
+        let r = link.result().await;
+        assert_eq!((r.task_id.clone(), r.outcome.as_ref().unwrap().kind()), (asked.to_string(), Ended::Late));
+        link.acknowledge(&r).await;
+        assert_eq!(record(&node).last().unwrap(), &(asked.to_string(), format!("refused: {word}")));
+        if close == "disabled" {
+            std::fs::remove_file(node.dir.join(close)).unwrap();
+            assert_eq!(standing(&mut link).await, (1, String::new()));
+        }
+    }
+    // The next link begins with it.
+    node.signal(rustix::process::Signal::TERM);
+    assert_eq!(node.wait(), Some(0));
+    node.start(&["run"]);
+    let mut link = hub.link().await;
+    assert_eq!(link.hello.closed, "ceiling_unreadable");
+    assert_eq!(link.hello.attempts.len(), 1);
+    std::fs::write(&gate, "").unwrap();
+    let r = link.result().await;
+    assert_eq!((r.task_id.clone(), r.outcome.as_ref().unwrap().kind()), (first.to_string(), Ended::Exited));
+    link.acknowledge(&r).await;
+
+    // What no program can be called by is no program under any ceiling.
+    put(&node, "ceiling.yaml", "allow: [{ program: id }]");
+    assert_eq!(standing(&mut link).await, (4, String::new()));
+    for name in ["", "id\0", "\0"] {
+        let program = Program::Argv(vec![name.into()]);
+        let spec = Spec::Shell(Shell { program, cwd: String::new(), env: Default::default(), stdin: vec![], stdin_open: false });
+        link.orders(vec![hub.order(task(), &spec, None)]).await;
+        let r = link.result().await;
+        let o = r.outcome.clone().unwrap();
+        assert_eq!((o.kind(), o.reason_code.as_str()), (Ended::Refused, "bad_request"), "{name:?}: {o:?}");
+        link.acknowledge(&r).await;
+    }
 }
 
 /// The next word about an order that was sent ahead; results on the way are put aside.

@@ -12,6 +12,7 @@ use hub_engine::delivery::{DIGEST_MISMATCH, Hello, Presence, Reported};
 use hub_engine::input::Answer;
 use hub_engine::links::{LINK_QUEUE, LinkCommand};
 use hub_engine::records::Node;
+use mesh_core::ceiling::Closed;
 use mesh_core::input::Fate;
 use mesh_core::permission::Caller;
 use mesh_core::task::{AttemptNo, Outcome};
@@ -310,6 +311,12 @@ impl Conversation {
                 let _ = self.context.delivery.kept(&caller, task, AttemptNo(k.attempt));
                 return Ok(());
             }
+            Some(node_frame::Kind::Standing(s)) => {
+                let caller = Caller::Node { node: self.peer.node, generation: self.generation };
+                // At once, and before whatever the node says next. An older link's word is none.
+                let _ = self.context.delivery.standing(&caller, s.max_tasks, Closed::parse(&s.closed));
+                return Ok(());
+            }
             Some(node_frame::Kind::Ready(r)) => {
                 let task = id("ready.task_id", &r.task_id).map_err(|e: BadMessage| e.to_string())?;
                 let ended = attempts("ready.ended", &r.ended[..r.ended.len().min(ORDERS_PER_ENVELOPE)]).map_err(|e| e.to_string())?;
@@ -362,7 +369,13 @@ async fn carry(context: Arc<LinkContext>, caller: Caller, mut queue: mpsc::Recei
 
 fn read_hello(h: wire::Hello) -> Result<Hello, BadMessage> {
     let attempts = attempts("hello.attempts", &h.attempts)?;
-    Ok(Hello { spool: id("hello.spool_id", &h.spool_id)?, max_tasks: h.max_tasks, keeps: h.keeps, attempts })
+    Ok(Hello {
+        spool: id("hello.spool_id", &h.spool_id)?,
+        max_tasks: h.max_tasks,
+        keeps: h.keeps,
+        closed: Closed::parse(&h.closed),
+        attempts,
+    })
 }
 
 fn attempts(field: &'static str, named: &[wire::KnownAttempt]) -> Result<Vec<(TaskId, AttemptNo)>, BadMessage> {

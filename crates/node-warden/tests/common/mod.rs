@@ -4,10 +4,10 @@
 
 use mesh_core::input::Fate;
 use mesh_core::output::Digests;
-use mesh_core::policy::{Asked, Grant, Place, judge};
+use mesh_core::policy::{Asked, Grant, Machine, Place, judge};
 use mesh_core::spec::{Program, Shell, Spec};
 use mesh_core::task::{AttemptNo, Outcome};
-use mesh_core::{Digest, SpoolId, TaskId};
+use mesh_core::{Digest, SpoolId, TaskId, UserId};
 use node_warden::frames::{Decoder, Event, Known, Request, VERSION};
 use node_warden::spool::{OutputFrame, OutputReader, Stream};
 use std::collections::HashMap;
@@ -174,8 +174,15 @@ impl OrderOf {
         let program = Program::Argv(self.argv.clone());
         let spec = Spec::Shell(Shell { program, cwd: self.cwd.clone(), env, stdin: self.stdin.clone(), stdin_open: self.stdin_open });
         let digest = self.digest.unwrap_or_else(|| spec.digest());
-        let asked = Asked { task: self.task, attempt: AttemptNo(1), spec: &spec, digest, timeout_secs: self.timeout_secs };
-        judge(&asked, self.place.clone()).unwrap()
+        let asked = Asked {
+            task: self.task,
+            attempt: AttemptNo(1),
+            user: UserId::from_bytes([1; 16]),
+            spec: &spec,
+            digest,
+            timeout_secs: self.timeout_secs,
+        };
+        judge(&asked, self.place.clone(), &Machine::OPEN).unwrap()
     }
 }
 

@@ -13,6 +13,7 @@ use super::orders::{Checker, Key, RejectionWindow};
 use super::time::NodeTime;
 use super::tracks::Tracks;
 use crate::capabilities::Health;
+use crate::ceiling::Owner;
 use crate::config::Resolved;
 use crate::enrolment::Validity;
 use crate::record::Record;
@@ -21,6 +22,7 @@ use crate::status::Status;
 use crate::warden::Warden;
 use crate::workspace::WorkspaceRoot;
 use mesh_core::SpoolId;
+use mesh_core::ceiling::Closed;
 use mesh_core::policy::Grant;
 use mesh_core::task::AttemptNo;
 use mesh_process::signals::Asked;
@@ -64,6 +66,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// After the tasks have ended: time for their results to reach the hub.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 const STATUS_EVERY: Duration = Duration::from_secs(1);
+/// What the owner has said is looked at so often, and before each order.
+const OWNER_EVERY: Duration = Duration::from_secs(1);
 
 /// How the daemon ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,6 +118,8 @@ struct Up {
     rejections: RejectionWindow,
     /// Why no task may start under this hub's policy.
     policy_problem: Option<String>,
+    /// What the hub knows of the owner's word.
+    told: Told,
     heartbeat: Option<Heartbeat>,
     control: VecDeque<node_frame::Kind>,
     requests: VecDeque<wire::PayloadRequest>,
@@ -126,6 +132,9 @@ struct Up {
     health_due: Duration,
     repeat_due: Duration,
 }
+
+/// Tasks at once, and why none are taken.
+type Told = (u32, Option<Closed>);
 
 enum Ending {
     No,
@@ -143,6 +152,8 @@ enum Ending {
 
 pub struct Engine {
     p: Parts,
+    owner: Owner,
+    owner_due: Duration,
     inbox: mpsc::Receiver<(u64, News)>,
     news: mpsc::Sender<(u64, News)>,
     spool: Option<SpoolId>,
@@ -161,6 +172,8 @@ pub struct Engine {
     record: Record,
     up: Option<Up>,
     dialling: Option<u64>,
+    /// In the hello of the newest try.
+    hello_told: Told,
     dial_due: Option<Duration>,
     next_no: u64,
     /// Of the newest welcome.
@@ -184,6 +197,12 @@ pub struct Engine {
 impl Engine {
     pub fn new(p: Parts) -> Self {
         let (news, inbox) = mpsc::channel(INBOX);
+        let owner = Owner::new(p.dir.clone());
+        match (owner.closed(), owner.problem()) {
+            (_, Some(problem)) => tracing::error!(%problem, "the ceiling cannot be read: no task is taken until it is mended"),
+            (Some(_), None) => tracing::warn!("this node is disabled: no task is taken until `cortex-node enable`"),
+            (None, None) => {}
+        }
         let status = Status {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -193,7 +212,7 @@ impl Engine {
             hub: p.settings.grpc.clone(),
             workspace_root: p.root.path().to_owned(),
             certificate_not_after: convert::rfc3339(p.certificate.not_after_ms),
-            max_tasks: p.settings.max_tasks,
+            max_tasks: owner.places(p.settings.max_tasks),
             ..Status::default()
         };
         Self {
@@ -213,6 +232,7 @@ impl Engine {
             record: Record::open(p.dir.path()),
             up: None,
             dialling: None,
+            hello_told: (0, None),
             dial_due: None,
             next_no: 1,
             link_session: p.state.link_session().unwrap_or_default(),
@@ -226,6 +246,8 @@ impl Engine {
             status_stale: false,
             status_written: None,
             ending: Ending::No,
+            owner,
+            owner_due: Duration::ZERO,
             p,
         }
     }
@@ -288,6 +310,9 @@ impl Engine {
     /// Does what is due; gives the exit when it is time.
     fn due(&mut self) -> Option<Exit> {
         let now = self.now();
+        if now >= self.owner_due {
+            self.look_at_owner();
+        }
         match self.ending {
             Ending::Tasks { exit, until } if now >= until => return Some(exit),
             Ending::Results { exit, until } if now >= until || self.up.is_none() || !self.attempts.has_untold() => return Some(exit),
@@ -345,6 +370,7 @@ impl Engine {
         if let Some(t) = self.dial_due {
             also(t);
         }
+        also(self.owner_due);
         if let Ending::Tasks { until, .. } | Ending::Results { until, .. } = self.ending {
             also(until);
         }
@@ -375,6 +401,55 @@ impl Engine {
             && let Err(error) = self.p.state.set_hub_time_ms(ms)
         {
             tracing::warn!(%error, "the hub's time cannot be stored");
+        }
+    }
+
+    // ---- the owner ----
+
+    /// Takes over what the owner has changed, and tells the hub.
+    fn look_at_owner(&mut self) {
+        self.owner_due = self.now() + OWNER_EVERY;
+        if self.owner.look() {
+            let closed = self.owner.closed().map(Closed::as_str);
+            match self.owner.problem() {
+                Some(problem) => tracing::error!(%problem, "the ceiling cannot be read: no task is taken until it is mended"),
+                None => tracing::info!(closed, max_tasks = self.places(), "the owner has changed what is taken"),
+            }
+            if let Some(up) = &mut self.up {
+                // Its answer says how the hub sees it now.
+                up.health_due = Duration::ZERO;
+            }
+            self.show_owner();
+        }
+        self.tell_standing();
+    }
+
+    fn show_owner(&mut self) {
+        self.status.max_tasks = self.places();
+        match self.owner.closed() {
+            Some(closed) => self.status.unschedulable = closed.as_str().into(),
+            None if self.up.is_none() => self.status.unschedulable = "offline".into(),
+            // As the hub says it.
+            None => {}
+        }
+        (self.status_stale, self.status_written) = (true, None);
+    }
+
+    /// Tasks at once, by the settings and the ceiling.
+    fn places(&self) -> u32 {
+        self.owner.places(self.p.settings.max_tasks)
+    }
+
+    fn standing(&self) -> Told {
+        (self.places(), self.owner.closed())
+    }
+
+    fn tell_standing(&mut self) {
+        let now = self.standing();
+        if let Some(up) = self.up.as_mut().filter(|u| u.told != now) {
+            up.told = now;
+            let (max_tasks, closed) = (now.0, now.1.map_or("", Closed::as_str).to_owned());
+            up.control.push_back(node_frame::Kind::Standing(wire::Standing { max_tasks, closed }));
         }
     }
 
@@ -495,15 +570,12 @@ impl Engine {
     // ---- status ----
 
     fn link_state(&mut self, state: &str, detail: &str) {
-        if state != "up" {
-            self.status.unschedulable = "offline".into();
-        }
+        self.show_owner();
         if self.status.link != state {
             self.status.since = convert::rfc3339(self.p.clock.now_ms());
         }
         self.status.link = state.to_owned();
         self.status.link_detail = detail.to_owned();
-        self.status_written = None;
     }
 
     fn write_status_sometimes(&mut self, now: Duration) {

@@ -230,6 +230,14 @@ fn refused(code: ReasonCode, detail: impl Into<String>) -> Outcome {
 }
 
 impl Checked {
+    /// What it would execute, as far as its payload is here.
+    pub fn argv(&self) -> Vec<String> {
+        match &self.payload {
+            Payload::Inline(bytes) => Spec::decode(bytes).map_or(vec![], |spec| spec.argv()),
+            Payload::Pull(_) => vec![],
+        }
+    }
+
     /// Everything about a single order that can be said before its payload is here.
     pub fn admit(&self, now: UnixMs) -> Result<(), Outcome> {
         // One that is only kept is started by another order, which has its own window.

@@ -14,6 +14,8 @@ use std::time::Duration;
 
 impl Engine {
     pub(super) fn on_envelope(&mut self, e: &wire::Envelope) {
+        // What the owner has said until now holds for what follows.
+        self.look_at_owner();
         let now = self.now();
         let Some(up) = &mut self.up else { return };
         match up.checker.check(e) {
@@ -63,7 +65,7 @@ impl Engine {
             return self.over(&o, Outcome::NeverStarted(NeverStarted::Cancelled), vec![]);
         }
         self.tracks.received(key, &o.request_id);
-        match self.admit(&o) {
+        match self.admit(&o).and_then(|()| self.admit_to_place(&o)) {
             Err(outcome) => self.over(&o, outcome, vec![]),
             Ok(()) => match &o.payload {
                 Payload::Inline(bytes) => {
@@ -96,11 +98,10 @@ impl Engine {
 
     /// Tells the hub of each free place for which an order waits here.
     pub(super) fn ask_for_next(&mut self, now: Duration) {
-        if self.ahead.is_empty() || !matches!(self.ending, super::Ending::No) {
+        if self.ahead.is_empty() || !matches!(self.ending, super::Ending::No) || self.owner.closed().is_some() {
             return;
         }
-        let taken = self.attempts.running().count() + self.starting.len() + self.pulls.count();
-        let free = (self.p.settings.max_tasks as usize).saturating_sub(taken);
+        let free = (self.places() as usize).saturating_sub(self.taken());
         let asked = self.ahead.ready(free, now, ASK_AGAIN);
         let Some(up) = self.up.as_mut().filter(|_| !asked.is_empty()) else { return };
         let ended: Vec<_> = self.attempts.known().into_iter().filter(|a| a.ended).take(limits::ORDERS_PER_ENVELOPE).collect();
@@ -108,6 +109,23 @@ impl Engine {
             let ended = ended.clone();
             node_frame::Kind::Ready(wire::Ready { task_id: key.task.to_string(), attempt: key.attempt.0, ended })
         }));
+    }
+
+    /// Places that are taken, or soon will be.
+    fn taken(&self) -> usize {
+        self.attempts.running().count() + self.starting.len() + self.pulls.count()
+    }
+
+    /// What the owner has closed may go elsewhere, or come again once it is open.
+    fn admit_to_place(&mut self, o: &Checked) -> Result<(), Outcome> {
+        let most = self.owner.ceiling().and_then(|c| c.max_tasks);
+        let why = match (self.owner.closed(), most) {
+            (Some(closed), _) => closed.as_str().to_owned(),
+            (None, Some(most)) if self.taken() >= most as usize => format!("ceiling: max_tasks: {most}, and as many run"),
+            _ => return Ok(()),
+        };
+        self.record.refused(o, &o.argv(), &why, self.p.clock.now_ms());
+        Err(Outcome::NeverStarted(NeverStarted::Late))
     }
 
     fn admit(&self, o: &Checked) -> Result<(), Outcome> {
@@ -126,19 +144,31 @@ impl Engine {
     }
 
     fn begin(&mut self, o: &Checked, payload: &[u8]) {
+        let Some(ceiling) = self.owner.ceiling() else { return self.over(o, Outcome::NeverStarted(NeverStarted::Late), vec![]) };
         let step = match o.spec(payload) {
             Err(outcome) => Step::Over { outcome, result: vec![] },
-            Ok(Spec::Echo { payload }) => skills::echo::step(payload),
+            Ok(Spec::Echo { payload }) => match ceiling.admit(o.user) {
+                Ok(()) => skills::echo::step(payload),
+                Err(r) => skills::refused(r.code, r.detail),
+            },
             Ok(spec) if spec.takes_input() && !self.warden_takes_input() => {
                 let detail =
                     "this node's warden is of a version without live input; `cortex-node stop` and a new start bring the present one";
                 let outcome = Outcome::NeverStarted(NeverStarted::Refused(Reason::new(ReasonCode::SkillError, detail)));
                 Step::Over { outcome, result: vec![] }
             }
-            Ok(spec @ Spec::Shell(_)) => skills::shell::step(o, &spec, &self.p.root, &self.p.state),
+            Ok(spec @ Spec::Shell(_)) => skills::shell::step(o, &spec, ceiling, &self.p.root, &self.p.state),
         };
         match step {
-            Step::Over { outcome, result } => self.over(o, outcome, result),
+            Step::Over { outcome, result } => {
+                if let Outcome::NeverStarted(NeverStarted::Refused(r)) = &outcome
+                    && r.code == ReasonCode::PolicyDenied
+                {
+                    let argv = o.spec(payload).map_or(vec![], |s| s.argv());
+                    self.record.refused(o, &argv, &r.detail, self.p.clock.now_ms());
+                }
+                self.over(o, outcome, result);
+            }
             Step::Start(grant) => {
                 self.record.start(o, grant.argv(), self.p.clock.now_ms());
                 self.to_warden.push_back(Request::Start { grant: (*grant).clone() });
@@ -199,9 +229,10 @@ impl Engine {
     }
 
     pub(super) fn on_payload(&mut self, c: wire::PayloadChunk) {
+        self.look_at_owner();
         match self.pulls.chunk(c, self.now()) {
             Pulled::More | Pulled::Stray => return,
-            Pulled::Done(o, bytes) => match self.admit(&o) {
+            Pulled::Done(o, bytes) => match self.admit(&o).and_then(|()| self.admit_to_place(&o)) {
                 Ok(()) => self.begin(&o, &bytes),
                 Err(outcome) => self.over(&o, outcome, vec![]),
             },

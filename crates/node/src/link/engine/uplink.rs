@@ -7,6 +7,7 @@ use crate::link::connect::{Dial, DialError, Dialed, says_revoked, says_supersede
 use crate::link::orders::{Checker, Key, RejectionWindow};
 use crate::link::recover::Recover;
 use crate::link::{GOODBYE_CERTIFICATE_EXPIRED, GOODBYE_REVOKED, GOODBYE_SUPERSEDED};
+use mesh_core::ceiling::Closed;
 use mesh_process::{Tasks, entropy};
 use mesh_wire::convert;
 use mesh_wire::node::node_link_client::NodeLinkClient;
@@ -34,6 +35,7 @@ impl Engine {
         if self.up.is_none() && (self.certificate_ended || self.p.time.for_tls() >= self.p.certificate.not_after_ms) {
             return self.recover(no);
         }
+        self.hello_told = self.standing();
         let dial = Dial {
             settings: self.p.settings.clone(),
             dir: self.p.dir.clone(),
@@ -42,9 +44,10 @@ impl Engine {
             hello: wire::Hello {
                 spool_id: spool.to_string(),
                 attempts: self.attempts.known(),
-                max_tasks: self.p.settings.max_tasks,
+                max_tasks: self.hello_told.0,
                 keeps: ahead::MOST as u32,
                 last_link_session: self.link_session.clone(),
+                closed: self.hello_told.1.map_or("", Closed::as_str).to_owned(),
             },
         };
         let news = self.news.clone();
@@ -186,7 +189,8 @@ impl Engine {
             News::Renewed(result) => self.on_renewed(result),
             News::Health(ack, report) => {
                 self.status_stale = true;
-                self.status.unschedulable = ack.unschedulable;
+                // Its owner's word was first, and the hub may not have heard it yet.
+                self.status.unschedulable = self.owner.closed().map_or(ack.unschedulable, |c| c.as_str().into());
                 (self.status.spool_bytes, self.status.spool_limit) = (report.spool_bytes, report.spool_limit);
                 // To the second, so that a clock that is right does not change the file.
                 let skew = self.p.time.now().map(|hub| (self.p.clock.now_ms() - hub) / 1000);
@@ -232,6 +236,7 @@ impl Engine {
             checker,
             rejections: RejectionWindow::default(),
             policy_problem,
+            told: self.hello_told,
             heartbeat: None,
             control: VecDeque::new(),
             requests: VecDeque::new(),
