@@ -16,4 +16,5 @@ pub mod state;
 pub mod status;
 pub mod tls;
 pub mod warden;
+pub mod way;
 pub mod workspace;
