@@ -1,4 +1,4 @@
-//! The node port: one TLS 1.3 listener for enrolment and links.
+//! The node port: TLS 1.3 for enrolment and links. The doors' HTTPS port takes them as well.
 //!
 //! ```text
 //! accept ─ TLS ─► Enrolment.Enrol, Recover (the only calls without a certificate)
@@ -23,7 +23,6 @@ use mesh_wire::node::enrolment_server::EnrolmentServer;
 use mesh_wire::node::node_link_server::NodeLinkServer;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tonic::{Request, Status};
 
@@ -69,15 +68,12 @@ impl LinkContext {
     }
 }
 
-/// Serves the node port until the group ends.
+/// Serves links and enrolments until the group ends.
 pub async fn serve(
     context: Arc<LinkContext>,
-    listener: TcpListener,
-    tls: Arc<tls::ServerTls>,
-    connections: usize,
+    accepted: tls::Accepted,
 ) -> Result<(), tonic::transport::Error> {
     let token = context.tasks.token();
-    let incoming = tls::accept(listener, tls, connections, &context.tasks);
     let link = NodeLinkServer::new(node::LinkService(context.clone()))
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
@@ -93,6 +89,6 @@ pub async fn serve(
         .http2_keepalive_timeout(Some(PING_EVERY))
         .add_service(link)
         .add_service(enrol)
-        .serve_with_incoming_shutdown(incoming, token.cancelled_owned())
+        .serve_with_incoming_shutdown(accepted, token.cancelled_owned())
         .await
 }
