@@ -462,7 +462,8 @@ mod tests {
 
     #[test]
     fn lists_are_lists_or_texts_with_commas() {
-        let listed = load("[http]\ntrusted_proxies = [\"10.0.0.0/8\", \"::1\"]\nallowed_hosts = [\"A.example\", \"*.b.example\"]\n").unwrap();
+        let listed =
+            load("[http]\ntrusted_proxies = [\"10.0.0.0/8\", \"::1\"]\nallowed_hosts = [\"A.example\", \"*.b.example\"]\n").unwrap();
         let text = load("[http]\ntrusted_proxies = \"10.0.0.0/8, ::1\"\nallowed_hosts = \"a.example,*.b.example\"\n").unwrap();
         assert_eq!((&listed.trusted_proxies, &listed.allowed_hosts), (&text.trusted_proxies, &text.allowed_hosts));
         assert_eq!(listed.allowed_hosts, ["a.example", "*.b.example"]);

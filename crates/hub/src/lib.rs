@@ -9,7 +9,7 @@ pub mod config;
 pub mod doors;
 pub mod keys;
 pub mod link;
-mod machine;
+pub mod machine;
 pub mod metrics;
 mod otlp;
 pub mod reach;

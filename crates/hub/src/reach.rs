@@ -33,7 +33,9 @@ impl Reach {
             (None, _) => (dialled(node, machine).to_string(), others(node, machine)),
         };
         let mut names = vec!["localhost".to_owned(), Ipv4Addr::LOCALHOST.to_string(), Ipv6Addr::LOCALHOST.to_string()];
-        names.extend(machine.name.iter().flat_map(|n| if n.contains('.') { vec![n.clone()] } else { vec![n.clone(), format!("{n}.local")] }));
+        names.extend(
+            machine.name.iter().flat_map(|n| if n.contains('.') { vec![n.clone()] } else { vec![n.clone(), format!("{n}.local")] }),
+        );
         names.extend(public_host.and_then(plain));
         names.extend(config.allowed_hosts.iter().cloned());
         // By its addresses it may be asked for anyhow, each on its own connections.
@@ -99,10 +101,7 @@ mod tests {
             (r.url, r.node, r.also.join(" "))
         };
         let is = |url: &str, node: &str, also: &str| (url.to_owned(), node.to_owned(), also.to_owned());
-        assert_eq!(
-            of("", false, &box_, "127.0.0.1:8080", "127.0.0.1:7443"),
-            is("http://127.0.0.1:8080", "127.0.0.1:7443", "")
-        );
+        assert_eq!(of("", false, &box_, "127.0.0.1:8080", "127.0.0.1:7443"), is("http://127.0.0.1:8080", "127.0.0.1:7443", ""));
         assert_eq!(
             of("", true, &box_, "[::]:8080", "[::]:7443"),
             is("https://192.168.1.5:8080", "192.168.1.5:7443", "[fd00::2]:7443 box:7443")
@@ -127,8 +126,10 @@ mod tests {
 
     #[test]
     fn certificate_and_hosts_know_the_hubs_names() {
-        let text = "[http]\npublic_url = \"https://hub.example\"\nallowed_hosts = [\"*.lan.example\"]\n[node]\npublic_addr = \"link.example:1\"\n";
-        let r = Reach::of(&config(text, true), &machine("box", &["192.168.1.5"]), at("[::]:8080"), at("[::]:7443"), &["given.example".into()]);
+        let text =
+            "[http]\npublic_url = \"https://hub.example\"\nallowed_hosts = [\"*.lan.example\"]\n[node]\npublic_addr = \"link.example:1\"\n";
+        let r =
+            Reach::of(&config(text, true), &machine("box", &["192.168.1.5"]), at("[::]:8080"), at("[::]:7443"), &["given.example".into()]);
         assert_eq!(r.names, ["localhost", "127.0.0.1", "::1", "box", "box.local", "hub.example", "*.lan.example", "192.168.1.5"]);
         for name in ["box", "box.local", "hub.example", "a.lan.example", "given.example", "link.example"] {
             assert!(r.hosts.allow(name, None), "{name}");

@@ -296,7 +296,22 @@ impl Hub {
             stop.cancelled().await;
             group.end(STOP_GRACE).await;
         });
-        let hub = Self { http, https, node, metrics, reach, socket, data_dir: dir, made_password, store, keys, doors, work, store_tasks, _lock: lock };
+        let hub = Self {
+            http,
+            https,
+            node,
+            metrics,
+            reach,
+            socket,
+            data_dir: dir,
+            made_password,
+            store,
+            keys,
+            doors,
+            work,
+            store_tasks,
+            _lock: lock,
+        };
         hub.write_hub_json()?;
         tracing::info!(%http, https, %node, hub = %hub.keys.hub, "the hub is ready");
         Ok(hub)

@@ -283,8 +283,11 @@ fn check_tasks(n: u32) -> Result<(), String> {
 pub fn check_address(text: &str) -> Result<(), String> {
     let bad = || format!("{text:?} is not host:port");
     let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
-    let host_ok =
-        !host.is_empty() && !host.contains(['/', ' ', '@']) && (!host.contains(':') || (host.starts_with('[') && host.ends_with(']')));
+    let literal = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+    let host_ok = match literal {
+        Some(inner) => inner.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && !host.contains(['/', ' ', '@', ':', ',', '[', ']']),
+    };
     if host_ok && port.parse::<u16>().is_ok_and(|p| p != 0) { Ok(()) } else { Err(bad()) }
 }
 
@@ -412,8 +415,10 @@ node: {{ name: "my-laptop", labels: {{ os: linux }}, workspace_root: "~/cortex",
         assert_eq!(i.way.to_string(), "127.0.0.1:7443,hub.lan:7443,[fd00::1]:7443");
         let one = |n: &str| Ok((n == "CORTEX_NODE_HUB_GRPC").then(|| "hub:1".to_owned()));
         assert_eq!(read_invite("a.yaml", &with("[\"hub.lan:7443\"]"), &one).unwrap().way.to_string(), "hub:1");
-        let e = read_invite("a.yaml", &with("[\"fd00::1\"]"), &none).err().unwrap();
-        assert_eq!((e.key.as_str(), e.reason.as_str()), ("hub.also", "\"fd00::1\" is not host:port"));
+        for bad in ["fd00::1", "[hub]:1", "[fd00::1]", "a:1,b:2", "[fd00::1]:0"] {
+            let e = read_invite("a.yaml", &with(&format!("[\"{bad}\"]")), &none).err().unwrap();
+            assert_eq!((e.key.as_str(), e.reason), ("hub.also", format!("{bad:?} is not host:port")));
+        }
         let proxy = |n: &str| Ok((n == "HTTPS_PROXY").then(|| "socks5://x".to_owned()));
         assert_eq!(read_invite("a.yaml", &yaml(), &proxy).err().unwrap().key, "HTTPS_PROXY");
     }

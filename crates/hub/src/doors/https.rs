@@ -15,6 +15,7 @@ use rustls::server::ParsedCertificate;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_rustls::server::TlsStream;
@@ -25,8 +26,11 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// Connections that have finished their handshake and wait to be served.
 pub const ACCEPTED_QUEUE: usize = 64;
 /// Whoever speaks plain HTTP here hears this.
-pub const PLAIN: &[u8] =
+const PLAIN: &[u8] =
     b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain\r\nContent-Length: 36\r\n\r\nthis address speaks HTTPS, not HTTP\n";
+
+/// So much of what they say is read.
+const PLAIN_READ: u64 = 64 << 10;
 
 /// Where the doors' certificate comes from.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -64,9 +68,8 @@ impl Given {
         BadSetting::new(&self.place, key, reason)
     }
     fn read(&self) -> Result<(Vec<u8>, Vec<u8>, Digest), BadSetting> {
-        let read = |key: &str, path: &PathBuf| {
-            std::fs::read(path).map_err(|e| self.bad(key, format!("{} cannot be read: {e}", path.display())))
-        };
+        let read =
+            |key: &str, path: &PathBuf| std::fs::read(path).map_err(|e| self.bad(key, format!("{} cannot be read: {e}", path.display())));
         let (certificate, key) = (read("http.tls_cert", &self.certificate)?, read("http.tls_key", &self.key)?);
         let seen = sha256(&[sha256(&certificate), sha256(&key)].concat());
         Ok((certificate, key, seen))
@@ -102,7 +105,8 @@ impl Given {
         if let Some(host) = &self.host {
             let server = ServerName::try_from(host.trim_matches(['[', ']']).to_owned()).map_err(|e| bad(format!("{host:?}: {e}")))?;
             let checked = ParsedCertificate::try_from(leaf).and_then(|c| verify_server_name(&c, &server));
-            checked.map_err(|_| bad(format!("the certificate in {path} is for {}, and not for {host} (http.public_url)", names.join(", "))))?;
+            checked
+                .map_err(|_| bad(format!("the certificate in {path} is for {}, and not for {host} (http.public_url)", names.join(", "))))?;
         }
         let key = PrivateKeyDer::from_pem_slice(key)
             .map_err(|e| self.bad("http.tls_key", format!("{key_path} holds no private key in PEM without a passphrase: {e}")))?;
@@ -204,6 +208,13 @@ fn own(keys: &Keys, door_key: &str, names: &[String], now: UnixMs) -> Result<Arc
     let identity = keys.door_identity(door_key, names, now)?;
     let chain = identity.chain.into_iter().map(CertificateDer::from).collect();
     Ok(config(chain, PrivateKeyDer::from(PrivatePkcs8KeyDer::from(identity.key)))?)
+}
+
+/// Tells whoever speaks plain HTTP here. What they sent is read to its end, or the answer would be lost with it.
+pub async fn answer_plain(mut tcp: TcpStream) -> std::io::Result<()> {
+    tcp.write_all(PLAIN).await?;
+    tcp.shutdown().await?;
+    tokio::io::copy(&mut (&mut tcp).take(PLAIN_READ), &mut tokio::io::sink()).await.map(drop)
 }
 
 /// What an accept loop needs to hand connections to the doors.

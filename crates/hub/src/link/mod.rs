@@ -69,10 +69,7 @@ impl LinkContext {
 }
 
 /// Serves links and enrolments until the group ends.
-pub async fn serve(
-    context: Arc<LinkContext>,
-    accepted: tls::Accepted,
-) -> Result<(), tonic::transport::Error> {
+pub async fn serve(context: Arc<LinkContext>, accepted: tls::Accepted) -> Result<(), tonic::transport::Error> {
     let token = context.tasks.token();
     let link = NodeLinkServer::new(node::LinkService(context.clone()))
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)

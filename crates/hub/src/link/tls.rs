@@ -232,11 +232,11 @@ impl Knock {
             return;
         }
         if self.doors.is_some() && first[0].is_ascii_uppercase() {
-            // One write carries it, or it was not worth more.
-            let _ = self.tcp.try_write(https::PLAIN);
+            let _ = tokio::time::timeout(SILENT_TIMEOUT, https::answer_plain(self.tcp)).await;
             return;
         }
-        let (metric, address) = (if self.doors.is_some() { "cortex_http_handshakes_total" } else { "cortex_link_handshakes_total" }, self.address);
+        let (metric, address) =
+            (if self.doors.is_some() { "cortex_http_handshakes_total" } else { "cortex_link_handshakes_total" }, self.address);
         match tokio::time::timeout(HANDSHAKE_TIMEOUT, self.shake()).await {
             Ok(Ok(Came::Link(gate, tls, connection, any))) => {
                 count("cortex_link_handshakes_total", "done");
