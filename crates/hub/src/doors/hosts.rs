@@ -17,7 +17,7 @@ pub struct Hosts(Arc<BTreeSet<String>>);
 
 impl Hosts {
     pub fn new<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
-        Self(Arc::new(names.into_iter().filter_map(|n| plain(n)).collect()))
+        Self(Arc::new(names.into_iter().filter_map(plain).collect()))
     }
 
     /// May the hub be asked for as `host` (with or without a port) on a connection to its address `local`? It
