@@ -102,7 +102,7 @@ async fn requests_have_their_time_and_waits_have_theirs() {
     let (_, login) = hub.call("POST", "/api/v1/auth/login", Some(json!({"username": "admin", "password": PASSWORD}))).await;
     let token = text(&login, "access_token");
     let begin = format!(
-        "POST /api/v1/dispatch HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nAuthorization: Bearer {token}\r\nContent-Length: 1000\r\n\r\n{{"
+        "POST /api/v1/dispatch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAuthorization: Bearer {token}\r\nContent-Length: 1000\r\n\r\n{{"
     );
     // One that says nothing more has no more time than one that trickles.
     let mut silent = connect(&hub).await;
