@@ -95,7 +95,7 @@ async fn bodies_paths_and_queries() {
     };
     let said = tokio::task::spawn_blocking(move || {
         let mut tcp = std::net::TcpStream::connect(address).unwrap();
-        write!(tcp, "POST /api/v1/dispatch HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {token}\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{{\"echo\"").unwrap();
+        write!(tcp, "POST /api/v1/dispatch HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {token}\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{{\"echo\"").unwrap();
         tcp.shutdown(std::net::Shutdown::Write).unwrap();
         let mut said = String::new();
         let _ = tcp.read_to_string(&mut said);

@@ -72,7 +72,7 @@ async fn a_thousand_idle_and_a_hundred_slow_hurt_nobody() {
     let mut slow = vec![];
     for _ in 0..100 {
         let io = connect(&hub).await;
-        slow.push(tokio::runtime::Handle::current().spawn(trickle(io, "GET /healthz HTTP/1.1\r\nHost: h\r\nX-Slow: ")));
+        slow.push(tokio::runtime::Handle::current().spawn(trickle(io, "GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")));
     }
     let mut served = 0;
     until("the slow ones to be cut", async || {
@@ -102,7 +102,7 @@ async fn requests_have_their_time_and_waits_have_theirs() {
     let (_, login) = hub.call("POST", "/api/v1/auth/login", Some(json!({"username": "admin", "password": PASSWORD}))).await;
     let token = text(&login, "access_token");
     let begin = format!(
-        "POST /api/v1/dispatch HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nAuthorization: Bearer {token}\r\nContent-Length: 1000\r\n\r\n{{"
+        "POST /api/v1/dispatch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAuthorization: Bearer {token}\r\nContent-Length: 1000\r\n\r\n{{"
     );
     // One that says nothing more has no more time than one that trickles.
     let mut silent = connect(&hub).await;
@@ -119,7 +119,7 @@ async fn beyond_the_limit_is_refused_and_the_control_socket_still_answers() {
     let hub = Hub::start_with(&[("CORTEX_LIMITS_CONNECTIONS", "20")], &[]).await;
     let ask = async || {
         let mut io = connect(&hub).await;
-        let _ = io.write_all(b"GET /healthz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n").await;
+        let _ = io.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await;
         let mut told = vec![];
         let _ = io.read_to_end(&mut told).await;
         String::from_utf8_lossy(&told).into_owned()
@@ -133,7 +133,7 @@ async fn beyond_the_limit_is_refused_and_the_control_socket_still_answers() {
     .await;
     assert!(held.len() <= 20, "{}", held.len());
     let mut socket = UnixStream::connect(hub.data().join("hub.sock")).await.unwrap();
-    socket.write_all(b"GET /readyz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n").await.unwrap();
+    socket.write_all(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await.unwrap();
     let mut told = String::new();
     socket.read_to_string(&mut told).await.unwrap();
     assert!(told.starts_with("HTTP/1.1 200 "), "{told}");
@@ -254,6 +254,11 @@ fn the_example_of_the_settings_is_accepted_and_names_them_all() {
         let head = if section.is_empty() { String::new() } else { format!("[{section}]\n") };
         std::fs::write(&one, format!("{head}{}\n", line.trim_start_matches("# "))).unwrap();
         let out = check(&one);
+        if key.starts_with("tls_") {
+            // Each of the two needs the other.
+            assert!(String::from_utf8_lossy(&out.stderr).contains("too"), "{line}: {}", mesh_tests::shown(&out));
+            continue;
+        }
         assert!(out.status.success(), "{line}: {}", mesh_tests::shown(&out));
     }
     let mut built: Vec<String> = hub::config::built().map(|(section, key)| format!("{section}.{key}")).collect();

@@ -8,7 +8,7 @@ use crate::world::T0;
 use bytes::{Bytes, BytesMut};
 use hub::keys::Keys;
 use hub::link::tls::Connection;
-use hub::link::{LinkContext, converse};
+use hub::link::{self, LinkContext};
 use hub_engine::ports::Keyring;
 use hub_testkit::contract::sample;
 use mesh_core::task::AttemptNo;
@@ -106,7 +106,7 @@ pub fn serve(hub: &Hub, keys: Arc<Keys>) -> Port {
         tasks: hub.life.tasks.clone(),
     };
     hub.life.tasks.spawn_until_cancelled("node port", async move {
-        let _ = converse(Arc::new(context), ReceiverStream::new(incoming)).await;
+        let _ = link::serve(Arc::new(context), ReceiverStream::new(incoming)).await;
     });
     port
 }

@@ -5,6 +5,7 @@
 #![expect(clippy::disallowed_methods, reason = "tests start the real binaries and watch the real clock")]
 
 pub mod contract;
+pub mod proxy;
 
 use serde_json::Value;
 use std::fs::File;
@@ -145,7 +146,9 @@ impl Hub {
             all.push((k.to_string(), v.to_string()));
         }
         let process = Self::spawn(dir.path(), &data, &all, &own(args));
-        let web = reqwest::Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).build().expect("a client");
+        // Whom one may trust is for the tests of just that.
+        let web = reqwest::Client::builder().no_proxy().tls_danger_accept_invalid_certs(true);
+        let web = web.redirect(reqwest::redirect::Policy::none()).build().expect("a client");
         let mut hub =
             Self { dir, data, process, http: String::new(), node: String::new(), env: all, args: own(args), token: String::new(), web };
         hub.ready().await;
@@ -179,7 +182,10 @@ impl Hub {
             (facts["pid"] == pid).then_some(facts)
         })
         .await;
-        self.http = format!("http://{}", text(&facts, "http"));
+        let scheme = if facts["https"].is_null() { "http" } else { "https" };
+        // All addresses are reached by that of this machine.
+        let http = text(&facts, "http").replace("[::]:", "127.0.0.1:").replace("0.0.0.0:", "127.0.0.1:");
+        self.http = format!("{scheme}://{http}");
         self.node = text(&facts, "grpc");
     }
 
@@ -190,13 +196,24 @@ impl Hub {
     }
 
     pub async fn restart(&mut self) {
-        let fixed = [("CORTEX_HTTP_ADDR", self.http.trim_start_matches("http://").to_owned()), ("CORTEX_NODE_ADDR", self.node.clone())];
+        let fixed = [("CORTEX_HTTP_ADDR", self.address().to_owned()), ("CORTEX_NODE_ADDR", self.node.clone())];
         for (k, v) in fixed {
             self.env.retain(|(known, _)| known != k);
             self.env.push((k.to_owned(), v));
         }
         self.process = Self::spawn(self.dir.path(), &self.data, &self.env, &self.args);
         self.ready().await;
+    }
+
+    /// `host:port` of the doors.
+    pub fn address(&self) -> &str {
+        self.http.split_once("://").map_or("", |(_, address)| address)
+    }
+
+    /// Adds to the environment of the next start, or changes it.
+    pub fn set(&mut self, key: &str, value: &str) {
+        self.env.retain(|(known, _)| known != key);
+        self.env.push((key.to_owned(), value.to_owned()));
     }
 
     pub fn request(&self, method: &str, path: &str) -> reqwest::RequestBuilder {

@@ -3,6 +3,7 @@
 use crate::error::Error;
 use crate::rest::{Problem, RefreshRequest, TokenReply};
 use mesh_process::Tasks;
+use mesh_process::proxy::is_loopback;
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderValue, LOCATION, RETRY_AFTER};
 use reqwest::{Method, Response, StatusCode, Url};
 use serde::Serialize;
@@ -177,7 +178,7 @@ impl Client {
             .connect_timeout(CONNECT_TIMEOUT)
             // A redirect would turn a POST into a GET; the answer names the right URL instead.
             .redirect(reqwest::redirect::Policy::none());
-        if is_loopback(&base) {
+        if is_loopback(base.host_str().unwrap_or_default()) {
             builder = builder.no_proxy();
         }
         let http = builder.build().map_err(|e| Error::transport(base.as_str(), e))?;
@@ -375,11 +376,6 @@ fn parse_url(text: &str) -> Result<Url, Error> {
     let path = url.path().trim_end_matches('/').to_owned();
     url.set_path(&path);
     Ok(url)
-}
-
-fn is_loopback(url: &Url) -> bool {
-    let host = url.host_str().unwrap_or("").trim_matches(['[', ']']);
-    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use crate::config::{Config, Flags};
 use crate::keys::Keys;
 use crate::serve::Hub;
 use clap::{Args, Parser, Subcommand};
+use mesh_process::config::BadSetting;
 use mesh_process::{Clock, SystemClock, signals, telemetry};
 use std::io::Write;
 use std::path::PathBuf;
@@ -42,6 +43,9 @@ enum Command {
         /// Allow plain HTTP on an address that others can reach
         #[arg(long)]
         insecure_http: bool,
+        /// Serve on all addresses of this machine, over HTTPS by the hub's own authority
+        #[arg(long)]
+        lan: bool,
     },
     /// Look at settings
     Config {
@@ -95,7 +99,7 @@ enum ConfigCommand {
 
 #[derive(Subcommand)]
 enum CaCommand {
-    /// Print the hub's id and the pin of its root
+    /// Print the hub's id, the pin of its root, and the root itself (PEM), which clients of its HTTPS must trust
     Show,
     /// Not built yet
     Rotate,
@@ -110,13 +114,13 @@ pub async fn run() -> ExitCode {
     let cli = Cli::parse();
     let c = &cli.common;
     let level = c.log_level.clone().or(c.verbose.then(|| "debug".to_owned()));
-    let mut flags = Flags { config: c.config.clone(), data_dir: c.data_dir.clone(), log_level: level, insecure_http: false };
+    let mut flags = Flags { config: c.config.clone(), data_dir: c.data_dir.clone(), log_level: level, ..Flags::default() };
     match cli.command {
-        Command::Serve { insecure_http } => {
-            flags.insecure_http = insecure_http;
+        Command::Serve { insecure_http, lan } => {
+            (flags.insecure_http, flags.lan) = (insecure_http, lan);
             serve(&flags).await
         }
-        Command::Config { command: ConfigCommand::Check } => match Config::load(&flags) {
+        Command::Config { command: ConfigCommand::Check } => match checked(&flags) {
             Ok(_) => {
                 println!("the settings can be used");
                 ExitCode::SUCCESS
@@ -188,7 +192,7 @@ fn show_ca(flags: &Flags) -> ExitCode {
     }
     match Keys::open(&config.data_dir, SystemClock::new().now_ms()) {
         Ok(keys) => {
-            println!("hub   {}\npin   {}", keys.hub, keys.pin());
+            println!("hub   {}\npin   {}\n{}", keys.hub, keys.pin(), keys.root_pem().trim_end());
             ExitCode::SUCCESS
         }
         Err(e) => {
@@ -198,8 +202,15 @@ fn show_ca(flags: &Flags) -> ExitCode {
     }
 }
 
+/// The settings, with the files that they name.
+fn checked(flags: &Flags) -> Result<Config, BadSetting> {
+    let config = Config::load(flags)?;
+    config.check_files(SystemClock::new().now_ms())?;
+    Ok(config)
+}
+
 async fn serve(flags: &Flags) -> ExitCode {
-    let config = match Config::load(flags) {
+    let config = match checked(flags) {
         Ok(c) => c,
         Err(e) => return usage(&e),
     };
@@ -219,7 +230,10 @@ async fn serve(flags: &Flags) -> ExitCode {
             return if setting { ExitCode::from(USAGE) } else { ExitCode::FAILURE };
         }
     };
-    println!("hub ready: http://{} (nodes: {})", hub.http, hub.node);
+    println!("hub ready: {}://{} (nodes: {})", if hub.https { "https" } else { "http" }, hub.http, hub.node);
+    if flags.lan {
+        println!("reach it at {}; programs trust it by the certificate that cortex-hub ca show prints", hub.reach.url);
+    }
     if let Some(password) = &hub.made_password {
         println!("log in as admin with the password {password}");
         println!("it is kept in {} until you change it", hub.data_dir.join(crate::serve::MADE_PASSWORD).display());

@@ -1,11 +1,14 @@
 //! Settings: a TOML file, the environment and flags, in that order of rising weight; all of it is
 //! checked before a port is bound.
 
+use crate::doors::forwarded::Networks;
+use crate::doors::hosts::plain;
+use crate::doors::https::{Given, Tls};
 use hub_engine::retention::Limits;
 use mesh_process::config::{BadSetting, env, read_toml};
 use mesh_process::telemetry;
 use serde::Deserialize;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -33,6 +36,8 @@ pub struct Flags {
     pub data_dir: Option<PathBuf>,
     pub log_level: Option<String>,
     pub insecure_http: bool,
+    /// All addresses, and HTTPS for the doors.
+    pub lan: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -43,6 +48,10 @@ pub struct Config {
     pub redis: Option<hub_store::RedisUrl>,
     pub http_addr: SocketAddr,
     pub public_url: Option<String>,
+    pub tls: Tls,
+    pub trusted_proxies: Networks,
+    /// Names, besides its own, by which the hub may be asked for.
+    pub allowed_hosts: Vec<String>,
     pub node_addr: SocketAddr,
     pub node_public_addr: Option<String>,
     pub metrics_addr: SocketAddr,
@@ -73,10 +82,10 @@ pub struct Config {
 const SETTINGS: &[(&str, &str, bool)] = &[
     ("http", "addr", true),
     ("http", "public_url", true),
-    ("http", "tls_cert", false),
-    ("http", "tls_key", false),
-    ("http", "trusted_proxies", false),
-    ("http", "allowed_hosts", false),
+    ("http", "tls_cert", true),
+    ("http", "tls_key", true),
+    ("http", "trusted_proxies", true),
+    ("http", "allowed_hosts", true),
     ("node", "addr", true),
     ("node", "public_addr", true),
     ("metrics", "addr", true),
@@ -141,6 +150,10 @@ impl Layers {
         Ok(section_of(file, section).get(key).map(|v| Found {
             text: match v {
                 toml::Value::String(s) => s.clone(),
+                // As the environment writes a list.
+                toml::Value::Array(items) if items.iter().all(|i| i.is_str()) => {
+                    items.iter().filter_map(|i| i.as_str()).collect::<Vec<_>>().join(",")
+                }
                 other => other.to_string(),
             },
             place: place.clone(),
@@ -164,6 +177,11 @@ impl Layers {
             Err(BadSetting::new(place, format!("{section}.{key}"), format!("{n} is not between {least} and {most}")))
         }
     }
+}
+
+/// The parts of a list, which are separated by commas.
+fn parts(f: &Found) -> impl Iterator<Item = &str> {
+    f.text.split(',').map(str::trim).filter(|t| !t.is_empty())
 }
 
 fn section_of<'a>(file: &'a RawFile, section: &str) -> &'a RawSection {
@@ -197,13 +215,23 @@ impl Config {
                 return Err(BadSetting::new(f.place, format!("{section}.{key}"), "this setting is not built yet; take it out"));
             }
         }
+        let public_url = l.get("http", "public_url")?.map(|f| check_url(&f, "http.public_url")).transpose()?;
+        let trusted_proxies = match l.get("http", "trusted_proxies")? {
+            Some(f) => Networks::parse(parts(&f)).map_err(|reason| BadSetting::new(&f.place, "http.trusted_proxies", reason))?,
+            None => Networks::default(),
+        };
+        let tls = check_tls(flags, &l, public_url.as_deref().filter(|_| trusted_proxies.is_empty()))?;
+        let all = |a: SocketAddr| if flags.lan { SocketAddr::new(std::net::Ipv6Addr::UNSPECIFIED.into(), a.port()) } else { a };
         let config = Self {
             data_dir,
             database: l.get("database", "url")?.map(|f| check_database(&f)).transpose()?.unwrap_or_default(),
             redis: l.get("redis", "url")?.map(|f| check_redis(&f)).transpose()?,
-            http_addr: l.parse("http", "addr", SocketAddr::from(([127, 0, 0, 1], 8080)))?,
-            public_url: l.get("http", "public_url")?.map(|f| check_url(&f, "http.public_url")).transpose()?,
-            node_addr: l.parse("node", "addr", SocketAddr::from(([127, 0, 0, 1], 7443)))?,
+            http_addr: all(l.parse("http", "addr", SocketAddr::from(([127, 0, 0, 1], 8080)))?),
+            public_url,
+            tls,
+            trusted_proxies,
+            allowed_hosts: l.get("http", "allowed_hosts")?.map(|f| check_hosts(&f)).transpose()?.unwrap_or_default(),
+            node_addr: all(l.parse("node", "addr", SocketAddr::from(([127, 0, 0, 1], 7443)))?),
             node_public_addr: l.get("node", "public_addr")?.map(|f| check_host_port(&f)).transpose()?,
             metrics_addr: l.parse("metrics", "addr", SocketAddr::from(([127, 0, 0, 1], 9090)))?,
             admin_password: env("CORTEX_ADMIN_PASSWORD")?,
@@ -248,40 +276,67 @@ impl Config {
                 ));
             }
         }
-        if !config.http_addr.ip().is_loopback() && !flags.insecure_http {
-            let place = l.get("http", "addr")?.map_or_else(String::new, |f| f.place);
-            return Err(BadSetting::new(
-                place,
-                "http.addr",
-                format!(
-                    "{} is not a loopback address and HTTPS is not built yet; add --insecure-http if a proxy or a private network protects it",
-                    config.http_addr
-                ),
-            ));
+        let place = |key: &str| l.get(key, "addr").map(|f| f.map_or_else(String::new, |f| f.place));
+        if config.tls == Tls::None && !config.http_addr.ip().to_canonical().is_loopback() && !flags.insecure_http {
+            let reason = format!(
+                "{} is not a loopback address, and plain HTTP shows every password on the way: give a certificate (http.tls_cert, \
+                 http.tls_key), start with --lan for HTTPS by the hub's own authority, or add --insecure-http if a proxy or a private \
+                 network protects it",
+                config.http_addr
+            );
+            return Err(BadSetting::new(place("http")?, "http.addr", reason));
+        }
+        if config.tls == Tls::None && config.one_port() {
+            let reason = "is http.addr too: one port for doors and nodes needs HTTPS (http.tls_cert and http.tls_key, or --lan)";
+            return Err(BadSetting::new(place("node")?, "node.addr", reason));
         }
         Ok(config)
     }
 
-    /// What an invite and a download link name. The true port replaces 0.
-    pub fn url(&self, http: SocketAddr) -> String {
-        match &self.public_url {
-            Some(url) => url.trim_end_matches('/').to_owned(),
-            None => format!("http://{}", reachable(http)),
-        }
+    /// Do doors and nodes share one port?
+    pub fn one_port(&self) -> bool {
+        self.http_addr == self.node_addr && self.http_addr.port() != 0
     }
 
-    /// Where nodes dial.
-    pub fn node_address(&self, node: SocketAddr) -> String {
-        if let Some(a) = &self.node_public_addr {
-            return a.clone();
+    /// Looks into the files that settings name, as a start does.
+    pub fn check_files(&self, now: mesh_core::UnixMs) -> Result<(), BadSetting> {
+        match &self.tls {
+            Tls::Given(given) => given.load(now).map(drop),
+            Tls::None | Tls::Own => Ok(()),
         }
-        if node.ip().is_unspecified()
-            && let Some(host) = self.public_url.as_deref().and_then(host_of)
-        {
-            return format!("{host}:{}", node.port());
-        }
-        reachable(node).to_string()
     }
+}
+
+/// `public_url` is what clients call the hub, where no proxy stands before it.
+fn check_tls(flags: &Flags, l: &Layers, public_url: Option<&str>) -> Result<Tls, BadSetting> {
+    let file = |f: &Found, key: &str| {
+        let path = PathBuf::from(&f.text);
+        if path.is_file() { Ok(path) } else { Err(BadSetting::new(&f.place, key, format!("there is no file {:?}", f.text))) }
+    };
+    match (l.get("http", "tls_cert")?, l.get("http", "tls_key")?) {
+        (None, None) if flags.lan => Ok(Tls::Own),
+        (None, None) => Ok(Tls::None),
+        (Some(c), None) => Err(BadSetting::new(c.place, "http.tls_cert", "needs its private key: set http.tls_key too")),
+        (None, Some(k)) => Err(BadSetting::new(k.place, "http.tls_key", "needs its certificate: set http.tls_cert too")),
+        (Some(c), Some(k)) => Ok(Tls::Given(Given {
+            certificate: file(&c, "http.tls_cert")?,
+            key: file(&k, "http.tls_key")?,
+            host: public_url.filter(|u| u.starts_with("https://")).and_then(host_of).map(str::to_owned),
+            place: c.place,
+        })),
+    }
+}
+
+fn check_hosts(f: &Found) -> Result<Vec<String>, BadSetting> {
+    let good = |host: &str| {
+        let name = plain(host).filter(|n| n == &host.to_ascii_lowercase() || host.starts_with('['));
+        let wild = |n: &str| n.contains('*') && (!n.starts_with("*.") || n[1..].contains('*') || n.len() < 4);
+        name.filter(|n| !wild(n)).ok_or_else(|| {
+            let reason = format!("{host:?} is not the name of a host, such as hub.example.org or *.example.org, without a port");
+            BadSetting::new(&f.place, "http.allowed_hosts", reason)
+        })
+    };
+    parts(f).map(good).collect()
 }
 
 fn read_file(path: &Path) -> Result<RawFile, BadSetting> {
@@ -296,16 +351,6 @@ fn read_file(path: &Path) -> Result<RawFile, BadSetting> {
         }
     }
     Ok(file)
-}
-
-/// An unspecified address is reached on this machine by loopback.
-fn reachable(a: SocketAddr) -> SocketAddr {
-    let ip = match a.ip() {
-        IpAddr::V4(v4) if v4.is_unspecified() => IpAddr::from([127, 0, 0, 1]),
-        IpAddr::V6(v6) if v6.is_unspecified() => IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
-        ip => ip,
-    };
-    SocketAddr::new(ip, a.port())
 }
 
 fn check_url(f: &Found, key: &str) -> Result<String, BadSetting> {
@@ -339,10 +384,16 @@ fn check_redis(f: &Found) -> Result<hub_store::RedisUrl, BadSetting> {
 }
 
 fn check_host_port(f: &Found) -> Result<String, BadSetting> {
-    match f.text.rsplit_once(':') {
-        Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => Ok(f.text.clone()),
-        _ => Err(BadSetting::new(&f.place, "node.public_addr", format!("{:?} is not host:port", f.text))),
+    let good = |(host, port): (&str, &str)| {
+        let literal = host.starts_with('[') && host.ends_with(']');
+        let whole = plain(host).is_some_and(|name| literal || !name.contains(':'));
+        whole && port.parse::<u16>().is_ok_and(|p| p != 0)
+    };
+    if f.text.rsplit_once(':').is_some_and(good) {
+        return Ok(f.text.clone());
     }
+    let reason = format!("{:?} is not host:port, with brackets around an address of IPv6", f.text);
+    Err(BadSetting::new(&f.place, "node.public_addr", reason))
 }
 
 /// The host of a URL, with brackets if it is an IPv6 literal.
@@ -396,7 +447,18 @@ mod tests {
             ("[database]\nurl = \"postgres://u:geheim@x\"\n", "database.url", "names no database"),
             ("[redis]\nurl = \"http://u:geheim@x\"\n", "redis.url", "only Redis"),
             ("[redis]\nurl = \"redis://u:geheim@x/y\"\n", "redis.url", "not a number"),
-            ("[http]\ntls_cert = \"x\"\n", "http.tls_cert", "not built yet"),
+            ("[http]\ntls_cert = \"x\"\n", "http.tls_cert", "set http.tls_key too"),
+            ("[http]\ntls_key = \"x\"\n", "http.tls_key", "set http.tls_cert too"),
+            ("[http]\ntls_cert = \"x\"\ntls_key = \"y\"\n", "http.tls_cert", "no file"),
+            ("[http]\ntrusted_proxies = [\"10.0.0.0/8\", \"proxy.example\"]\n", "http.trusted_proxies", "proxy.example"),
+            ("[http]\ntrusted_proxies = [1]\n", "http.trusted_proxies", "neither"),
+            ("[http]\nallowed_hosts = [\"hub.example\", \"hub.example:80\"]\n", "http.allowed_hosts", "without a port"),
+            ("[http]\nallowed_hosts = \"*\"\n", "http.allowed_hosts", "without a port"),
+            ("[http]\nallowed_hosts = \"https://x\"\n", "http.allowed_hosts", "without a port"),
+            ("[http]\naddr = \"[::1]:80\"\n[node]\naddr = \"[::1]:80\"\n", "node.addr", "needs HTTPS"),
+            ("[http]\naddr = \"::1:80\"\n", "http.addr", "invalid"),
+            ("[node]\npublic_addr = \"fd00::1:443\"\n", "node.public_addr", "brackets"),
+            ("[node]\npublic_addr = \"hub.example:0\"\n", "node.public_addr", "host:port"),
             ("[log]\nformat = \"xml\"\n", "log.format", "neither"),
         ] {
             let e = load(text).unwrap_err();
@@ -404,6 +466,18 @@ mod tests {
             assert!(e.reason.contains(reason), "{e}");
             assert!(!e.place.is_empty());
             assert!(!format!("{e} {e:?}").contains("geheim"), "{e}");
+        }
+    }
+
+    #[test]
+    fn lists_are_lists_or_texts_with_commas() {
+        let listed =
+            load("[http]\ntrusted_proxies = [\"10.0.0.0/8\", \"::1\"]\nallowed_hosts = [\"A.example\", \"*.b.example\"]\n").unwrap();
+        let text = load("[http]\ntrusted_proxies = \"10.0.0.0/8, ::1\"\nallowed_hosts = \"a.example,*.b.example\"\n").unwrap();
+        assert_eq!((&listed.trusted_proxies, &listed.allowed_hosts), (&text.trusted_proxies, &text.allowed_hosts));
+        assert_eq!(listed.allowed_hosts, ["a.example", "*.b.example"]);
+        for good in ["hub.example:443", "[fd00::1]:443", "10.0.0.1:7443"] {
+            assert_eq!(load(&format!("[node]\npublic_addr = \"{good}\"\n")).unwrap().node_public_addr.as_deref(), Some(good));
         }
     }
 

@@ -9,6 +9,8 @@ pub mod config;
 pub mod doors;
 pub mod keys;
 pub mod link;
+pub mod machine;
 pub mod metrics;
 mod otlp;
+pub mod reach;
 pub mod serve;

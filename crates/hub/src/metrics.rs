@@ -4,10 +4,12 @@
 //! Counters and histograms are kept where things happen; what only has a value of now is looked up when
 //! somebody asks. A label is always a word of a small set: never an id, a path or a word of a caller.
 
+use crate::doors::hosts::{self, Hosts};
 use crate::doors::listener::Cut;
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use hub_engine::links::Health;
@@ -55,6 +57,7 @@ pub const NAMES: &[(&str, Kind, &str)] = &[
     ("cortex_http_connections_accepted_total", Counter, "Connections that were let in."),
     ("cortex_http_connections_refused_total", Counter, "Connections beyond the limit, closed at once."),
     ("cortex_http_connections_cut_total", Counter, "Connections that were ended for keeping the hub waiting."),
+    ("cortex_http_handshakes_total", Counter, "TLS handshakes of the doors."),
     ("cortex_event_streams", Gauge, "Readers of live events."),
     ("cortex_auth_failures_total", Counter, "Credentials that were missing or not good."),
     ("cortex_rate_limited_total", Counter, "Requests, and messages of streams, beyond the rate of their principal."),
@@ -171,6 +174,7 @@ fn begin() {
     }
     for result in ["done", "failed", "timed_out"] {
         counter!("cortex_link_handshakes_total", "result" => result).absolute(0);
+        counter!("cortex_http_handshakes_total", "result" => result).absolute(0);
     }
     counter!("cortex_links_closed_total", "code" => "closed").absolute(0);
     for what in ["output", "tasks"] {
@@ -193,6 +197,7 @@ fn begin() {
             | (
                 Counter,
                 "cortex_link_handshakes_total"
+                | "cortex_http_handshakes_total"
                 | "cortex_links_closed_total"
                 | "cortex_rate_limited_total"
                 | "cortex_logins_throttled_total"
@@ -262,8 +267,9 @@ pub struct Scraped {
     pub data_dir: PathBuf,
 }
 
-pub fn router(scraped: Scraped) -> Router {
-    Router::new().route("/metrics", get(scrape)).with_state(scraped)
+pub fn router(scraped: Scraped, hosts: Hosts) -> Router {
+    let guard = middleware::from_fn_with_state(hosts, hosts::guard_plain);
+    Router::new().route("/metrics", get(scrape)).layer(guard).with_state(scraped)
 }
 
 async fn scrape(State(s): State<Scraped>) -> Response {

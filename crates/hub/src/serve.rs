@@ -1,11 +1,14 @@
 //! Wiring: from settings to a hub that serves, and back down.
 
 use crate::config::Config;
-use crate::doors::listener::{self, Limits};
+use crate::doors::https::{self, DoorTls, Tls};
+use crate::doors::listener::{self, Accept, Limits};
 use crate::doors::rest::{self, Binaries, Door, Facts, RestState};
 use crate::keys::{Argon2Passwords, KeyError, Keys};
 use crate::link::{self, LinkContext, tls};
+use crate::machine::Machine;
 use crate::metrics;
+use crate::reach::Reach;
 use anyhow::{Context, anyhow};
 use axum::Router;
 use hub_engine::accounts::{self, Accounts};
@@ -37,7 +40,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio::time::Instant;
 
 /// How long a stop waits for work under way, and how much of that the store has at least, which is last.
@@ -54,6 +57,8 @@ const CERTIFICATE_LOOK: Duration = Duration::from_secs(3600);
 /// At this much left of 30 days, the hub's certificate is renewed.
 const CERTIFICATE_LEFT_MS: i64 = 10 * 86_400_000;
 
+/// Connections that wait to be accepted.
+const BACKLOG: u32 = 1024;
 /// Connections of the small listeners.
 const SOCKET_CONNECTIONS: usize = 256;
 const METRICS_CONNECTIONS: usize = 32;
@@ -61,8 +66,12 @@ const METRICS_CONNECTIONS: usize = 32;
 /// A hub that runs. Dropping it does not stop it; [`Hub::stop`] does.
 pub struct Hub {
     pub http: SocketAddr,
+    /// Do the doors speak HTTPS?
+    pub https: bool,
     pub node: SocketAddr,
     pub metrics: SocketAddr,
+    /// What invites name.
+    pub reach: Reach,
     pub socket: PathBuf,
     pub data_dir: PathBuf,
     /// Made and printed once, at the very first start.
@@ -113,10 +122,18 @@ impl Hub {
             ));
         }
 
-        let http_listener = bind(config.http_addr, "http.addr").await?;
-        let node_listener = bind(config.node_addr, "node.addr").await?;
-        let metrics_listener = bind(config.metrics_addr, "metrics.addr").await?;
-        let (http, node, metrics) = (http_listener.local_addr()?, node_listener.local_addr()?, metrics_listener.local_addr()?);
+        let http_listener = bind(config.http_addr, "http.addr")?;
+        let http = http_listener.local_addr()?;
+        let node_listener = if config.one_port() { None } else { Some(bind(config.node_addr, "node.addr")?) };
+        let node = node_listener.as_ref().map_or(Ok(http), TcpListener::local_addr)?;
+        let metrics_listener = bind(config.metrics_addr, "metrics.addr")?;
+        let metrics = metrics_listener.local_addr()?;
+        let given = match &config.tls {
+            Tls::Given(given) => Some((given.clone(), given.load(now)?)),
+            Tls::None | Tls::Own => None,
+        };
+        let certified = given.as_ref().map_or(&[][..], |(_, loaded)| &loaded.names);
+        let reach = Reach::of(&config, &Machine::look(), http, node, certified);
 
         let events = events(&config, &keys, &clock, &store_tasks).await;
         let services = Services::build(&config, &store, &keys, &clock, meta.incarnation, (&work, &doors), events)?;
@@ -138,9 +155,12 @@ impl Hub {
             tasks: work.child(),
         });
         let links = context.tasks.clone();
-        let port_tls = server_tls.clone();
         let connections = config.connections as usize;
-        doors.spawn_vital("node port", async move { link::serve(context, node_listener, port_tls, connections).await });
+        let (gate, accepted) = tls::Gate::new(keys.hub, server_tls.clone(), connections);
+        if let Some(listener) = node_listener {
+            tls::accept(listener, gate.clone(), None, &links);
+        }
+        doors.spawn_vital("node port", link::serve(context, accepted));
         let (pool, recovery) = (services.pool.clone(), services.recovery.clone());
         let stop_pool = work.token();
         // The reconcilers begin when the hub goes: at once, or after a restore when it was told to.
@@ -202,7 +222,23 @@ impl Hub {
                 tokio::time::sleep(FORGET_EVERY).await;
             }
         });
-        work.spawn_until_cancelled("hub certificate", renew_certificate(server_tls, keys.clone(), clock.clone(), certificate_end));
+        let https = match given {
+            Some((given, loaded)) => {
+                let doors_tls = Arc::new(DoorTls::given(&loaded));
+                let (follows, clock) = (doors_tls.clone(), clock.clone());
+                work.spawn_until_cancelled("given certificate", async move { follows.follow(given, loaded, clock).await });
+                Some((doors_tls, None))
+            }
+            None if config.tls == Tls::Own => {
+                let own = Own { key: Keys::door_key(&dir)?, names: reach.names.clone() };
+                Some((Arc::new(DoorTls::own(&keys, &own.key, &own.names, now)?), Some(own)))
+            }
+            None => None,
+        };
+        let pin = https.as_ref().and_then(|(_, own)| own.as_ref()).map(|own| Keys::door_pin(&own.key)).transpose()?;
+        let (doors_tls, own) = https.unzip();
+        let renewed = Renewed { link: server_tls, doors: doors_tls.clone().zip(own.flatten()), end: certificate_end };
+        work.spawn_until_cancelled("hub certificate", renewed.keep(keys.clone(), clock.clone()));
 
         let own_dir = std::env::current_exe().ok().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
         let scraped =
@@ -230,8 +266,12 @@ impl Hub {
             clock,
             stop: doors.token(),
             facts: Facts {
-                public_url: config.url(http),
-                node_address: config.node_address(node),
+                public_url: reach.url.clone(),
+                node_address: reach.node.clone(),
+                node_also: reach.also.clone(),
+                download_pin: pin,
+                hosts: reach.hosts.clone(),
+                trusted_proxies: config.trusted_proxies.clone(),
                 started_at_ms: now,
                 body_bytes: config.body_bytes as usize,
                 request_secs: config.request_secs,
@@ -239,25 +279,48 @@ impl Hub {
                 data_dir: dir.clone(),
             },
         }));
-        serve_http(&doors, http_listener, app.clone(), config.connections as usize);
+        let https = doors_tls.is_some();
+        match doors_tls {
+            Some(doors_tls) => {
+                let (door, shaken) = https::Door::new(doors_tls);
+                tls::accept(http_listener, gate, Some(door), &doors);
+                serve_http(&doors, shaken, app.clone(), connections);
+            }
+            None => serve_http(&doors, http_listener, app.clone(), connections),
+        }
         let socket = dir.join("hub.sock");
         serve_socket(&doors, &socket, app)?;
         metrics::fold(&doors);
-        serve_metrics(&doors, metrics_listener, scraped);
+        serve_metrics(&doors, metrics_listener, metrics::router(scraped, reach.hosts.clone()));
         // Links end by the token of the doors as well, so that nodes hear a reason.
         let (stop, group) = (doors.token(), links);
         work.spawn("links end", async move {
             stop.cancelled().await;
             group.end(STOP_GRACE).await;
         });
-        let hub = Self { http, node, metrics, socket, data_dir: dir, made_password, store, keys, doors, work, store_tasks, _lock: lock };
+        let hub = Self {
+            http,
+            https,
+            node,
+            metrics,
+            reach,
+            socket,
+            data_dir: dir,
+            made_password,
+            store,
+            keys,
+            doors,
+            work,
+            store_tasks,
+            _lock: lock,
+        };
         hub.write_hub_json()?;
-        tracing::info!(%http, %node, hub = %hub.keys.hub, "the hub is ready");
+        tracing::info!(%http, https, %node, hub = %hub.keys.hub, "the hub is ready");
         Ok(hub)
     }
 
     fn write_hub_json(&self) -> anyhow::Result<()> {
-        let facts = serde_json::json!({
+        let mut facts = serde_json::json!({
             "http": self.http.to_string(),
             "grpc": self.node.to_string(),
             "metrics": self.metrics.to_string(),
@@ -265,6 +328,9 @@ impl Hub {
             "pid": std::process::id(),
             "version": rest::VERSION,
         });
+        if self.https {
+            facts["https"] = facts["http"].clone();
+        }
         files::write_private(&self.data_dir.join("hub.json"), facts.to_string().as_bytes()).context("writing hub.json")
     }
 
@@ -461,8 +527,26 @@ fn raise_descriptors(connections: u64) {
     }
 }
 
-async fn bind(address: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| format!("{key}: cannot listen on {address}"))
+/// All addresses are those of both families, where the machine has both.
+fn bind(address: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
+    let listen = |address: SocketAddr| -> std::io::Result<TcpListener> {
+        let socket = if address.is_ipv6() { TcpSocket::new_v6()? } else { TcpSocket::new_v4()? };
+        if address.is_ipv6() {
+            rustix::net::sockopt::set_ipv6_v6only(&socket, !address.ip().is_unspecified())?;
+        }
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    let listening = listen(address).or_else(|e| {
+        // A kernel without IPv6.
+        let none = matches!(rustix::io::Errno::from_io_error(&e), Some(rustix::io::Errno::AFNOSUPPORT | rustix::io::Errno::ADDRNOTAVAIL));
+        if none && address.is_ipv6() && address.ip().is_unspecified() {
+            return listen(SocketAddr::from(([0, 0, 0, 0], address.port())));
+        }
+        Err(e)
+    });
+    listening.with_context(|| format!("{key}: cannot listen on {address}"))
 }
 
 /// Makes the first admin; a password that was made is kept in a private file until it is changed.
@@ -483,21 +567,43 @@ async fn first_admin(accounts: &Accounts, config: &Config, dir: &Path) -> anyhow
     Ok((created && made).then_some(password))
 }
 
-async fn renew_certificate(server_tls: Arc<tls::ServerTls>, keys: Arc<Keys>, clock: SharedClock, mut end: i64) {
-    loop {
-        tokio::time::sleep(CERTIFICATE_LOOK).await;
-        let now = clock.now_ms();
-        if end - now > CERTIFICATE_LEFT_MS {
-            continue;
+/// What the doors' certificate by the hub's own authority is made of.
+struct Own {
+    key: String,
+    names: Vec<String>,
+}
+
+/// The certificates that the hub gives itself; they end together.
+struct Renewed {
+    link: Arc<tls::ServerTls>,
+    doors: Option<(Arc<DoorTls>, Own)>,
+    end: i64,
+}
+
+impl Renewed {
+    async fn keep(mut self, keys: Arc<Keys>, clock: SharedClock) {
+        loop {
+            tokio::time::sleep(CERTIFICATE_LOOK).await;
+            let now = clock.now_ms();
+            if self.end - now > CERTIFICATE_LEFT_MS {
+                continue;
+            }
+            match self.renew(&keys, now) {
+                Ok(until) => self.end = until,
+                Err(error) => tracing::error!(error = format!("{error:#}"), "the hub's certificate could not be renewed"),
+            }
         }
-        match server_tls.renew(&keys, now) {
-            Ok(until) => end = until,
-            Err(error) => tracing::error!(%error, "the hub's certificate could not be renewed"),
+    }
+    fn renew(&self, keys: &Keys, now: i64) -> anyhow::Result<i64> {
+        let until = self.link.renew(keys, now)?;
+        if let Some((doors, own)) = &self.doors {
+            doors.renew(keys, &own.key, &own.names, now)?;
         }
+        Ok(until)
     }
 }
 
-fn serve_http(group: &Tasks, listener: TcpListener, app: Router, connections: usize) {
+fn serve_http(group: &Tasks, listener: impl Accept, app: Router, connections: usize) {
     let app = app.layer(axum::Extension(Door::Http));
     group.spawn_vital("http", listener::serve("http", listener, app, Limits::of(connections), group.clone()));
 }
@@ -513,7 +619,6 @@ fn serve_socket(group: &Tasks, path: &Path, app: Router) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn serve_metrics(group: &Tasks, listener: TcpListener, state: metrics::Scraped) {
-    let app = metrics::router(state);
+fn serve_metrics(group: &Tasks, listener: TcpListener, app: Router) {
     group.spawn_vital("metrics", listener::serve("metrics", listener, app, Limits::of(METRICS_CONNECTIONS), group.clone()));
 }

@@ -248,7 +248,8 @@ async fn the_hubs_own_certificate_is_replaced_without_a_restart() {
     let tasks = mesh_process::Tasks::new();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let mut accepted = tls::accept(listener, server.clone(), 10, &tasks);
+    let (gate, mut accepted) = tls::Gate::new(keys.hub, server.clone(), 10);
+    tls::accept(listener, gate, None, &tasks);
 
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from(keys.root_der().to_vec())).unwrap();

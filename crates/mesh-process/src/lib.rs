@@ -1,5 +1,5 @@
 //! How a process of the mesh lives: named background tasks with an owner and an end, the clock,
-//! randomness, telemetry, signals, private files, configuration files.
+//! randomness, telemetry, signals, private files, configuration files, the proxy that the environment names.
 //!
 //! This crate does *not* know tasks, nodes or any other noun of the domain. What it wraps is banned
 //! elsewhere by lint (`tokio::spawn`, `Instant::now`, `env::var`, …), so that time, randomness and
@@ -9,6 +9,7 @@ pub mod clock;
 pub mod config;
 pub mod entropy;
 pub mod files;
+pub mod proxy;
 pub mod signals;
 pub mod tasks;
 pub mod telemetry;

@@ -21,6 +21,9 @@ pub struct HubAddress {
     pub id: String,
     /// `host:port` of the node port.
     pub grpc: String,
+    /// Other addresses of it, to be tried in turn.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub also: Vec<String>,
     pub url: String,
     pub server_name: String,
 }

@@ -13,9 +13,11 @@ use crate::record::{self, Follower, Ran, Reader};
 use crate::state::{DataDir, State, StateError};
 use crate::status::Status;
 use crate::warden::{self, WardenError};
+use crate::way::Way;
 use clap::{Parser, Subcommand};
 use mesh_process::config::BadSetting;
 use mesh_process::files::Lock;
+use mesh_process::proxy::Proxies;
 use mesh_process::{SystemClock, telemetry};
 use mesh_wire::convert::rfc3339;
 use node_warden::frames::KnownState;
@@ -352,7 +354,8 @@ async fn status(dir: &DataDir, form: Form) -> Result<ExitCode, Error> {
         // Under the lock: a daemon that starts now waits for the state.
         let settings = State::open(dir)?.settings()?.ok_or_else(|| DaemonError::NotEnrolled(dir.path().to_path_buf()))?;
         drop(lock);
-        (s.node_id, s.node_name, s.hub_id, s.hub) = (settings.node_id, settings.node_name, settings.hub_id, settings.grpc);
+        let hub = Way::new(&settings.grpc, &settings.also, Proxies::default()).to_string();
+        (s.node_id, s.node_name, s.hub_id, s.hub) = (settings.node_id, settings.node_name, settings.hub_id, hub);
         (s.workspace_root, s.max_tasks) = (settings.workspace_root, settings.max_tasks);
         if let Some(v) = dir.certificates().ok().and_then(|c| enrolment::validity(&c.0)) {
             s.certificate_not_after = rfc3339(v.not_after_ms);

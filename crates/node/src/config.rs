@@ -1,9 +1,11 @@
 //! Where a node keeps its things, and the invite that a person brings: file, environment, checks.
 
+use crate::way::Way;
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use mesh_core::{Digest, HubId, InviteId, NodeId, enrol, name};
 use mesh_process::config::{BadSetting, env};
+use mesh_process::proxy::Proxies;
 use mesh_wire::invite::InviteFile;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -34,9 +36,10 @@ const fn key(section: &'static str, name: &'static str, env: &'static str, kind:
 }
 
 /// Every key of the invite, the variable that overrides it, and what it must be.
-const KEYS: [Key; 12] = [
+const KEYS: [Key; 13] = [
     key("hub", "id", "CORTEX_NODE_HUB_ID", Kind::Text, true),
     key("hub", "grpc", "CORTEX_NODE_HUB_GRPC", Kind::Text, true),
+    key("hub", "also", "CORTEX_NODE_HUB_ALSO", Kind::TextList, false),
     key("hub", "url", "CORTEX_NODE_HUB_URL", Kind::Text, true),
     key("hub", "server_name", "CORTEX_NODE_HUB_SERVER_NAME", Kind::Text, true),
     key("", "ca_pin", "CORTEX_NODE_CA_PIN", Kind::Text, true),
@@ -68,6 +71,7 @@ pub struct Invite {
     pub seed: [u8; 32],
     pub ca_pin: Digest,
     pub task_keys: Vec<[u8; 32]>,
+    pub way: Way,
 }
 
 /// What a node knows of its hub and itself after a join.
@@ -75,6 +79,8 @@ pub struct Invite {
 pub struct Settings {
     pub hub_id: String,
     pub grpc: String,
+    #[serde(default)]
+    pub also: Vec<String>,
     pub url: String,
     pub server_name: String,
     pub ca_pin: String,
@@ -92,7 +98,7 @@ pub struct Resolved {
     pub hub: HubId,
     pub node: NodeId,
     pub node_name: String,
-    pub grpc: String,
+    pub way: Way,
     pub server_name: String,
     pub ca_pin: Digest,
     pub task_keys: Vec<[u8; 32]>,
@@ -101,12 +107,14 @@ pub struct Resolved {
 }
 
 impl Settings {
-    /// Parses the stored texts; `HUB_GRPC`, `WORKSPACE_ROOT` and `MAX_TASKS` may come from the environment.
+    /// Parses the stored texts; the proxies come from the environment, and `HUB_GRPC`, `WORKSPACE_ROOT` and `MAX_TASKS` may.
     pub fn resolve(&self, lookup: &dyn Fn(&str) -> Result<Option<String>, BadSetting>) -> Result<Resolved, BadSetting> {
         const PLACE: &str = "the node's state";
         let bad = |key: &str, e: &dyn std::fmt::Display| BadSetting::new(PLACE, key, e);
-        let grpc = lookup("CORTEX_NODE_HUB_GRPC")?.unwrap_or_else(|| self.grpc.clone());
-        check_address(&grpc).map_err(|e| bad("hub.grpc", &e))?;
+        let given = lookup("CORTEX_NODE_HUB_GRPC")?;
+        // Whoever names one address means that one.
+        let (grpc, also) = given.as_deref().map_or((self.grpc.as_str(), self.also.as_slice()), |one| (one, &[]));
+        check_address(grpc).map_err(|e| bad("hub.grpc", &e))?;
         let max_tasks = match lookup("CORTEX_NODE_MAX_TASKS")? {
             Some(t) => t.parse().map_err(|e| BadSetting::new("environment", "CORTEX_NODE_MAX_TASKS", format!("{t:?}: {e}")))?,
             None => self.max_tasks,
@@ -116,7 +124,7 @@ impl Settings {
             hub: self.hub_id.parse().map_err(|e| bad("hub.id", &e))?,
             node: self.node_id.parse().map_err(|e| bad("node.id", &e))?,
             node_name: self.node_name.clone(),
-            grpc,
+            way: Way::new(grpc, also, Proxies::read(lookup)?),
             server_name: self.server_name.clone(),
             ca_pin: parse_pin(&self.ca_pin).map_err(|e| bad("ca_pin", &e))?,
             task_keys: parse_task_keys(&self.task_keys).map_err(|e| bad("task_keys", &e))?,
@@ -149,10 +157,17 @@ pub fn environment(name: &str) -> Result<Option<String>, BadSetting> {
 
 /// Reads an invite. `place` names the source in errors; `lookup` gives the variables.
 pub fn read_invite(place: &str, text: &str, lookup: &dyn Fn(&str) -> Result<Option<String>, BadSetting>) -> Result<Invite, BadSetting> {
-    let file = invite_file(place, text, lookup)?;
+    let mut file = invite_file(place, text, lookup)?;
+    if lookup("CORTEX_NODE_HUB_GRPC")?.is_some() && lookup("CORTEX_NODE_HUB_ALSO")?.is_none() {
+        // Whoever names one address means that one.
+        file.hub.also.clear();
+    }
     let bad = |key: &str, e: &dyn std::fmt::Display| BadSetting::new(place, key, e);
     let hub: HubId = file.hub.id.parse().map_err(|e| bad("hub.id", &e))?;
     check_address(&file.hub.grpc).map_err(|e| bad("hub.grpc", &e))?;
+    for address in &file.hub.also {
+        check_address(address).map_err(|e| bad("hub.also", &e))?;
+    }
     if file.hub.server_name != enrol::server_name(hub) {
         return Err(bad("hub.server_name", &format!("{:?} is not {:?}", file.hub.server_name, enrol::server_name(hub))));
     }
@@ -179,6 +194,7 @@ pub fn read_invite(place: &str, text: &str, lookup: &dyn Fn(&str) -> Result<Opti
         invite: file.invite.id.parse().map_err(|e| bad("invite.id", &e))?,
         ca_pin: parse_pin(&file.ca_pin).map_err(|e| bad("ca_pin", &e))?,
         task_keys: parse_task_keys(&file.task_keys).map_err(|e| bad("task_keys", &e))?,
+        way: Way::new(&file.hub.grpc, &file.hub.also, Proxies::read(lookup)?),
         hub,
         seed,
         file,
@@ -267,8 +283,11 @@ fn check_tasks(n: u32) -> Result<(), String> {
 pub fn check_address(text: &str) -> Result<(), String> {
     let bad = || format!("{text:?} is not host:port");
     let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
-    let host_ok =
-        !host.is_empty() && !host.contains(['/', ' ', '@']) && (!host.contains(':') || (host.starts_with('[') && host.ends_with(']')));
+    let literal = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+    let host_ok = match literal {
+        Some(inner) => inner.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && !host.contains(['/', ' ', '@', ':', ',', '[', ']']),
+    };
     if host_ok && port.parse::<u16>().is_ok_and(|p| p != 0) { Ok(()) } else { Err(bad()) }
 }
 
@@ -380,13 +399,28 @@ node: {{ name: "my-laptop", labels: {{ os: linux }}, workspace_root: "~/cortex",
             })
         };
         let i = read_invite("a.yaml", &yaml(), &lookup).unwrap();
-        assert_eq!(i.file.hub.grpc, "[::1]:9000");
+        assert_eq!((i.file.hub.grpc.as_str(), i.way.to_string().as_str()), ("[::1]:9000", "[::1]:9000"));
         assert_eq!(i.file.node.name.as_deref(), Some("other"));
         assert_eq!(i.file.node.labels["c"], "d");
         assert_eq!(i.file.node.max_tasks, Some(9));
         let bad = |n: &str| Ok((n == "CORTEX_NODE_MAX_TASKS").then(|| "x".to_owned()));
         let e = read_invite("a.yaml", &yaml(), &bad).err().unwrap();
         assert_eq!((e.place.as_str(), e.key.as_str()), ("environment", "CORTEX_NODE_MAX_TASKS"));
+    }
+
+    #[test]
+    fn a_hub_may_have_several_addresses() {
+        let with = |also: &str| yaml().replace("url: ", &format!("also: {also}, url: "));
+        let i = read_invite("a.yaml", &with("[\"hub.lan:7443\", \"[fd00::1]:7443\"]"), &none).unwrap();
+        assert_eq!(i.way.to_string(), "127.0.0.1:7443,hub.lan:7443,[fd00::1]:7443");
+        let one = |n: &str| Ok((n == "CORTEX_NODE_HUB_GRPC").then(|| "hub:1".to_owned()));
+        assert_eq!(read_invite("a.yaml", &with("[\"hub.lan:7443\"]"), &one).unwrap().way.to_string(), "hub:1");
+        for bad in ["fd00::1", "[hub]:1", "[fd00::1]", "a:1,b:2", "[fd00::1]:0"] {
+            let e = read_invite("a.yaml", &with(&format!("[\"{bad}\"]")), &none).err().unwrap();
+            assert_eq!((e.key.as_str(), e.reason), ("hub.also", format!("{bad:?} is not host:port")));
+        }
+        let proxy = |n: &str| Ok((n == "HTTPS_PROXY").then(|| "socks5://x".to_owned()));
+        assert_eq!(read_invite("a.yaml", &yaml(), &proxy).err().unwrap().key, "HTTPS_PROXY");
     }
 
     #[test]

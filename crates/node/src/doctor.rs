@@ -14,8 +14,10 @@ use crate::link::time::NodeTime;
 use crate::state::{DataDir, Identity, State};
 use crate::status::Status;
 use crate::tls::{self, ClientCertificate, TlsError};
+use crate::way::Way;
 use crate::workspace::WorkspaceRoot;
 use mesh_process::files::Lock;
+use mesh_process::proxy::{Proxies, Proxy};
 use mesh_process::{Clock as _, SystemClock};
 use mesh_wire::convert::rfc3339;
 use mesh_wire::node::node_link_client::NodeLinkClient;
@@ -102,8 +104,7 @@ impl Report {
 
 /// What is known of the node without its daemon's leave.
 struct Known {
-    /// Where the hub is: `host:port`.
-    grpc: String,
+    way: Way,
     server_name: String,
     workspace_root: String,
     identity: Identity,
@@ -230,12 +231,12 @@ fn identity(dir: &DataDir) -> Hop<(Known, String)> {
             format!("the certificate ended at {}, and this machine believes that it is {}", rfc3339(validity.not_after_ms), rfc3339(now));
         return fail(detail, format!("if the clock is right: {ANEW}"));
     }
-    let ((grpc, server_name, workspace_root), daemon, stored_ms) = settled;
+    let ((way, server_name, workspace_root), daemon, stored_ms) = settled;
     let detail = format!("certificate until {}", rfc3339(validity.not_after_ms));
-    Ok((Known { grpc, server_name, workspace_root, identity, own, stored_ms, daemon }, detail))
+    Ok((Known { way, server_name, workspace_root, identity, own, stored_ms, daemon }, detail))
 }
 
-type Settled = ((String, String, String), Option<Status>, i64);
+type Settled = ((Way, String, String), Option<Status>, i64);
 
 /// Hub, its name and the workspace root; from the daemon's status while it holds the state.
 fn settings(dir: &DataDir, root: &[u8]) -> Hop<Settled> {
@@ -247,7 +248,9 @@ fn settings(dir: &DataDir, root: &[u8]) -> Hop<Settled> {
             return fail("a daemon runs and has not written status.json yet", "try again in a moment");
         };
         let hub = s.hub_id.parse().or_else(|e| fail(format!("status.json: {e}"), "restart the node"))?;
-        return Ok(((s.hub.clone(), mesh_core::enrol::server_name(hub), s.workspace_root.clone()), Some(s), 0));
+        let proxies = Proxies::read(&environment).or_else(|e| fail(e, "mend the variable that is named"))?;
+        let way = Way::parse(&s.hub, proxies);
+        return Ok(((way, mesh_core::enrol::server_name(hub), s.workspace_root.clone()), Some(s), 0));
     }
     let state = State::open(dir).or_else(|e| fail(e, "is another program at the folder? else restore it from a backup, or join anew"))?;
     if let Ok(Some(text)) = state.revoked() {
@@ -266,15 +269,37 @@ fn settings(dir: &DataDir, root: &[u8]) -> Hop<Settled> {
         return fail("root.der is not the root that was pinned at the join", "restore it, or join anew with a fresh invite");
     }
     let stored = state.hub_time_ms().unwrap_or(0);
-    Ok(((r.grpc, r.server_name, r.workspace_root), None, stored))
+    Ok(((r.way, r.server_name, r.workspace_root), None, stored))
 }
 
 async fn to_the_hub(report: &mut Report, known: &Known) {
-    let Some(()) = report.note("resolve", resolve(&known.grpc).await) else { return report.skip(&["tcp", "tls", "hub", "clock"]) };
-    let Some(()) = report.note("tcp", tcp(&known.grpc).await) else { return report.skip(&["tls", "hub", "clock"]) };
-    let Some(stream) = report.note("tls", handshake(known).await) else { return report.skip(&["hub", "clock"]) };
-    let Some(ack) = report.note("hub", ask(known, stream).await) else { return report.skip(&["clock"]) };
+    let address = known.way.first().await;
+    let tcp = match known.way.proxy(address) {
+        Some(proxy) => {
+            let through = through(&proxy, address).await;
+            let Some(tcp) = report.note("proxy", through) else { return report.skip(&["resolve", "tcp", "tls", "hub", "clock"]) };
+            for hop in ["resolve", "tcp"] {
+                report.push(hop, Verdict::Skipped, "the proxy goes there", "");
+            }
+            tcp
+        }
+        None => {
+            let Some(()) = report.note("resolve", resolve(address).await) else { return report.skip(&["tcp", "tls", "hub", "clock"]) };
+            let Some(tcp) = report.note("tcp", tcp(address).await) else { return report.skip(&["tls", "hub", "clock"]) };
+            tcp
+        }
+    };
+    let Some(stream) = report.note("tls", handshake(known, tcp, address).await) else { return report.skip(&["hub", "clock"]) };
+    let Some(ack) = report.note("hub", ask(known, stream, address).await) else { return report.skip(&["clock"]) };
     clock(report, &ack);
+}
+
+/// Has its own patience, which tells a proxy that is silent from one that is not there.
+async fn through(proxy: &Proxy, address: &str) -> Hop<(TcpStream, String)> {
+    match proxy.connect(address).await {
+        Ok(tcp) => Ok((tcp, format!("{} connects to {address}", proxy.address()))),
+        Err(e) => fail(&e, e.advice()),
+    }
 }
 
 async fn in_time<T>(work: impl Future<Output = T>) -> Option<T> {
@@ -296,24 +321,24 @@ async fn resolve(address: &str) -> Hop<((), String)> {
     }
 }
 
-async fn tcp(address: &str) -> Hop<((), String)> {
+async fn tcp(address: &str) -> Hop<(TcpStream, String)> {
     const REFUSED: &str = "does the hub run there, on this port (node.addr)? does a firewall stand between?";
     match in_time(TcpStream::connect(address)).await {
         None => fail(format!("{address}: no answer in {} s", PATIENCE.as_secs()), "a firewall drops it, or the machine is down"),
         Some(Err(e)) => fail(format!("{address}: {e}"), REFUSED),
-        Some(Ok(_)) => Ok(((), address.to_owned())),
+        Some(Ok(tcp)) => Ok((tcp, address.to_owned())),
     }
 }
 
 type Stream = tokio_rustls::client::TlsStream<TcpStream>;
 
-async fn handshake(known: &Known) -> Hop<(Stream, String)> {
+async fn handshake(known: &Known, tcp: TcpStream, address: &str) -> Hop<(Stream, String)> {
     let time = NodeTime::new(known.stored_ms, SystemClock::shared());
     let (certificate, root) = known.own.clone();
     let Some(pin) = tls::spki_sha256(&root) else { return fail("root.der is no certificate", "join anew with a fresh invite") };
     let own = ClientCertificate { certificate, root, key: known.identity.private() };
     let config = tls::client_config(pin, Some(own), time).or_else(|e| fail(e, "join anew with a fresh invite"))?;
-    match in_time(tls::connect(&known.grpc, &known.server_name, config)).await {
+    match in_time(tls::handshake(tcp, address, &known.server_name, config)).await {
         None => fail("the other side says nothing that belongs to TLS", PROXY),
         Some(Ok(stream)) => Ok((stream, "TLS 1.3, by the root that was pinned".into())),
         Some(Err(e @ TlsError::Pin { .. })) => fail(e, PROXY),
@@ -334,7 +359,7 @@ fn tls_advice(e: &TlsError) -> &'static str {
 }
 
 /// The hub answers, and knows this node by its certificate.
-async fn ask(known: &Known, stream: Stream) -> Hop<(HealthAck, String)> {
+async fn ask(known: &Known, stream: Stream, address: &str) -> Hop<(HealthAck, String)> {
     let hub = "look at the hub's log, and whether it is of a version with this node's";
     let Some(Ok(channel)) = in_time(tls::channel(stream)).await else { return fail("the other side does not speak HTTP/2", PROXY) };
     let question = HealthReport { ask_only: true, ..HealthReport::default() };
@@ -353,7 +378,7 @@ async fn ask(known: &Known, stream: Stream) -> Hop<(HealthAck, String)> {
                 "offline" => "knows this node; its link is not up".to_owned(),
                 why => format!("knows this node and gives it no work: {why}"),
             };
-            Ok((ack, format!("{} {takes}", known.grpc)))
+            Ok((ack, format!("{address} {takes}")))
         }
         Err(s) if says_revoked(&s) => fail(words(&s), "take the data folder away and join anew with a fresh invite"),
         Err(s) => match s.code() {

@@ -17,7 +17,6 @@ use mesh_wire::node::{Capabilities, CertificateReply, EnrolRequest, Registration
 use std::time::Duration;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, thiserror::Error)]
@@ -30,8 +29,6 @@ pub enum EnrolError {
     State(#[from] StateError),
     #[error(transparent)]
     Tls(#[from] TlsError),
-    #[error("{address} did not answer within {} s", CONNECT_TIMEOUT.as_secs())]
-    Timeout { address: String },
     #[error("the connection to the hub: {0}")]
     Transport(#[from] tonic::transport::Error),
     #[error("a certificate request cannot be made: {0}")]
@@ -106,10 +103,7 @@ pub async fn join(
     let identity = dir.identity()?;
     let time = NodeTime::new(state.hub_time_ms()?, clock);
     let config = tls::client_config(invite.ca_pin, None, time)?;
-    let address = &invite.file.hub.grpc;
-    let stream = tokio::time::timeout(CONNECT_TIMEOUT, tls::connect(address, &invite.file.hub.server_name, config))
-        .await
-        .map_err(|_| EnrolError::Timeout { address: address.clone() })??;
+    let stream = invite.way.connect(&invite.file.hub.server_name, config).await?;
     let exporter = stream.get_ref().1.export_keying_material([0u8; 32], EXPORTER_LABEL, None).map_err(TlsError::Config)?;
     let nonce = entropy::bytes::<32>();
     let message = proof_bytes(invite.hub, invite.invite, &exporter, &identity.spki_sha256(), &nonce);
@@ -138,6 +132,7 @@ pub async fn join(
     let settings = Settings {
         hub_id: file.hub.id.clone(),
         grpc: file.hub.grpc.clone(),
+        also: file.hub.also.clone(),
         url: file.hub.url.clone(),
         server_name: file.hub.server_name.clone(),
         ca_pin: file.ca_pin.clone(),

@@ -17,4 +17,5 @@ pub mod state;
 pub mod status;
 pub mod tls;
 pub mod warden;
+pub mod way;
 pub mod workspace;

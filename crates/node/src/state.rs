@@ -377,6 +377,7 @@ mod tests {
         let settings = Settings {
             hub_id: "h".into(),
             grpc: "g:1".into(),
+            also: vec!["g:2".into()],
             url: "u".into(),
             server_name: "s".into(),
             ca_pin: "p".into(),

@@ -6,6 +6,7 @@
 
 use crate::link::time::NodeTime;
 use mesh_core::Digest;
+use mesh_process::proxy::ProxyError;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
@@ -41,6 +42,13 @@ pub enum TlsError {
     },
     #[error("{WRONG_PIN}; it is another hub or somebody in between; nothing was sent ({address})")]
     Pin { address: String },
+    #[error("{address} did not answer within {secs} s")]
+    Late { address: String, secs: u64 },
+    #[error(transparent)]
+    Proxy(#[from] ProxyError),
+    /// What each of the hub's addresses came to.
+    #[error("no address of the hub leads to it: {0}")]
+    All(String),
 }
 
 #[derive(Debug)]
@@ -126,8 +134,13 @@ pub fn client_config(pin: Digest, own: Option<ClientCertificate>, time: NodeTime
 
 /// Connects to `address` (`host:port`) and asks for `name`, whatever the address is called.
 pub async fn connect(address: &str, name: &str, config: Arc<ClientConfig>) -> Result<TlsStream<TcpStream>, TlsError> {
-    let server = ServerName::try_from(name.to_owned()).map_err(|_| TlsError::Name(name.to_owned()))?;
     let tcp = TcpStream::connect(address).await.map_err(|source| TlsError::Connect { address: address.to_owned(), source })?;
+    handshake(tcp, address, name, config).await
+}
+
+/// TLS over a connection that stands.
+pub async fn handshake(tcp: TcpStream, address: &str, name: &str, config: Arc<ClientConfig>) -> Result<TlsStream<TcpStream>, TlsError> {
+    let server = ServerName::try_from(name.to_owned()).map_err(|_| TlsError::Name(name.to_owned()))?;
     // Heartbeats and orders are small; waiting to fill a segment would only delay them.
     let _ = tcp.set_nodelay(true);
     TlsConnector::from(config).connect(server, tcp).await.map_err(|source| {

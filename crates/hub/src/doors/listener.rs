@@ -14,7 +14,7 @@ use hyper_util::server::conn::auto;
 use mesh_process::{CancellationToken, Tasks};
 use std::convert::Infallible;
 use std::future::Future;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -70,7 +70,7 @@ impl Limits {
 pub trait Accept: Send + Sync + 'static {
     type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
     /// `None`: somebody who may not come in.
-    fn accept(&self) -> impl Future<Output = std::io::Result<Option<(Self::Io, Peer)>>> + Send;
+    fn accept(&mut self) -> impl Future<Output = std::io::Result<Option<(Self::Io, Peer)>>> + Send;
 }
 
 /// The far end of a connection. Each request that comes by it has this among its extensions.
@@ -78,17 +78,27 @@ pub trait Accept: Send + Sync + 'static {
 pub struct Peer {
     /// None: a process of this machine, by a socket file.
     pub address: Option<IpAddr>,
+    /// The address of ours that it came to.
+    pub local: Option<IpAddr>,
+}
+
+impl Peer {
+    /// Who is at the other end of a connection that has just come, and prepares it.
+    pub fn of(io: &TcpStream, from: SocketAddr) -> Self {
+        // Neither is worth a connection.
+        let _ = io.set_nodelay(true);
+        let _ = rustix::net::sockopt::set_tcp_user_timeout(io, UNACKNOWLEDGED_MS);
+        // One listener for both families tells IPv4 addresses in the form of IPv6.
+        Self { address: Some(from.ip().to_canonical()), local: io.local_addr().ok().map(|a| a.ip().to_canonical()) }
+    }
 }
 
 impl Accept for TcpListener {
     type Io = TcpStream;
-    async fn accept(&self) -> std::io::Result<Option<(TcpStream, Peer)>> {
+    async fn accept(&mut self) -> std::io::Result<Option<(TcpStream, Peer)>> {
         let (io, from) = TcpListener::accept(self).await?;
-        // Neither is worth a connection.
-        let _ = io.set_nodelay(true);
-        let _ = rustix::net::sockopt::set_tcp_user_timeout(&io, UNACKNOWLEDGED_MS);
-        // One listener for both families tells IPv4 addresses in the form of IPv6.
-        Ok(Some((io, Peer { address: Some(from.ip().to_canonical()) })))
+        let peer = Peer::of(&io, from);
+        Ok(Some((io, peer)))
     }
 }
 
@@ -100,10 +110,10 @@ pub struct OwnUid {
 
 impl Accept for OwnUid {
     type Io = UnixStream;
-    async fn accept(&self) -> std::io::Result<Option<(UnixStream, Peer)>> {
+    async fn accept(&mut self) -> std::io::Result<Option<(UnixStream, Peer)>> {
         let (io, _) = self.listener.accept().await?;
         if io.peer_cred().is_ok_and(|c| c.uid() == self.own) {
-            return Ok(Some((io, Peer { address: None })));
+            return Ok(Some((io, Peer { address: None, local: None })));
         }
         tracing::warn!("another uid knocked at the control socket");
         Ok(None)
@@ -111,7 +121,7 @@ impl Accept for OwnUid {
 }
 
 /// Serves `app` until the group is asked to end; then lets requests under way come to theirs.
-pub async fn serve<L: Accept>(name: &'static str, listener: L, app: Router, limits: Limits, tasks: Tasks) -> Result<(), Infallible> {
+pub async fn serve<L: Accept>(name: &'static str, mut listener: L, app: Router, limits: Limits, tasks: Tasks) -> Result<(), Infallible> {
     let stop = tasks.token();
     let places = Arc::new(Semaphore::new(limits.connections));
     // Told once until it is over: what makes it happen makes it happen often.

@@ -1,5 +1,8 @@
 //! Doors: thin adapters over `hub-engine`. Each unpacks, calls one function, and packs the answer.
 
+pub mod forwarded;
+pub mod hosts;
+pub mod https;
 pub mod listener;
 pub mod rest;
 mod ws;

@@ -5,6 +5,8 @@ mod tokens;
 
 pub use passwords::Argon2Passwords;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use ed25519_dalek::SigningKey;
 use hub_engine::ports::{Keyring, StoreError, Stored};
 use mesh_core::seal::{self, Intent};
@@ -30,7 +32,7 @@ pub enum KeyError {
     Certificate(#[from] rcgen::Error),
 }
 
-/// What a server needs for the node port.
+/// What a server needs for the node port or the doors.
 pub struct ServerIdentity {
     /// Leaf, then root: the node finds its pin in it.
     pub chain: Vec<Vec<u8>>,
@@ -180,6 +182,31 @@ impl Keys {
     pub fn root_der(&self) -> &[u8] {
         &self.root_der
     }
+    /// The root in PEM, as clients of the doors want it.
+    pub fn root_pem(&self) -> String {
+        let text = STANDARD.encode(&self.root_der);
+        let lines: Vec<_> = text.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
+        format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
+    }
+
+    /// The private key (PEM) of the doors' certificate, made when it is first needed. It stays, so that an
+    /// invite can pin it over restarts.
+    pub fn door_key(data_dir: &Path) -> Result<String, KeyError> {
+        let path = data_dir.join("keys").join("https.key");
+        match std::fs::read_to_string(&path) {
+            Ok(pem) => Ok(pem),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                let pem = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?.serialize_pem();
+                files::write_private(&path, pem.as_bytes()).map_err(|source| KeyError::File { path, source })?;
+                Ok(pem)
+            }
+            Err(source) => Err(KeyError::File { path, source }),
+        }
+    }
+    /// The pin of such a key, as curl takes it.
+    pub fn door_pin(key: &str) -> Result<String, KeyError> {
+        Ok(format!("sha256//{}", STANDARD.encode(sha256(&KeyPair::from_pem(key)?.subject_public_key_info()))))
+    }
     /// Public keys that orders are signed by.
     pub fn task_keys(&self) -> Vec<[u8; 32]> {
         vec![self.task.verifying_key().to_bytes()]
@@ -193,8 +220,17 @@ impl Keys {
 
     /// A fresh certificate for the node port: 30 days, dated a week back for clocks that lag.
     pub fn server_identity(&self, now: UnixMs) -> Result<ServerIdentity, KeyError> {
-        let pair = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
-        let mut p = CertificateParams::new(vec![enrol::server_name(self.hub)])?;
+        self.identity(KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?, vec![enrol::server_name(self.hub)], now)
+    }
+
+    /// The same for the doors, under these names, with the key that [`Keys::door_key`] gives.
+    pub fn door_identity(&self, key: &str, names: &[String], now: UnixMs) -> Result<ServerIdentity, KeyError> {
+        self.identity(KeyPair::from_pem(key)?, names.to_vec(), now)
+    }
+
+    fn identity(&self, pair: KeyPair, names: Vec<String>, now: UnixMs) -> Result<ServerIdentity, KeyError> {
+        let mut p = CertificateParams::new(names)?;
+        p.use_authority_key_identifier_extension = true;
         p.distinguished_name.push(DnType::CommonName, "Cortex Mesh hub");
         p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         p.key_usages = vec![KeyUsagePurpose::DigitalSignature];

@@ -1,4 +1,4 @@
-//! The node port: one TLS 1.3 listener for enrolment and links.
+//! The node port: TLS 1.3 for enrolment and links. The doors' HTTPS port takes them as well.
 //!
 //! ```text
 //! accept ─ TLS ─► Enrolment.Enrol, Recover (the only calls without a certificate)
@@ -26,7 +26,6 @@ use mesh_wire::node::node_link_server::NodeLinkServer;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
 use tonic::transport::server::Connected;
 use tonic::{Request, Status};
 
@@ -72,19 +71,9 @@ impl LinkContext {
     }
 }
 
-/// Serves the node port until the group ends.
-pub async fn serve(
-    context: Arc<LinkContext>,
-    listener: TcpListener,
-    tls: Arc<tls::ServerTls>,
-    connections: usize,
-) -> Result<(), tonic::transport::Error> {
-    let incoming = tls::accept(listener, tls, connections, &context.tasks);
-    converse(context, incoming).await
-}
-
-/// Serves connections that say by [`tls::Connection`] who is at their other end, until the group ends.
-pub async fn converse<I>(context: Arc<LinkContext>, incoming: impl Stream<Item = std::io::Result<I>>) -> Result<(), tonic::transport::Error>
+/// Serves links and enrolments, on connections that say by [`tls::Connection`] who is at their other end,
+/// until the group ends.
+pub async fn serve<I>(context: Arc<LinkContext>, accepted: impl Stream<Item = std::io::Result<I>>) -> Result<(), tonic::transport::Error>
 where
     I: AsyncRead + AsyncWrite + Connected<ConnectInfo = tls::Connection> + Unpin + Send + 'static,
 {
@@ -103,6 +92,6 @@ where
         .http2_keepalive_timeout(Some(PING_EVERY))
         .add_service(link)
         .add_service(enrol)
-        .serve_with_incoming_shutdown(incoming, token.cancelled_owned())
+        .serve_with_incoming_shutdown(accepted, token.cancelled_owned())
         .await
 }

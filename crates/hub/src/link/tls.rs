@@ -1,8 +1,10 @@
-//! TLS 1.3 on the node port, by our own accept loop: it alone can hand the exporter and the verified
-//! certificate to the handlers.
+//! TLS 1.3 by our own accept loop: it alone can hand the exporter and the verified certificate to the
+//! handlers, and tell links from requests where both come to one port.
 
-use super::Peer;
+use super::Peer as Node;
 use super::crowd::{self, Crowd};
+use crate::doors::https;
+use crate::doors::listener::Peer;
 use crate::keys::{KeyError, Keys};
 use arc_swap::ArcSwap;
 use mesh_core::{HubId, UnixMs, enrol, sha256};
@@ -19,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Sleep;
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
@@ -156,73 +158,162 @@ impl AsyncWrite for LinkStream {
     }
 }
 
-/// Accepts connections and finishes their handshakes, a bounded number at a time; no more than
-/// `connections` at once, and few of them without a certificate.
-pub fn accept(
-    listener: TcpListener,
+/// What takes the links of every listener that gives some.
+#[derive(Clone)]
+pub struct Gate {
     tls: Arc<ServerTls>,
-    connections: usize,
-    tasks: &Tasks,
-) -> ReceiverStream<Result<LinkStream, std::io::Error>> {
-    let (ready, stream) = mpsc::channel(ACCEPTED_QUEUE);
-    let (door, gate) = (Arc::new(Semaphore::new(KNOCKING_AT_ONCE)), Arc::new(Semaphore::new(HANDSHAKES_AT_ONCE)));
-    let (all, strangers) = (Arc::new(Semaphore::new(connections)), Arc::new(Semaphore::new(STRANGERS_AT_ONCE)));
-    let (knocking, strange) = (Crowd::new(KNOCKING_A_NETWORK), Crowd::new(STRANGERS_A_NETWORK));
+    /// The name by which nodes ask for the hub, whatever its address is called.
+    name: Arc<str>,
+    all: Arc<Semaphore>,
+    strangers: Arc<Semaphore>,
+    strange: Arc<Crowd>,
+    ready: mpsc::Sender<Result<LinkStream, std::io::Error>>,
+}
+
+/// Connections of the node port whose handshake is done.
+pub type Accepted = ReceiverStream<Result<LinkStream, std::io::Error>>;
+
+impl Gate {
+    /// For no more than `connections` at once, and few of them without a certificate.
+    pub fn new(hub: HubId, tls: Arc<ServerTls>, connections: usize) -> (Self, Accepted) {
+        let (ready, accepted) = mpsc::channel(ACCEPTED_QUEUE);
+        let (all, strangers) = (Arc::new(Semaphore::new(connections)), Arc::new(Semaphore::new(STRANGERS_AT_ONCE)));
+        let strange = Crowd::new(STRANGERS_A_NETWORK);
+        (Self { tls, name: enrol::server_name(hub).into(), all, strangers, strange, ready }, ReceiverStream::new(accepted))
+    }
+}
+
+/// Accepts connections and finishes their handshakes, a bounded number at a time. With `doors`, who asks
+/// for the name that nodes ask for comes to the gate, and anybody else to the doors; without them all come
+/// to the gate.
+pub fn accept(listener: TcpListener, gate: Gate, doors: Option<https::Door>, tasks: &Tasks) {
+    let (knocking, computing) = (Arc::new(Semaphore::new(KNOCKING_AT_ONCE)), Arc::new(Semaphore::new(HANDSHAKES_AT_ONCE)));
+    let crowd = Crowd::new(KNOCKING_A_NETWORK);
     let group = tasks.clone();
-    tasks.spawn_until_cancelled("node-port accept", async move {
+    tasks.spawn_until_cancelled("TLS accept", async move {
         loop {
-            let Ok(place) = door.clone().acquire_owned().await else { return };
+            let Ok(place) = knocking.clone().acquire_owned().await else { return };
             let (tcp, address) = match listener.accept().await {
                 Ok(x) => x,
                 Err(error) => {
-                    tracing::warn!(%error, "the node port cannot accept a connection");
+                    tracing::warn!(%error, "a connection cannot be accepted");
                     tokio::time::sleep(ACCEPT_REST).await;
                     continue;
                 }
             };
-            let Some(knock) = knocking.enter(address.ip()) else {
+            let Some(of_network) = crowd.enter(address.ip()) else {
                 refused("network");
                 continue;
             };
-            let Ok(any) = all.clone().try_acquire_owned() else {
+            // Who can only be a link is refused before anything is read.
+            let any = if doors.is_none() { gate.all.clone().try_acquire_owned().ok() } else { None };
+            if doors.is_none() && any.is_none() {
                 refused("connections");
                 continue;
+            }
+            let knock = Knock {
+                tcp,
+                address,
+                gate: gate.clone(),
+                doors: doors.clone(),
+                computing: computing.clone(),
+                any,
+                _places: (place, of_network),
             };
-            let strange = strange.clone();
-            let (config, ready, gate, strangers) = (tls.config.load_full(), ready.clone(), gate.clone(), strangers.clone());
-            group.spawn_until_cancelled("node-port handshake", async move {
-                if !matches!(tokio::time::timeout(SILENT_TIMEOUT, tcp.readable()).await, Ok(Ok(()))) {
-                    return;
-                }
-                let Ok(permit) = gate.acquire().await else { return };
-                let shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(config, tcp, address)).await;
-                drop((permit, place, knock));
-                let count = |result| metrics::counter!("cortex_link_handshakes_total", "result" => result).increment(1);
-                match shaken {
-                    Ok(Ok((tls, connection))) => {
-                        count("done");
-                        let stranger = connection.certificate.is_none();
-                        let place = || Some((strangers.try_acquire_owned().ok()?, strange.enter(address.ip())?));
-                        let place = if stranger { place().map(Some) } else { Some(None) };
-                        let Some(place) = place else { return refused("strangers") };
-                        metrics::gauge!("cortex_link_connections").increment(1);
-                        let places = Places { _any: any, _stranger: place };
-                        let stranger = stranger.then(|| Box::pin(tokio::time::sleep(STRANGER_LIFE)));
-                        let _ = ready.send(Ok(LinkStream { tls, connection, stranger, _places: places })).await;
-                    }
-                    Ok(Err(error)) => {
-                        count("failed");
-                        tracing::info!(%address, %error, "a handshake on the node port failed");
-                    }
-                    Err(_) => {
-                        count("timed_out");
-                        tracing::info!(%address, "a handshake on the node port took too long");
-                    }
-                }
-            });
+            group.spawn_until_cancelled("TLS handshake", knock.answer());
         }
     });
-    ReceiverStream::new(stream)
+}
+
+/// A connection before its handshake.
+struct Knock {
+    tcp: TcpStream,
+    address: SocketAddr,
+    gate: Gate,
+    doors: Option<https::Door>,
+    computing: Arc<Semaphore>,
+    any: Option<OwnedSemaphorePermit>,
+    _places: (OwnedSemaphorePermit, crowd::Place),
+}
+
+/// A connection after its handshake, and where it belongs.
+enum Came {
+    Link(Gate, Box<TlsStream<TcpStream>>, Connection, OwnedSemaphorePermit),
+    Door(https::Door, Box<TlsStream<TcpStream>>, Peer),
+    /// There is no room for it.
+    Refused,
+}
+
+impl Knock {
+    async fn answer(self) {
+        let mut first = [0];
+        if !matches!(tokio::time::timeout(SILENT_TIMEOUT, self.tcp.peek(&mut first)).await, Ok(Ok(1))) {
+            return;
+        }
+        if self.doors.is_some() && first[0].is_ascii_uppercase() {
+            let _ = tokio::time::timeout(SILENT_TIMEOUT, https::answer_plain(self.tcp)).await;
+            return;
+        }
+        let (metric, address) =
+            (if self.doors.is_some() { "cortex_http_handshakes_total" } else { "cortex_link_handshakes_total" }, self.address);
+        match tokio::time::timeout(HANDSHAKE_TIMEOUT, self.shake()).await {
+            Ok(Ok(Came::Link(gate, tls, connection, any))) => {
+                count("cortex_link_handshakes_total", "done");
+                gate.take(connection, *tls, any).await;
+            }
+            Ok(Ok(Came::Door(doors, tls, peer))) => {
+                count("cortex_http_handshakes_total", "done");
+                let _ = doors.ready.send((*tls, peer)).await;
+            }
+            Ok(Ok(Came::Refused)) => refused("connections"),
+            Ok(Err(error)) => {
+                count(metric, "failed");
+                tracing::info!(%address, %error, "a TLS handshake failed");
+            }
+            Err(_) => {
+                count(metric, "timed_out");
+                tracing::info!(%address, "a TLS handshake took too long");
+            }
+        }
+    }
+
+    async fn shake(self) -> std::io::Result<Came> {
+        let peer = Peer::of(&self.tcp, self.address);
+        let hello = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), self.tcp).await?;
+        let asks_for_link = hello.client_hello().server_name().is_some_and(|n| n.eq_ignore_ascii_case(&self.gate.name));
+        let _computing = self.computing.acquire().await.map_err(std::io::Error::other)?;
+        match self.doors {
+            Some(doors) if !asks_for_link => {
+                let tls = hello.into_stream(doors.tls.current()).await?;
+                Ok(Came::Door(doors, Box::new(tls), peer))
+            }
+            _ => {
+                let Some(any) = self.any.or_else(|| self.gate.all.clone().try_acquire_owned().ok()) else {
+                    return Ok(Came::Refused);
+                };
+                let tls = hello.into_stream(self.gate.tls.config.load_full()).await?;
+                let connection = LinkStream::connection(&tls, self.address)?;
+                Ok(Came::Link(self.gate, Box::new(tls), connection, any))
+            }
+        }
+    }
+}
+
+fn count(metric: &'static str, result: &'static str) {
+    metrics::counter!(metric, "result" => result).increment(1);
+}
+
+impl Gate {
+    async fn take(self, connection: Connection, tls: TlsStream<TcpStream>, any: OwnedSemaphorePermit) {
+        let stranger = connection.certificate.is_none();
+        let place = || Some((self.strangers.clone().try_acquire_owned().ok()?, self.strange.enter(connection.address.ip())?));
+        let place = if stranger { place().map(Some) } else { Some(None) };
+        let Some(place) = place else { return refused("strangers") };
+        metrics::gauge!("cortex_link_connections").increment(1);
+        let places = Places { _any: any, _stranger: place };
+        let stranger = stranger.then(|| Box::pin(tokio::time::sleep(STRANGER_LIFE)));
+        let _ = self.ready.send(Ok(LinkStream { tls, connection, stranger, _places: places })).await;
+    }
 }
 
 fn refused(limit: &'static str) {
@@ -230,22 +321,18 @@ fn refused(limit: &'static str) {
     tracing::debug!(limit, "a connection of the node port was refused");
 }
 
-async fn handshake(
-    config: Arc<rustls::ServerConfig>,
-    tcp: TcpStream,
-    address: SocketAddr,
-) -> std::io::Result<(TlsStream<TcpStream>, Connection)> {
-    tcp.set_nodelay(true)?;
-    let tls = TlsAcceptor::from(config).accept(tcp).await?;
-    let (_, session) = tls.get_ref();
-    let mut exporter = [0; 32];
-    session.export_keying_material(&mut exporter, enrol::EXPORTER_LABEL, None).map_err(std::io::Error::other)?;
-    let certificate = session.peer_certificates().and_then(|c| c.first()).map(|c| Arc::from(c.as_ref()));
-    Ok((tls, Connection { address, exporter, certificate }))
+impl LinkStream {
+    fn connection(tls: &TlsStream<TcpStream>, address: SocketAddr) -> std::io::Result<Connection> {
+        let (_, session) = tls.get_ref();
+        let mut exporter = [0; 32];
+        session.export_keying_material(&mut exporter, enrol::EXPORTER_LABEL, None).map_err(std::io::Error::other)?;
+        let certificate = session.peer_certificates().and_then(|c| c.first()).map(|c| Arc::from(c.as_ref()));
+        Ok(Connection { address, exporter, certificate })
+    }
 }
 
 /// Reads who a verified certificate is for: exactly one URI of this hub, for a client.
-pub fn read_node_certificate(hub: HubId, der: &[u8]) -> Option<Peer> {
+pub fn read_node_certificate(hub: HubId, der: &[u8]) -> Option<Node> {
     use x509_parser::prelude::*;
     let (_, c) = X509Certificate::from_der(der).ok()?;
     let san = c.subject_alternative_name().ok()??;
@@ -253,7 +340,7 @@ pub fn read_node_certificate(hub: HubId, der: &[u8]) -> Option<Peer> {
     if !c.extended_key_usage().ok()??.value.client_auth {
         return None;
     }
-    Some(Peer {
+    Some(Node {
         node: enrol::parse_node_uri(hub, uri)?,
         spki: sha256(c.public_key().raw),
         not_after: c.validity().not_after.timestamp() * 1000,

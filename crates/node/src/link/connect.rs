@@ -17,7 +17,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Control frames given to the transport ahead of what it has sent.
 const TASK_FRAMES: usize = 32;
@@ -131,8 +130,7 @@ impl Dial {
         let (certificate, root) = self.dir.certificates()?;
         let own = ClientCertificate { certificate, root, key: identity.private() };
         let config = tls::client_config(self.settings.ca_pin, Some(own), self.time.clone())?;
-        let connecting = tls::connect(&self.settings.grpc, &self.settings.server_name, config);
-        let stream = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| DialError::Timeout("connecting"))??;
+        let stream = self.settings.way.connect(&self.settings.server_name, config).await?;
         let channel = tls::channel(stream).await?;
         let registration = RegistrationRequest {
             version: env!("CARGO_PKG_VERSION").into(),

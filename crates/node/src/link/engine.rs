@@ -209,7 +209,7 @@ impl Engine {
             node_id: p.settings.node.to_string(),
             node_name: p.settings.node_name.clone(),
             hub_id: p.settings.hub.to_string(),
-            hub: p.settings.grpc.clone(),
+            hub: p.settings.way.to_string(),
             workspace_root: p.root.path().to_owned(),
             certificate_not_after: convert::rfc3339(p.certificate.not_after_ms),
             max_tasks: owner.places(p.settings.max_tasks),

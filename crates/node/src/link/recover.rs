@@ -13,7 +13,6 @@ use mesh_wire::node::enrolment_client::EnrolmentClient;
 use mesh_wire::node::{RecoverReply, RecoverRequest};
 use std::time::Duration;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a try needs to know, copied so that it borrows nothing.
@@ -30,8 +29,7 @@ impl Recover {
         let identity = self.dir.identity()?;
         let s = &self.settings;
         let config = tls::client_config(s.ca_pin, None, self.time.clone())?;
-        let connecting = tls::connect(&s.grpc, &s.server_name, config);
-        let stream = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| DialError::Timeout("connecting"))??;
+        let stream = s.way.connect(&s.server_name, config).await?;
         let exporter = stream.get_ref().1.export_keying_material([0u8; 32], EXPORTER_LABEL, None).map_err(TlsError::Config)?;
         let nonce = entropy::bytes::<32>();
         let message = recover_bytes(s.hub, s.node, &exporter, &identity.spki_sha256(), self.counter, &nonce);

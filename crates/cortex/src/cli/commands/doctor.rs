@@ -6,13 +6,12 @@ use crate::cli::config::Settings;
 use crate::cli::{Fail, Io, advice, output, report};
 use crate::{Client, Error};
 use mesh_process::config::env;
+use mesh_process::proxy::Proxies;
 use serde::Serialize;
 use std::time::Duration;
 use tokio::net::TcpStream;
 
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Where a proxy may be named; then the hub's own name need not resolve here.
-const PROXIES: [&str; 6] = ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -128,15 +127,30 @@ async fn try_all(report: &mut Report, settings: Result<Settings, Error>) {
 async fn to_the_port(report: &mut Report, url: &str) -> bool {
     let Ok(parsed) = reqwest::Url::parse(url) else { return true };
     let (Some(host), Some(port)) = (parsed.host_str(), parsed.port_or_known_default()) else { return true };
-    let host = host.trim_matches(['[', ']']);
-    let loopback = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    let by_proxy = PROXIES.iter().find(|p| !loopback && matches!(env(p), Ok(Some(_))));
-    if let Some(name) = by_proxy {
-        for hop in ["resolve", "tcp"] {
-            report.push(hop, Verdict::Skipped, format!("{name} is set: a proxy goes there"), "");
+    let address = format!("{host}:{port}");
+    match Proxies::read(&|name| env(name)).map(|p| p.of(parsed.scheme(), &address)) {
+        // The HTTP client knows more kinds of proxies than are tried here.
+        Err(e) => report.push("proxy", Verdict::Warning, format!("not tried: {e}"), "if a hop below fails, mend this variable first"),
+        Ok(None) => return directly(report, host.trim_matches(['[', ']']), port).await,
+        Ok(Some(proxy)) => {
+            // What is not secret is asked of the proxy as it is, without CONNECT.
+            let tried = if parsed.scheme() == "https" { proxy.connect(&address).await } else { proxy.reach().await };
+            match tried {
+                Ok(_) => report.ok("proxy", format!("{} leads to {address}", proxy.address())),
+                Err(e) => {
+                    report.push("proxy", Verdict::Failed, &e, e.advice());
+                    return false;
+                }
+            }
         }
-        return true;
     }
+    for hop in ["resolve", "tcp"] {
+        report.push(hop, Verdict::Skipped, "the proxy goes there", "");
+    }
+    true
+}
+
+async fn directly(report: &mut Report, host: &str, port: u16) -> bool {
     let advice = "is this the hub's name? another one is given with --url or CORTEX_URL; else mend this machine's DNS";
     match tokio::time::timeout(PATIENCE, tokio::net::lookup_host((host, port))).await.map(|r| r.map(Iterator::collect::<Vec<_>>)) {
         Err(_) => report.push("resolve", Verdict::Failed, format!("{host}: no answer of the resolver in time"), advice),

@@ -6,6 +6,7 @@ use super::page::{PlainList, page, window};
 use super::problem::{Answer, Refusal};
 use super::views;
 use super::who::Who;
+use crate::config::host_of;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -13,6 +14,7 @@ use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use hub_engine::nodes::NewInvite;
 use mesh_core::{InviteId, enrol};
+use mesh_process::proxy;
 use mesh_wire::convert::rfc3339;
 use mesh_wire::rest::*;
 use std::fmt::Write;
@@ -85,12 +87,14 @@ fn yaml(app: &App, made: &NewInvite) -> String {
     let mut y = String::new();
     // Writing to a string cannot fail.
     let _ = writeln!(y, "# cortex-node invite · one machine · expires {}", rfc3339(i.expires_at));
-    if is_loopback(&app.facts.node_address) {
+    if for_this_machine_alone(app) {
         let _ = writeln!(y, "# {LOOPBACK}");
     }
+    let also: Vec<String> = app.facts.node_also.iter().map(|a| quoted(a)).collect();
+    let also = if also.is_empty() { String::new() } else { format!("also: [{}], ", also.join(", ")) };
     let _ = writeln!(
         y,
-        "hub: {{ id: {}, grpc: {}, url: {}, server_name: {} }}",
+        "hub: {{ id: {}, grpc: {}, {also}url: {}, server_name: {} }}",
         quoted(&hub.to_string()),
         quoted(&app.facts.node_address),
         quoted(&app.facts.public_url),
@@ -106,26 +110,32 @@ fn yaml(app: &App, made: &NewInvite) -> String {
     y
 }
 
-const LOOPBACK: &str = "This address is loopback: it works on the hub's own machine only. For another machine start the hub with CORTEX_NODE_ADDR and CORTEX_PUBLIC_URL set to addresses that it can reach.";
+const LOOPBACK: &str = "This address is loopback: it works on the hub's own machine only. For another machine start the hub with --lan, or with CORTEX_NODE_ADDR and CORTEX_PUBLIC_URL set to addresses that it can reach.";
+
+/// Does an invite name an address that another machine would take for its own?
+fn for_this_machine_alone(app: &App) -> bool {
+    is_loopback(&app.facts.node_address) || host_of(&app.facts.public_url).is_some_and(proxy::is_loopback)
+}
 
 fn is_loopback(host_port: &str) -> bool {
-    let host = host_port.rsplit_once(':').map_or(host_port, |(h, _)| h).trim_matches(['[', ']']);
-    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    proxy::is_loopback(host_port.rsplit_once(':').map_or(host_port, |(h, _)| h))
 }
 
 /// One shell text: fetches the binary where it is missing, checks its SHA-256, and gives the invite by
 /// standard input. The secret is in no argument list and no address.
 fn join_command(app: &App, yaml: &str, url: &str) -> String {
     let mut c = String::new();
-    if is_loopback(&app.facts.node_address) {
+    if for_this_machine_alone(app) {
         let _ = writeln!(c, "# {LOOPBACK}");
     }
+    // The hub's own authority is not known on the machine; the pin, like the digest, is ours.
+    let pinned = app.facts.download_pin.as_ref().map(|pin| format!(" -k --pinnedpubkey '{pin}'")).unwrap_or_default();
     match app.binaries.of(super::downloads::TARGET) {
         Some(b) => {
             // A text of ours in single quotes: neither a URL nor a digest holds one.
             let _ = writeln!(
                 c,
-                "if ! command -v cortex-node >/dev/null && ! [ -x ./cortex-node ]; then curl -fsSL -o cortex-node.part '{url}' && echo '{}  cortex-node.part' | sha256sum -c --quiet - && chmod 755 cortex-node.part && mv cortex-node.part cortex-node; fi",
+                "if ! command -v cortex-node >/dev/null && ! [ -x ./cortex-node ]; then curl -fsSL{pinned} -o cortex-node.part '{url}' && echo '{}  cortex-node.part' | sha256sum -c --quiet - && chmod 755 cortex-node.part && mv cortex-node.part cortex-node; fi",
                 hex::encode(b.sha256)
             );
         }

@@ -32,6 +32,8 @@ pub(super) use body::Query;
 pub(super) use problem::Refusal;
 pub(super) use who::Who;
 
+use super::forwarded::Networks;
+use super::hosts::{self, Hosts};
 use crate::keys::Keys;
 use axum::Router;
 use axum::extract::Request;
@@ -92,6 +94,12 @@ pub struct RestState {
 pub struct Facts {
     pub public_url: String,
     pub node_address: String,
+    /// Other addresses for nodes.
+    pub node_also: Vec<String>,
+    /// The pin of the hub's own HTTPS, as curl takes it.
+    pub download_pin: Option<String>,
+    pub hosts: Hosts,
+    pub trusted_proxies: Networks,
     pub started_at_ms: i64,
     pub body_bytes: usize,
     pub request_secs: u64,
@@ -110,6 +118,7 @@ pub fn router(app: App) -> Router {
     router
         .fallback(unversioned)
         .method_not_allowed_fallback(system::unknown)
+        .layer(middleware::from_fn_with_state(app.facts.hosts.clone(), hosts::guard))
         .layer(middleware::from_fn_with_state(app.clone(), requests::serve))
         .with_state(app)
 }

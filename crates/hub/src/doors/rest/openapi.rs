@@ -82,13 +82,14 @@ fn members(v: &mut Value) -> impl Iterator<Item = (&String, &mut Value)> {
 
 /// Refusals that come from what calls have in common; an operation names only its own.
 const SHARED: &[(u16, &str, &str)] = &[
-    (400, "BadRequest", "Syntax, an unknown field or a wrong type"),
+    (400, "BadRequest", "Syntax, an unknown field, a wrong type, or no `Host`"),
     (401, "Unauthenticated", "No credentials, or none that count"),
     (403, "Forbidden", "The caller may not do this"),
     (404, "NotFound", "There is no such thing, or the caller may not see it"),
     (408, "TooSlow", "The body did not come within `limits.request_secs`; the connection is closed"),
     (413, "TooLarge", "The body is larger than `limits.body_bytes`"),
     (415, "WrongMediaType", "The body is not `application/json`"),
+    (421, "ForeignHost", "The request names a host that is none of the hub's (`http.allowed_hosts`)"),
     (429, "RateLimited", "More requests than `limits.api_per_second` allows the caller, or its address when there is none"),
     (431, "HeadersTooLarge", "Headers of more than 32 KiB or 100 lines; without a problem document"),
     (503, "Unavailable", "The hub cannot answer now; try again. With more connections than `limits.connections` it says so as text"),
@@ -122,13 +123,14 @@ fn describe(path: &str, method: &str, operation: &mut Value) {
     let body = operation.get("requestBody").is_some();
     let public = operation["security"] == json!([{}]);
     let shared = [
-        (400, body || takes("query") || takes("path")),
+        (400, true),
         (401, !public),
         (403, !public),
         (404, takes("path")),
         (408, body),
         (413, body),
         (415, body),
+        (421, true),
         (429, !["/healthz", "/readyz"].contains(&path)),
         (431, true),
         (503, true),

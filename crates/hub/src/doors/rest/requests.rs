@@ -2,6 +2,7 @@
 
 use super::problem::{Refusal, written};
 use super::{App, Door, rate};
+use crate::doors::forwarded;
 use crate::doors::listener::Peer;
 use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Request, State};
@@ -60,6 +61,7 @@ pub async fn serve(State(app): State<App>, mut request: Request, next: Next) -> 
         route = &*route,
         otel.name = tracing::field::Empty,
         otel.kind = tracing::field::Empty,
+        address = tracing::field::Empty,
         http.response.status_code = tracing::field::Empty,
     );
     let trace = TraceParent::of(request.headers());
@@ -68,8 +70,12 @@ pub async fn serve(State(app): State<App>, mut request: Request, next: Next) -> 
     }
     let exported = crate::otlp::begin(&span, trace.as_ref(), method, &route);
     let time = Duration::from_secs(app.facts.request_secs);
-    let address = request.extensions().get::<Peer>().and_then(|peer| peer.address);
+    let peer = request.extensions().get::<Peer>().and_then(|peer| peer.address);
+    let address = peer.map(|peer| forwarded::client(&app.facts.trusted_proxies, peer, request.headers()));
     let asked = Asked { request_id: id.clone(), address, wait_secs: Arc::default() };
+    if let Some(address) = &asked.address {
+        span.record("address", tracing::field::display(address));
+    }
     request.extensions_mut().insert(asked.clone());
     // Time for the body, which alone is in the hands of the caller, and as much again for the answer.
     let patience = if request.body().is_end_stream() { time } else { time * 2 };
