@@ -26,7 +26,15 @@ permissions! {
     SystemAudit = "system:audit", SystemAdminister = "system:administer",
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+impl Permission {
+    /// Can it be granted on one thing? Joining and managing machines, approval and the hub itself cannot.
+    pub fn is_grantable(self) -> bool {
+        use Permission::*;
+        !matches!(self, NodesInvite | NodesManage | TasksApprove | SystemAudit | SystemAdminister)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
     Admin,
     Developer,
@@ -98,6 +106,12 @@ impl Permissions {
     /// In the order of [`Permission::ALL`].
     pub fn iter(self) -> impl Iterator<Item = Permission> {
         Permission::ALL.iter().copied().filter(move |p| self.has(*p))
+    }
+}
+
+impl Granted {
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty() && self.sessions.is_empty() && self.agents.is_empty()
     }
 }
 
