@@ -15,6 +15,7 @@ use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::{self, *};
 use hub_engine::records::*;
 use hub_engine::restore::Recovery;
+use hub_engine::rights::Rights;
 use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::{Remembered, SAMPLE_EVERY, SAMPLES, Statistics};
@@ -126,6 +127,7 @@ impl World {
             journal: journal.clone(),
             sessions: store.clone(),
             accounts: store.clone(),
+            rights: Arc::new(Rights::new(store.clone(), store.clone(), clock.clone())),
             keyring: keyring.clone(),
             links: links.clone(),
             watchers: watchers.clone(),
@@ -522,7 +524,7 @@ async fn a_change_of_nodes_counts_at_once_for_those_who_wait() {
     let owner = someone(1, Role::Admin);
     let accept = async |n: u16| {
         let task = Task { session: Some(session.id), ..sample::task(n) };
-        w.pool.accept(task, Role::Developer, Some(&session)).await.unwrap().id
+        w.pool.accept(task, &Caller::person(session.owner, Role::Developer), Some(&session)).await.unwrap().id
     };
     let (first, second) = (accept(1).await, accept(2).await);
     w.pool.round().await.unwrap();
