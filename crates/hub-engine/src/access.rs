@@ -58,7 +58,9 @@ pub fn visible(caller: &Caller, permission: Permission) -> Result<Option<Within>
         return Ok(None);
     }
     let person = caller.as_person().filter(|_| reach != Reach::None).ok_or_else(|| missing(permission))?;
-    let mut within = Within { owner: reach.is_to_own().then_some(person.user), ..Within::default() };
+    // Who was granted a place to run something at sees what they run there.
+    let runs = permission == Permission::TasksRead && person.granted.has(Permission::TasksDispatch);
+    let mut within = Within { owner: (reach.is_to_own() || runs).then_some(person.user), ..Within::default() };
     if reach.is_to_granted() {
         let granted = &person.granted;
         within.nodes = granted.nodes.iter().filter(|(_, given)| given.has(permission)).map(|(id, _)| *id).collect();

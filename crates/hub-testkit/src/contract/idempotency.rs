@@ -51,7 +51,7 @@ async fn every_thing_once<S: Idempotency + Journal + Sessions + NodeDirectory + 
         ]
     };
     for (first, second) in things(1).into_iter().zip(things(2)) {
-        let scope = once(first.id().as_bytes()[1], 7, T0);
+        let scope = once(first.id().as_bytes()[0], 7, T0);
         let known = Some(Known { request: [7; 32], thing: first.id() });
         assert_eq!(store.create(first, &scope).await.unwrap(), None);
         assert_eq!(store.known(&scope.scope, scope.since).await.unwrap(), known);
