@@ -72,7 +72,10 @@ async fn things_are_shared_by_their_names_and_taken_back() {
         (with(json!(7)), (400, "bad_field")),
         (with(json!("node_7")), (404, "not_found")),
         (json!({"subject": "guest", "resource": node, "permissions": []}), (422, "bad_permission")),
-        (json!({"subject": "guest", "resource": node, "permissions": ["nodes:read"], "expires_at": "2001-01-01T00:00:00Z"}), (422, "bad_time")),
+        (
+            json!({"subject": "guest", "resource": node, "permissions": ["nodes:read"], "expires_at": "2001-01-01T00:00:00Z"}),
+            (422, "bad_time"),
+        ),
         (json!({"subject": "guest", "resource": node, "permissions": ["nodes:read"], "expires_at": "soon"}), (422, "bad_time")),
         (json!({"subject": "admin", "resource": node}), (400, "bad_field")),
     ] {

@@ -212,10 +212,11 @@ pub struct PoolStanding {
 
 /// May the group's tasks run on this node, whether or not it has room? `eligible` as far as it is known.
 pub(crate) fn usable(group: &Group, eligible: Option<&Eligible>, link: &Link) -> bool {
-    match group.named {
+    let wanted = match group.named {
         Some(node) => node == link.node,
-        None => eligible.is_none_or(|e| e.allows(link)) && group.select.as_ref().is_none_or(|s| s.fits(&link.offers)),
-    }
+        None => group.select.as_ref().is_none_or(|s| s.fits(&link.offers)),
+    };
+    wanted && eligible.is_none_or(|e| e.allows(link))
 }
 
 impl Line {

@@ -392,7 +392,8 @@ async fn a_task_goes_where_its_person_may_and_follows_when_that_ends() {
     let end = w.clock.now_ms() + 1000;
     let short = NewGrant { expires_at: Some(end), ..new("u3", On::One(node.to_string()), &["tasks:dispatch"]) };
     let owners = w.task(6, OWNER, None, Some(node)).await;
-    assert_eq!(w.on(owners).await, Some(node));
+    w.pool.round_of_changes().await.unwrap();
+    assert_eq!(w.on(owners).await, Some(node), "who waits in vain is in nobody's way");
     w.create(OWNER, short).await.unwrap();
     w.pool.round().await.unwrap();
     w.clock.advance(Duration::from_secs(5));
