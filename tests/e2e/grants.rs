@@ -14,7 +14,8 @@ fn cortex(hub: &Hub, line: &str) -> (Option<i32>, String, String) {
 fn listed(hub: &Hub) -> Vec<Value> {
     let (code, out, err) = cortex(hub, "grant ls --output json");
     assert_eq!(code, Some(0), "{err}");
-    serde_json::from_str(&out).expect("a list of documents")
+    let page: Value = serde_json::from_str(&out).expect("a document");
+    page["items"].as_array().expect("a list").clone()
 }
 
 #[tokio::test(flavor = "multi_thread")]
