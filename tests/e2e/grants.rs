@@ -1,7 +1,5 @@
 //! Sharing by the command line, and what the door says of requests that cannot be.
 
-#![expect(clippy::disallowed_methods, reason = "tests start the real programs")]
-
 use mesh_tests::{Hub, Node, shown, text};
 use serde_json::{Value, json};
 
