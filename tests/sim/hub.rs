@@ -17,6 +17,7 @@ use hub_engine::nodes::{Lifetimes, Nodes};
 use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::{Keyring, NodeDirectory, Stored};
 use hub_engine::records::OutputFrame;
+use hub_engine::rights::Rights;
 use hub_engine::sessions::Sessions;
 use hub_engine::tasks::TaskService;
 use hub_engine::watch::Watchers;
@@ -127,6 +128,7 @@ impl Hub {
             journal: port.clone(),
             sessions: disk.clone(),
             accounts: disk.clone(),
+            rights: Arc::new(Rights::new(disk.clone(), disk.clone(), clock.clone())),
             keyring: keys.clone(),
             links: links.clone(),
             watchers: watchers.clone(),

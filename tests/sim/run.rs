@@ -664,7 +664,7 @@ async fn ask(world: &World, hub: &watch::Receiver<Option<Arc<Hub>>>, task: Task,
         if let Some(made) = hub_engine::idempotency::before::<TaskId>(keyed.as_ref()).await? {
             return Ok(Accepted::Before(made));
         }
-        own.pool.accept_once(Box::new(task), Role::Admin, None, keyed.as_ref()).await
+        own.pool.accept_once(Box::new(task), &Caller::person(user, Role::Admin), None, keyed.as_ref()).await
     });
     let answer = tokio::select! {
         biased;

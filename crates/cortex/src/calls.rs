@@ -72,6 +72,18 @@ impl Client {
         self.perform(self.call(Method::DELETE, &["api-keys", id])).await
     }
 
+    /// Shares a node, a session, an agent, or nodes by their labels.
+    pub async fn create_grant(&self, request: &GrantRequest) -> Result<GrantView, Error> {
+        self.fetch(self.call(Method::POST, &["grants"]).json(request)).await
+    }
+    /// Those that one made and those made to one; an admin's are all.
+    pub async fn grants(&self) -> Result<Vec<GrantView>, Error> {
+        self.every(&["grants"]).await
+    }
+    pub async fn delete_grant(&self, id: &str) -> Result<(), Error> {
+        self.perform(self.call(Method::DELETE, &["grants", id])).await
+    }
+
     /// Invites a machine; the secret is in `config_yaml` and nowhere else.
     pub async fn create_invite(&self, request: &InviteRequest) -> Result<InviteReply, Error> {
         self.fetch(self.call(Method::POST, &["nodes", "invites"]).json(request)).await

@@ -30,6 +30,27 @@ pub fn authorize_own(caller: &Caller, permission: Permission) -> Result<UserId> 
     }
 }
 
+/// Permits an act on `thing` to its owner and to who may do it on everything; no grant gives it. What the
+/// caller may not even read looks absent.
+pub fn authorize_owner(
+    caller: &Caller,
+    permission: Permission,
+    (owner, thing): (UserId, Thing<'_>),
+    read: Permission,
+    what: &'static str,
+) -> Result<()> {
+    match () {
+        () if allows(caller, permission, owner, Thing::Other) => Ok(()),
+        () if allows(caller, read, owner, thing) => Err(missing(permission)),
+        () => Err(Error::NotFound(what)),
+    }
+}
+
+/// Does this permission reach everything?
+pub fn reaches_all(caller: &Caller, permission: Permission) -> bool {
+    caller.reach(permission) == Reach::All
+}
+
 /// What a list may show: everything (`None`), or what is within.
 pub fn visible(caller: &Caller, permission: Permission) -> Result<Option<Within>> {
     let reach = caller.reach(permission);
@@ -37,7 +58,9 @@ pub fn visible(caller: &Caller, permission: Permission) -> Result<Option<Within>
         return Ok(None);
     }
     let person = caller.as_person().filter(|_| reach != Reach::None).ok_or_else(|| missing(permission))?;
-    let mut within = Within { owner: reach.is_to_own().then_some(person.user), ..Within::default() };
+    // Who was granted a place to run something at sees what they run there.
+    let runs = permission == Permission::TasksRead && person.granted.has(Permission::TasksDispatch);
+    let mut within = Within { owner: (reach.is_to_own() || runs).then_some(person.user), ..Within::default() };
     if reach.is_to_granted() {
         let granted = &person.granted;
         within.nodes = granted.nodes.iter().filter(|(_, given)| given.has(permission)).map(|(id, _)| *id).collect();
@@ -47,6 +70,6 @@ pub fn visible(caller: &Caller, permission: Permission) -> Result<Option<Within>
     Ok(Some(within))
 }
 
-fn missing(permission: Permission) -> Error {
+pub(crate) fn missing(permission: Permission) -> Error {
     Error::Forbidden(format!("this needs the permission {}", permission.as_str()))
 }

@@ -6,6 +6,7 @@ use crate::events::{Events, Whose};
 use crate::idempotency::{self, Keyed};
 use crate::ports::{self, Creation, Keyring, Passwords, Window};
 use crate::records::{ApiKey, RefreshToken, Rotation, User};
+use crate::rights::Rights;
 use crate::throttle::Throttle;
 use mesh_core::permission::{Caller, Permission, Role, Scope};
 use mesh_core::{ApiKeyId, Digest, LoginId, UnixMs, UserId, name};
@@ -76,6 +77,7 @@ impl Recent {
 pub struct Accounts {
     pub recent: Recent,
     pub store: Arc<dyn ports::Accounts>,
+    pub rights: Arc<Rights>,
     pub keyring: Arc<dyn Keyring>,
     pub passwords: Arc<dyn Passwords>,
     pub clock: SharedClock,
@@ -148,7 +150,7 @@ impl Accounts {
     }
 
     /// Rights of somebody have changed: what was remembered of them, and what streams to them, ends.
-    fn rights_changed(&self, whose: Whose) {
+    pub(crate) fn rights_changed(&self, whose: Whose) {
         self.recent.forget();
         self.events.rights_changed(whose);
     }
@@ -186,14 +188,16 @@ impl Accounts {
             if key.last_used_at.is_none_or(|t| now - t > LAST_USED_MS) {
                 self.store.key_used(key.id, now).await?;
             }
-            return Ok(Authenticated { caller: Caller::key(key.id, user.id, user.role, key.scopes), login: None });
+            let caller = self.with_granted(Caller::key(key.id, user.id, user.role, key.scopes)).await?;
+            return Ok(Authenticated { caller, login: None });
         }
         let (user, login) = self.keyring.read_access(token, now).ok_or(WRONG)?;
         let user = self.store.user(user).await?.ok_or(WRONG)?;
         if !self.store.login_lives(login, now).await? {
             return Err(WRONG);
         }
-        Ok(Authenticated { caller: Caller::person(user.id, user.role), login: Some(login) })
+        let caller = self.with_granted(Caller::person(user.id, user.role)).await?;
+        Ok(Authenticated { caller, login: Some(login) })
     }
 
     /// The same caller with the rights of now, for a stream that outlives its token; an error when they
@@ -217,19 +221,28 @@ impl Accounts {
         {
             return Err(ENDED);
         }
-        Ok(Authenticated { caller, login: who.login })
+        Ok(Authenticated { caller: self.with_granted(caller).await?, login: who.login })
+    }
+
+    async fn with_granted(&self, mut caller: Caller) -> Result<Caller> {
+        if let Caller::Person(person) = &mut caller {
+            person.granted = self.rights.of(person.user, person.role).await?;
+        }
+        Ok(caller)
     }
 
     /// The caller of the control socket: the hub's own uid acts as the admin of that name.
     pub async fn local_admin(&self, username: &str) -> Result<Authenticated> {
         let user = self.store.user_named(username).await?.ok_or(Error::NotFound("user"))?;
-        Ok(Authenticated { caller: Caller::person(user.id, user.role), login: None })
+        let caller = self.with_granted(Caller::person(user.id, user.role)).await?;
+        Ok(Authenticated { caller, login: None })
     }
 
     pub async fn me(&self, caller: &Caller) -> Result<(User, Vec<Permission>)> {
         let id = caller.user().ok_or(Error::NotFound("user"))?;
         let user = self.store.user(id).await?.ok_or(Error::NotFound("user"))?;
-        let may = Permission::ALL.iter().copied().filter(|p| caller.reach(*p) != mesh_core::permission::Reach::None).collect();
+        // What can be used somewhere.
+        let may = Permission::ALL.iter().copied().filter(|p| authorize_own(caller, *p).is_ok()).collect();
         Ok((user, may))
     }
 

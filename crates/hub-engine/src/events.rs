@@ -9,7 +9,7 @@ use crate::bus::{Bus, EVENTS_KEPT, EventId, LocalBus, Next, Receiver};
 use crate::error::{Error, Result};
 use crate::links::{Health, Link};
 use crate::records::{MessageRole, Node, Task};
-use mesh_core::permission::{Permission, Thing, allows};
+use mesh_core::permission::{Permission, Role, Thing, allows};
 use mesh_core::task::{Event as TaskStep, Reason, TaskState};
 use mesh_core::{ApiKeyId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
 use mesh_process::SharedClock;
@@ -175,6 +175,8 @@ pub enum Whose {
     User(UserId),
     Key(ApiKeyId),
     Login(LoginId),
+    /// Everybody's who has it.
+    Role(Role),
 }
 
 impl Whose {
@@ -183,6 +185,7 @@ impl Whose {
             Self::User(id) => who.caller.user() == Some(id),
             Self::Key(id) => who.caller.key_id() == Some(id),
             Self::Login(id) => who.login == Some(id),
+            Self::Role(role) => who.caller.as_person().is_some_and(|p| p.role == role),
         }
     }
 }

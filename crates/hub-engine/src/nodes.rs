@@ -368,22 +368,29 @@ impl Nodes {
         Ok(node)
     }
 
-    /// Finds a node by id or by a name that fits exactly one that the caller may see.
-    pub async fn find(&self, caller: &Caller, id_or_name: &str) -> Result<Node> {
-        if let Ok(id) = id_or_name.parse() {
-            return self.get(caller, id).await;
-        }
-        let mut seen = vec![];
-        for n in self.store.nodes_named(id_or_name).await? {
-            if n.revoked_at.is_none() && authorize(caller, Permission::NodesRead, n.thing(), Permission::NodesRead, "node").is_ok() {
-                seen.push(n);
-            }
-        }
+    /// Finds a node to use for `permission` by id or by a name that fits exactly one that the caller may see or use.
+    pub async fn find(&self, caller: &Caller, id_or_name: &str, permission: Permission) -> Result<Node> {
+        let permitted = |n: &Node| authorize(caller, permission, n.thing(), Permission::NodesRead, "node");
+        let named = match id_or_name.parse() {
+            Ok(id) => self.store.node(id).await?.into_iter().collect(),
+            Err(_) => self.store.nodes_named(id_or_name).await?.into_iter().filter(|n| n.revoked_at.is_none()).collect::<Vec<_>>(),
+        };
+        let mut seen: Vec<Node> = named.into_iter().filter(|n| !matches!(permitted(n), Err(Error::NotFound(_)))).collect();
         match seen.len() {
             0 => Err(Error::NotFound("node")),
-            1 => Ok(seen.remove(0)),
+            1 => permitted(&seen[0]).map(|()| seen.remove(0)),
             n => Err(Error::invalid("ambiguous_name", format!("{n} nodes are called {id_or_name:?}; use the id"))),
         }
+    }
+
+    /// The one of these nodes that an id, or a name that no other of them has, means.
+    pub(crate) async fn among(&self, nodes: &[NodeId], id_or_name: &str) -> Result<Option<Node>> {
+        if let Ok(id) = id_or_name.parse() {
+            return if nodes.contains(&id) { Ok(self.store.node(id).await?) } else { Ok(None) };
+        }
+        let mut named = self.store.nodes_named(id_or_name).await?;
+        named.retain(|n| nodes.contains(&n.id));
+        Ok(if named.len() == 1 { named.pop() } else { None })
     }
 
     /// The skills of all nodes that the caller may see and that are not revoked.

@@ -14,7 +14,7 @@ use crate::queue::{Ahead, Changed, Eligible, Group, Head, Holder, Hopeful, Until
 use crate::records::{Session, Task};
 use crate::tracks::Tracks;
 use crate::watch::Watchers;
-use mesh_core::permission::Role;
+use mesh_core::permission::{Caller, Permission, Reach};
 use mesh_core::placement::{Candidate, Waiting, choose};
 use mesh_core::spec::INLINE_SPEC_BYTES;
 use mesh_core::task::{Action, AttemptNo, Event, MAYBE_RAN, Outcome, ReasonCode, TaskState, step};
@@ -37,9 +37,9 @@ const MAX_ATTEMPTS: u32 = crate::records::MAX_ATTEMPTS;
 const PLACE_AGAIN: Duration = Duration::from_secs(1);
 /// How often everything is looked at, whatever was signalled.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// What was read of a session's nodes or a user's role is good for so long. What this hub changes itself
-/// is known at once; see [`Pool::attachments_changed`].
-const RIGHTS_FOR: Duration = Duration::from_secs(10);
+/// What was read of a session's nodes, a user's role or their grants is good for so long. What this hub changes
+/// itself is known at once; see [`Pool::attachments_changed`] and [`Pool::rights_changed`].
+const RIGHTS_FOR: Duration = Duration::from_secs(4);
 /// A node that was told of an attempt ahead says within this time that it keeps it.
 const KEPT_WITHIN: Duration = Duration::from_secs(5);
 /// Orders are told ahead only in so many of a task's attempts: each takes a number.
@@ -87,6 +87,7 @@ pub struct Pool {
     pub journal: Arc<dyn Journal>,
     pub sessions: Arc<dyn Sessions>,
     pub accounts: Arc<dyn crate::ports::Accounts>,
+    pub rights: Arc<crate::rights::Rights>,
     pub keyring: Arc<dyn Keyring>,
     pub links: Arc<Links>,
     pub watchers: Watchers,
@@ -225,18 +226,28 @@ impl Pool {
 
     /// Writes a new task, already with a granted attempt if a node has a slot for it now.
     /// Gives it as it was written.
-    pub async fn accept(&self, task: Task, role: Role, session: Option<&Session>) -> Result<Task> {
-        match self.accept_once(Box::new(task), role, session, None).await? {
+    pub async fn accept(&self, task: Task, caller: &Caller, session: Option<&Session>) -> Result<Task> {
+        match self.accept_once(Box::new(task), caller, session, None).await? {
             Accepted::New(task) => Ok(*task),
             Accepted::Before(id) => Err(Error::conflict("bad_state", format!("{id} came without a key"))),
         }
     }
 
     /// As [`Pool::accept`]; under a key only if that has made nothing before.
-    pub async fn accept_once(&self, mut task: Box<Task>, role: Role, session: Option<&Session>, keyed: Option<&Keyed>) -> Result<Accepted> {
+    pub async fn accept_once(
+        &self,
+        mut task: Box<Task>,
+        caller: &Caller,
+        session: Option<&Session>,
+        keyed: Option<&Keyed>,
+    ) -> Result<Accepted> {
+        let own = || caller.as_person().map_or_else(Eligible::none, |p| Eligible::of(p.user, p.role, &p.granted));
         let eligible = match session {
-            Some(s) => Eligible::Attached(s.nodes.clone()),
-            None => Eligible::of(role, task.actor.user),
+            None => own(),
+            Some(s) => {
+                let owners = if caller.user() == Some(s.owner) { own() } else { self.usable_by(s.owner).await? };
+                Eligible::Attached(s.nodes.clone(), Box::new(owners))
+            }
         };
         let now = self.clock.now_ms();
         let attempt = AttemptNo::first(self.incarnation);
@@ -326,13 +337,29 @@ impl Pool {
     }
 
     async fn eligible(&self, session: Option<SessionId>, user: UserId) -> Result<Eligible> {
-        if let Some(id) = session {
-            return Ok(Eligible::Attached(self.sessions.session(id).await?.map(|s| s.nodes).unwrap_or_default()));
-        }
         // The rights of now, not those of the moment when the task was accepted.
-        // Somebody who is gone has nothing more than what they own.
-        let role = self.accounts.user(user).await?.map_or(Role::Guest, |u| u.role);
-        Ok(Eligible::of(role, user))
+        let Some(id) = session else { return self.usable_by(user).await };
+        let Some(session) = self.sessions.session(id).await? else { return Ok(Eligible::none()) };
+        if user != session.owner && !self.may_use(user, id).await? {
+            return Ok(Eligible::none());
+        }
+        Ok(Eligible::Attached(session.nodes, Box::new(self.usable_by(session.owner).await?)))
+    }
+    /// The nodes that somebody may use outside of sessions. Who is gone has nothing more than what they own.
+    async fn usable_by(&self, user: UserId) -> Result<Eligible> {
+        let Some(user) = self.accounts.user(user).await? else { return Ok(Eligible::owned_by(user)) };
+        Ok(Eligible::of(user.id, user.role, &self.rights.of(user.id, user.role).await?))
+    }
+    /// May what this user has asked for in another's session still start? What somebody left who is gone, may.
+    async fn may_use(&self, user: UserId, session: SessionId) -> Result<bool> {
+        let Some(user) = self.accounts.user(user).await? else { return Ok(true) };
+        let reach = user.role.reach(Permission::TasksDispatch);
+        let granted = self.rights.of(user.id, user.role).await?;
+        Ok(reach == Reach::All || granted.sessions.get(&session).is_some_and(|given| given.has(Permission::TasksDispatch)))
+    }
+    /// Somebody was granted something, or it was taken back.
+    pub fn rights_changed(&self) {
+        self.queue.rights_changed();
     }
 
     /// The nodes of a session changed, of which tasks may wait.

@@ -7,7 +7,7 @@ use crate::records::*;
 use async_trait::async_trait;
 use mesh_core::output::Digests;
 use mesh_core::task::{Action, AttemptNo, Event, Refused, TaskState};
-use mesh_core::{ApiKeyId, Digest, EntryId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
+use mesh_core::{ApiKeyId, Digest, EntryId, GrantId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
 use std::collections::BTreeMap;
 
 /// A store that failed, and at what.
@@ -101,6 +101,7 @@ pub enum Creation {
     Session(Session),
     Invite(Invite),
     Key(ApiKey),
+    Grant(Grant),
 }
 
 impl Creation {
@@ -111,6 +112,7 @@ impl Creation {
             Self::Session(s) => s.id.to_string(),
             Self::Invite(i) => i.id.to_string(),
             Self::Key(k) => k.id.to_string(),
+            Self::Grant(g) => g.id.to_string(),
         }
     }
 }
@@ -233,6 +235,18 @@ pub trait Accounts: Send + Sync {
     async fn keys(&self, user: UserId, window: Window<ApiKeyId>) -> Stored<Vec<ApiKey>>;
     async fn remove_key(&self, id: ApiKeyId) -> Stored<bool>;
     async fn key_used(&self, id: ApiKeyId, now: UnixMs) -> Stored<()>;
+}
+
+/// What was granted. What has expired counts as gone, and goes with the next grant to the same subject;
+/// what is granted on a node, a session or an agent goes with that.
+#[async_trait]
+pub trait Grants: Send + Sync {
+    /// Fails when what it is on is not there.
+    async fn add_grant(&self, grant: &Grant) -> Stored<()>;
+    async fn grant(&self, id: GrantId, now: UnixMs) -> Stored<Option<Grant>>;
+    /// Newest first; without a filter all.
+    async fn grants(&self, filter: Option<&GrantFilter>, now: UnixMs, window: Window<GrantId>) -> Stored<Vec<Grant>>;
+    async fn remove_grant(&self, id: GrantId) -> Stored<bool>;
 }
 
 /// The newest lines of a session's own activity that are kept.

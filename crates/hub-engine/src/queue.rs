@@ -14,7 +14,7 @@
 use crate::links::Link;
 use crate::records::Task;
 use crate::tracks::Origins;
-use mesh_core::permission::Role;
+use mesh_core::permission::{Granted, Permission, Reach, Role};
 use mesh_core::placement::{Waiting, has_slots};
 use mesh_core::select::Selector;
 use mesh_core::task::AttemptNo;
@@ -29,20 +29,37 @@ use tokio::sync::Notify;
 /// Which nodes may take a task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Eligible {
-    /// Those attached to the session when asked.
-    Attached(Vec<NodeId>),
-    OwnedBy(UserId),
+    /// Those attached to the session when asked, as far as its owner may use them.
+    Attached(Vec<NodeId>, Box<Eligible>),
+    /// What one owns, where that counts, and what one was granted.
+    Theirs {
+        owner: Option<UserId>,
+        granted: Arc<Granted>,
+    },
     Any,
 }
 
 impl Eligible {
-    pub(crate) fn of(role: Role, user: UserId) -> Self {
-        if role == Role::Admin { Self::Any } else { Self::OwnedBy(user) }
+    pub(crate) fn none() -> Self {
+        Self::Theirs { owner: None, granted: Arc::default() }
+    }
+    pub(crate) fn owned_by(user: UserId) -> Self {
+        Self::Theirs { owner: Some(user), granted: Arc::default() }
+    }
+    pub(crate) fn of(user: UserId, role: Role, granted: &Arc<Granted>) -> Self {
+        let reach = role.reach(Permission::TasksDispatch);
+        if reach == Reach::All {
+            return Self::Any;
+        }
+        let granted = if reach.is_to_granted() { granted.clone() } else { Arc::default() };
+        Self::Theirs { owner: reach.is_to_own().then_some(user), granted }
     }
     pub(crate) fn allows(&self, link: &Link) -> bool {
         match self {
-            Self::Attached(nodes) => nodes.contains(&link.node),
-            Self::OwnedBy(user) => link.owner == *user,
+            Self::Attached(nodes, owners) => nodes.contains(&link.node) && owners.allows(link),
+            Self::Theirs { owner, granted } => {
+                *owner == Some(link.owner) || granted.nodes.get(&link.node).is_some_and(|given| given.has(Permission::TasksDispatch))
+            }
             Self::Any => true,
         }
     }
@@ -195,10 +212,11 @@ pub struct PoolStanding {
 
 /// May the group's tasks run on this node, whether or not it has room? `eligible` as far as it is known.
 pub(crate) fn usable(group: &Group, eligible: Option<&Eligible>, link: &Link) -> bool {
-    match group.named {
+    let wanted = match group.named {
         Some(node) => node == link.node,
-        None => eligible.is_none_or(|e| e.allows(link)) && group.select.as_ref().is_none_or(|s| s.fits(&link.offers)),
-    }
+        None => group.select.as_ref().is_none_or(|s| s.fits(&link.offers)),
+    };
+    wanted && eligible.is_none_or(|e| e.allows(link))
 }
 
 impl Line {
@@ -542,6 +560,15 @@ impl Queue {
         for (_, members) in line.groups.iter_mut().filter(|(group, _)| group.session == Some(session)) {
             (members.eligible, members.fresh) = (None, true);
         }
+        drop(line);
+        self.wake.notify_one();
+    }
+    /// Somebody may use more nodes than before, or fewer.
+    pub(crate) fn rights_changed(&self) {
+        let mut line = self.line();
+        line.rights.clear();
+        line.reading.clear();
+        line.groups.values_mut().for_each(|members| (members.eligible, members.fresh) = (None, true));
         drop(line);
         self.wake.notify_one();
     }

@@ -2,11 +2,11 @@
 
 use mesh_core::capability::Capabilities;
 use mesh_core::output::Digests;
-use mesh_core::permission::{Role, Scope, Thing};
+use mesh_core::permission::{Permissions, Role, Scope, Thing};
 use mesh_core::seal::Intent;
 use mesh_core::select::Offers;
 use mesh_core::task::{AttemptNo, Event, NeverStarted, OnLost, Outcome, Progress, Reason, ReasonCode, TaskState, Terms, verdict};
-use mesh_core::{ApiKeyId, Digest, EntryId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
+use mesh_core::{ApiKeyId, Digest, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
 use std::collections::BTreeMap;
 
 /// Facts about this deployment that its database holds.
@@ -84,6 +84,50 @@ pub struct ApiKey {
     pub created_at: UnixMs,
     pub expires_at: Option<UnixMs>,
     pub last_used_at: Option<UnixMs>,
+}
+
+/// What somebody may do with something that is not theirs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    pub id: GrantId,
+    pub subject: Subject,
+    pub resource: Resource,
+    /// At least one.
+    pub permissions: Permissions,
+    pub created_by: UserId,
+    pub created_at: UnixMs,
+    pub expires_at: Option<UnixMs>,
+}
+
+/// To whom something is granted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Subject {
+    User(UserId),
+    /// Everybody who has it.
+    Role(Role),
+}
+
+/// On what something is granted.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Resource {
+    Node(NodeId),
+    Session(SessionId),
+    Agent(String),
+    /// The nodes that have all of these at the time, as selectors see them; at least one.
+    Labels(BTreeMap<String, String>),
+}
+
+/// Which grants a list shows: those that one person made, and those made to any of some.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct GrantFilter {
+    pub made_by: Option<UserId>,
+    pub to: Vec<Subject>,
+}
+
+impl GrantFilter {
+    pub fn has(&self, g: &Grant) -> bool {
+        self.made_by == Some(g.created_by) || self.to.contains(&g.subject)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -98,9 +98,8 @@ impl Sessions {
 
     pub async fn attach(&self, caller: &Caller, id: SessionId, node: &str) -> Result<Session> {
         let session = self.active(caller, id, Permission::SessionsAttach).await?;
-        let node = self.nodes.find(caller, node).await?;
         // Attaching lets the session's tasks run there: the right to dispatch on that node is needed.
-        authorize(caller, Permission::TasksDispatch, node.thing(), Permission::NodesRead, "node")?;
+        let node = self.nodes.find(caller, node, Permission::TasksDispatch).await?;
         self.store.attach(id, node.id, caller.user(), self.clock.now_ms()).await?;
         self.pool.attachments_changed(id);
         // Removed meanwhile: either the removal saw the attachment, or it is seen here.

@@ -12,7 +12,7 @@ use crate::ports::{Applied, Besides, Journal, Keyring, Output, Window};
 use crate::records::{Actor, OutputFrame, OutputTotals, Session, Stream, Task, TaskEvent, TaskFilter};
 use crate::sessions::Sessions;
 use crate::watch::{Watch, Watchers};
-use mesh_core::permission::{Caller, Permission, Role};
+use mesh_core::permission::{Caller, Permission};
 use mesh_core::spec::Spec;
 use mesh_core::task::{AttemptNo, Event, Progress, ReasonCode, Refused, Terms};
 use mesh_core::{NodeId, SessionId, TaskId};
@@ -135,8 +135,8 @@ impl TaskService {
             self.pool.queue.origins.note(id, request);
         }
         let own = self.clone();
-        let role = caller.role();
-        let accepted = async move { own.accept(task, role, session, d.keyed).await };
+        let caller = caller.clone();
+        let accepted = async move { own.accept(task, &caller, session, d.keyed).await };
         let accepted = match self.work.complete("dispatch", accepted).await.ok_or_else(stopped)?? {
             Accepted::New(task) => task,
             // Another request with the same key was there first, a moment ago.
@@ -170,9 +170,9 @@ impl TaskService {
         self.journal.task(id).await?.ok_or(Error::NotFound("task"))
     }
 
-    async fn accept(&self, task: Box<Task>, role: Role, session: Option<Session>, keyed: Option<Keyed>) -> Result<Accepted> {
+    async fn accept(&self, task: Box<Task>, caller: &Caller, session: Option<Session>, keyed: Option<Keyed>) -> Result<Accepted> {
         let id = task.id;
-        let accepted = self.pool.accept_once(task, role, session.as_ref(), keyed.as_ref()).await?;
+        let accepted = self.pool.accept_once(task, caller, session.as_ref(), keyed.as_ref()).await?;
         if let (Some(s), Accepted::New(_)) = (session, &accepted)
             && let Err(error) = self.use_session(s.id, id).await
         {
@@ -192,8 +192,15 @@ impl TaskService {
     }
 
     async fn named(&self, caller: &Caller, text: &str, session: Option<&Session>) -> Result<NodeId> {
-        let node = self.nodes.find(caller, text).await?;
-        authorize(caller, Permission::TasksDispatch, node.thing(), Permission::NodesRead, "node")?;
+        // In another's session it is that one's nodes that count, and who may use them.
+        let attached = match session.filter(|s| caller.user() != Some(s.owner)) {
+            Some(s) => self.nodes.among(&s.nodes, text).await?,
+            None => None,
+        };
+        let node = match attached {
+            Some(node) => node,
+            None => self.nodes.find(caller, text, Permission::TasksDispatch).await?,
+        };
         if node.revoked_at.is_some() {
             return Err(Error::conflict("node_revoked", "this node was revoked"));
         }

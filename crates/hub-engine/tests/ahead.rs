@@ -7,6 +7,7 @@ use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
 use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::{Accounts, Besides, Journal, Keyring, NodeDirectory};
 use hub_engine::records::{Node, NodeChange, Task, User};
+use hub_engine::rights::Rights;
 use hub_engine::watch::Watchers;
 use hub_testkit::contract::{HandClock, sample};
 use hub_testkit::{MemoryStore, TestKeys};
@@ -43,6 +44,10 @@ enum Sent {
 }
 use Sent::{Cancel, Order};
 
+fn admin() -> Caller {
+    Caller::person(sample::user_id(1), Role::Admin)
+}
+
 impl Machine {
     fn sent(&mut self) -> Vec<Sent> {
         let all = std::iter::from_fn(|| self.queue.try_recv().ok());
@@ -72,6 +77,7 @@ impl Hub {
             journal: store.clone(),
             sessions: store.clone(),
             accounts: store.clone(),
+            rights: Arc::new(Rights::new(store.clone(), store.clone(), clock.clone())),
             keyring: Arc::new(TestKeys),
             links: links.clone(),
             watchers: Watchers::default(),
@@ -111,7 +117,7 @@ impl Hub {
         task.actor.user = sample::user_id(user);
         task.digest = sha256(&task.spec);
         task.seal = TestKeys.seal(&task.intent());
-        self.pool.accept(task, Role::Admin, None).await.unwrap().id
+        self.pool.accept(task, &admin(), None).await.unwrap().id
     }
     async fn ask(&self, n: u16) -> TaskId {
         self.ask_by(n, 1, Terms::default()).await

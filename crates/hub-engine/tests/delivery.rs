@@ -8,6 +8,7 @@ use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
 use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::*;
 use hub_engine::records::*;
+use hub_engine::rights::Rights;
 use hub_engine::watch::Watchers;
 use hub_testkit::TestJournal;
 use hub_testkit::contract::sample;
@@ -23,6 +24,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
+
+fn admin() -> Caller {
+    Caller::person(sample::user_id(1), Role::Admin)
+}
 
 const KEY: [u8; 32] = [7; 32];
 
@@ -101,6 +106,7 @@ impl World {
             journal: journal.clone(),
             sessions: store.clone(),
             accounts: store.clone(),
+            rights: Arc::new(Rights::new(store.clone(), store.clone(), clock.clone())),
             keyring: Arc::new(FakeKeys),
             links: links.clone(),
             watchers: Watchers::default(),
@@ -169,7 +175,7 @@ fn orders(queue: &mut mpsc::Receiver<LinkCommand>) -> Vec<(TaskId, AttemptNo)> {
 async fn a_hello_in_the_middle_of_a_commit_takes_no_slot_away() {
     let w = World::new().await;
     let task = w.task(1);
-    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    w.pool.accept(task.clone(), &admin(), None).await.unwrap();
     let (first, _first_queue) = w.hello(1).await;
     // The pool has reserved a slot and is committing the attempt …
     w.journal.hold();
@@ -198,7 +204,7 @@ async fn the_journal_and_not_memory_calls_a_word_late() {
     let w = World::new().await;
     let (welcome, mut queue) = w.hello(1).await;
     let task = w.task(1);
-    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    w.pool.accept(task.clone(), &admin(), None).await.unwrap();
     let (id, attempt) = orders(&mut queue)[0];
     w.links.release(w.node.id, id);
     let frame = OutputFrame { seq: 1, t_ms: 1, stream: Stream::Stdout, data: "x".into() };
@@ -222,7 +228,7 @@ async fn a_result_that_does_not_fit_its_output_changes_nothing() {
     let mut n = 0;
     let mut granted = async |frames: &[(Stream, &str)]| {
         n += 1;
-        w.pool.accept(w.task(n), Role::Admin, None).await.unwrap();
+        w.pool.accept(w.task(n), &admin(), None).await.unwrap();
         let (id, attempt) = orders(&mut queue)[0];
         let frames: Vec<OutputFrame> = (1..)
             .zip(frames)
@@ -264,7 +270,7 @@ async fn words_of_an_older_link_are_refused() {
     let w = World::new().await;
     let (first, mut queue) = w.hello(1).await;
     let task = w.task(1);
-    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    w.pool.accept(task.clone(), &admin(), None).await.unwrap();
     let (id, attempt) = orders(&mut queue)[0];
     let (second, mut newer) = w.hello(1).await;
     assert_eq!(orders(&mut newer), [(id, attempt)], "what the node does not know is sent again, as the same attempt");
@@ -282,7 +288,7 @@ async fn another_spool_cannot_answer_for_what_it_never_had() {
     let w = World::new().await;
     let (first, mut queue) = w.hello(1).await;
     let task = w.task(1);
-    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    w.pool.accept(task.clone(), &admin(), None).await.unwrap();
     orders(&mut queue);
     drop(first);
     let (_second, mut queue) = w.hello(2).await;
@@ -295,7 +301,7 @@ async fn another_spool_cannot_answer_for_what_it_never_had() {
 async fn a_grant_to_a_memory_that_is_gone_by_its_commit_is_lost_and_not_stuck() {
     let w = World::new().await;
     let task = w.task(1);
-    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    w.pool.accept(task.clone(), &admin(), None).await.unwrap();
     let (first, _first_queue) = w.hello(1).await;
     w.journal.hold();
     let pool = w.pool.clone();
@@ -322,7 +328,7 @@ async fn what_came_too_late_rests_before_it_is_placed_again() {
     let w = World::new().await;
     let (welcome, mut queue) = w.hello(1).await;
     let task = w.task(1);
-    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    w.pool.accept(task.clone(), &admin(), None).await.unwrap();
     let (id, first) = orders(&mut queue)[0];
     w.report(&welcome, id, first, Outcome::NeverStarted(NeverStarted::Late)).await;
     w.pool.round().await.unwrap();
@@ -344,7 +350,7 @@ async fn a_store_that_fails_in_the_middle_of_a_round_leaks_no_slot() {
     expiring.seal = FakeKeys.seal(&expiring.intent());
     let good = w.task(1);
     for t in [&good, &expiring] {
-        w.pool.accept(t.clone(), Role::Admin, None).await.unwrap();
+        w.pool.accept(t.clone(), &admin(), None).await.unwrap();
     }
     let (_welcome, mut queue) = w.hello(1).await;
     w.clock.0.fetch_add(5000, Ordering::SeqCst);
@@ -364,7 +370,7 @@ async fn what_was_granted_before_a_restore_is_never_sent_again() {
     let (_first, mut queue) = w.hello(1).await;
     let (gone, stays) = (w.task(1), w.task(2));
     for t in [&gone, &stays] {
-        w.pool.accept(t.clone(), Role::Admin, None).await.unwrap();
+        w.pool.accept(t.clone(), &admin(), None).await.unwrap();
     }
     let sent = orders(&mut queue);
     assert_eq!(sent.len(), 2);
@@ -384,7 +390,7 @@ async fn what_was_granted_before_a_restore_is_never_sent_again() {
     assert_eq!(w.state(id).await, TaskState::Succeeded);
     // A new attempt of this hub is sent again as ever, and a gap in its output is refused.
     let new = w.task(3);
-    w.pool.accept(new.clone(), Role::Admin, None).await.unwrap();
+    w.pool.accept(new.clone(), &admin(), None).await.unwrap();
     let (id, attempt) = orders(&mut queue)[0];
     assert_eq!(attempt.incarnation(), 2);
     assert_eq!(w.delivery.append(&w.caller(&second), id, attempt, frame(7)).await.unwrap(), None);
@@ -397,7 +403,7 @@ async fn while_the_hub_holds_back_nothing_is_sent_ended_or_acknowledged() {
     let w = World::new().await;
     let (_first, mut queue) = w.hello(1).await;
     let task = w.task(1);
-    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    w.pool.accept(task.clone(), &admin(), None).await.unwrap();
     let known = orders(&mut queue)[0];
     let strange = (sample::task_id(99), known.1);
     let w = w.restored().await;
@@ -430,7 +436,7 @@ async fn what_a_spool_has_started_and_does_not_know_is_not_sent_again() {
     let w = World::new().await;
     let (first, mut queue) = w.hello(1).await;
     let task = w.task(1);
-    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    w.pool.accept(task.clone(), &admin(), None).await.unwrap();
     let (id, attempt) = orders(&mut queue)[0];
     w.delivery.started(&w.caller(&first), id, attempt).await.unwrap();
     drop(first);
@@ -449,7 +455,7 @@ async fn a_hello_may_be_older_than_what_its_machine_has_begun() {
     let (first, mut queue) = w.hello(1).await;
     w.links.copies().linked(w.node.id, b"", b"a");
     let task = w.task(1);
-    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    w.pool.accept(task.clone(), &admin(), None).await.unwrap();
     let (id, attempt) = orders(&mut queue)[0];
     w.delivery.started(&w.caller(&first), id, attempt).await.unwrap();
     w.delivery.tell_copies_apart(&w.node, b"a").await.unwrap();
@@ -466,7 +472,7 @@ async fn a_copy_of_a_node_is_sent_nothing_of_its_twins_and_both_are_held() {
     let (first, mut queue) = w.hello(1).await;
     w.links.copies().linked(w.node.id, b"", b"a");
     let task = w.task(1);
-    w.pool.accept(task.clone(), Role::Admin, None).await.unwrap();
+    w.pool.accept(task.clone(), &admin(), None).await.unwrap();
     let (id, _) = orders(&mut queue)[0];
     w.delivery.tell_copies_apart(&w.node, b"b").await.unwrap();
     let (_second, mut copys) = w.hello(1).await;

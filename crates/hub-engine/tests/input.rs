@@ -12,6 +12,7 @@ use hub_engine::nodes::{Lifetimes, Nodes};
 use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::*;
 use hub_engine::records::*;
+use hub_engine::rights::Rights;
 use hub_engine::sessions::Sessions;
 use hub_engine::tasks::TaskService;
 use hub_engine::watch::Watchers;
@@ -29,6 +30,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::mpsc;
+
+fn admin() -> Caller {
+    Caller::person(sample::user_id(1), Role::Admin)
+}
 
 const KEY: [u8; 32] = [7; 32];
 
@@ -96,6 +101,7 @@ impl World {
             journal: store.clone(),
             sessions: store.clone(),
             accounts: store.clone(),
+            rights: Arc::new(Rights::new(store.clone(), store.clone(), clock.clone())),
             keyring: Arc::new(FakeKeys),
             links: links.clone(),
             watchers: watchers.clone(),
@@ -168,7 +174,7 @@ impl World {
         let mut task = Task { named_node: Some(self.node.id), spec: spec.encode(), digest: spec.digest(), ..sample::task(n) };
         task.seal = FakeKeys.seal(&task.intent());
         change(&mut task);
-        let task = self.tasks.pool.accept(task, Role::Admin, None).await.unwrap();
+        let task = self.tasks.pool.accept(task, &admin(), None).await.unwrap();
         (task.id, task.progress.attempt.map_or(AttemptNo(0), |a| a.no))
     }
 

@@ -11,6 +11,7 @@ use hub_engine::nodes::{Lifetimes, Nodes};
 use hub_engine::pool::{Pool, Queue};
 use hub_engine::ports::*;
 use hub_engine::records::*;
+use hub_engine::rights::Rights;
 use hub_engine::watch::Watchers;
 use hub_testkit::TestJournal;
 use hub_testkit::contract::sample;
@@ -113,6 +114,7 @@ impl World {
             journal: journal.clone(),
             sessions: store.clone(),
             accounts: store.clone(),
+            rights: Arc::new(Rights::new(store.clone(), store.clone(), clock.clone())),
             keyring: Arc::new(FakeKeys),
             links: links.clone(),
             watchers: Watchers::default(),
@@ -150,7 +152,7 @@ impl World {
         task
     }
     async fn accept(&self, n: u16, named: bool) -> Task {
-        self.pool.accept(self.task(n, named.then_some(self.node.id)), Role::Admin, None).await.unwrap()
+        self.pool.accept(self.task(n, named.then_some(self.node.id)), &admin(), None).await.unwrap()
     }
 
     async fn try_hello(&self, node: &Node) -> Result<(Welcome, mpsc::Receiver<LinkCommand>), Error> {
@@ -438,12 +440,12 @@ async fn a_dispatch_that_has_a_slot_in_hand_loses_it() {
         let w = World::new().await;
         let mut task = w.task(1, None);
         if waits {
-            task = w.pool.accept(task, Role::Admin, None).await.unwrap();
+            task = w.pool.accept(task, &admin(), None).await.unwrap();
         }
         let (_welcome, mut queue) = w.hello().await;
         w.journal.hold();
         let (id, pool) = (task.id, w.pool.clone());
-        let dispatch = async move { if waits { pool.round().await } else { pool.accept(task, Role::Admin, None).await.map(drop) } };
+        let dispatch = async move { if waits { pool.round().await } else { pool.accept(task, &admin(), None).await.map(drop) } };
         let meanwhile = async {
             // The slot is reserved and its commit under way …
             w.journal.begun().await;
@@ -470,7 +472,7 @@ async fn a_task_that_is_accepted_for_a_node_that_goes_ends() {
         w.manage.remove(&admin(), w.node.id).await.unwrap();
         w.journal.release();
     };
-    let (accepted, ()) = futures::future::join(pool.accept(task, Role::Admin, None), meanwhile).await;
+    let (accepted, ()) = futures::future::join(pool.accept(task, &admin(), None), meanwhile).await;
     assert_eq!(accepted.unwrap().progress.state, TaskState::Failed, "and its caller hears so");
     assert_eq!(w.read(id).await.1.unwrap().0, ReasonCode::NoNode);
 }
@@ -525,7 +527,7 @@ async fn what_a_dying_process_left_is_ended_at_the_start() {
         let task = before.accept(1, true).await;
         let elsewhere = {
             let (_other, _queue) = before.try_hello(&sample::node(2, 2)).await.unwrap();
-            before.pool.accept(before.task(2, Some(sample::node_id(2))), Role::Admin, None).await.unwrap()
+            before.pool.accept(before.task(2, Some(sample::node_id(2))), &admin(), None).await.unwrap()
         };
         // The row is written, and the process ends before it does anything more.
         if remove {

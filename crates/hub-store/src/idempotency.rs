@@ -2,6 +2,7 @@
 
 use crate::accounts::key_row;
 use crate::dialect::Conn;
+use crate::grants;
 use crate::journal::Accept;
 use crate::nodes::invite_row;
 use crate::rows::{Columns, INVITE_COLUMNS, KEY_COLUMNS};
@@ -52,6 +53,7 @@ async fn create(conn: &mut Conn, thing: &Creation, once: &Once) -> Result<Option
         Creation::Task(task) => drop(Accept::write(conn, &[&Accept(task.clone())]).await?),
         Creation::Session(s) => sessions::insert(conn, s).await?,
         Creation::Invite(i) => conn.insert("invites", INVITE_COLUMNS, &Rows::of([invite_row(i)]), "").await?,
+        Creation::Grant(g) => grants::insert(conn, g).await?,
         Creation::Key(k) => conn.insert("api_keys", KEY_COLUMNS, &Rows::of([key_row(k)]), "").await?,
     }
     Ok(None)

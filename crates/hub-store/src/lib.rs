@@ -14,6 +14,7 @@ pub mod backup;
 mod bus;
 mod dialect;
 mod gauges;
+mod grants;
 mod idempotency;
 mod journal;
 mod lists;

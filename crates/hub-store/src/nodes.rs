@@ -157,6 +157,7 @@ impl NodeDirectory for Store {
                     return Ok(false);
                 }
                 conn.execute(&sql("DELETE FROM session_nodes WHERE node = $1").bind(id.blob())).await?;
+                conn.execute(&sql("DELETE FROM grants WHERE node = $1").bind(id.blob())).await?;
                 let row = values![id.blob(), *now, epoch];
                 conn.insert("removed_nodes", "id, removed_at, epoch", &Rows::of([row]), "").await?;
                 Ok(true)

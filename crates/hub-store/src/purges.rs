@@ -77,6 +77,7 @@ async fn begin(conn: &mut Conn, id: SessionId, by: Option<UserId>, now: UnixMs) 
         return Ok(PurgeStart::TasksOpen);
     }
     conn.execute(&sql("UPDATE sessions SET purged_at = $1, purging = TRUE WHERE id = $2").bind(now).bind(id.blob())).await?;
+    conn.execute(&sql("DELETE FROM grants WHERE session = $1").bind(id.blob())).await?;
     note(conn, id, (SessionAct::Purged, ""), by, now).await?;
     Ok(PurgeStart::Begun)
 }

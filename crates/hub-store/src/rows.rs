@@ -30,7 +30,7 @@ macro_rules! id {
         }
     )*};
 }
-id!(ApiKeyId, EntryId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, SpoolId, TaskId, UserId);
+id!(ApiKeyId, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, SpoolId, TaskId, UserId);
 
 /// Ids as values of a list.
 pub(crate) fn all<'i, I: Id + 'i>(ids: impl IntoIterator<Item = &'i I>) -> Vec<Value<'static>> {
@@ -88,8 +88,11 @@ impl<'a, 'r> Columns<'a, 'r> {
         let Some(text) = self.get::<Option<&str>>()? else { return Ok(None) };
         parse(text).map(Some).ok_or_else(|| format!("{text:?} is not a word of this version").into())
     }
-    fn json<T: Json>(&mut self) -> Result<T, Failed> {
+    pub(crate) fn json<T: Json>(&mut self) -> Result<T, Failed> {
         T::read(self.get()?)
+    }
+    pub(crate) fn json_or_null<T: Json>(&mut self) -> Result<Option<T>, Failed> {
+        self.get::<Option<&str>>()?.map(T::read).transpose()
     }
 }
 
@@ -98,7 +101,7 @@ fn fixed<const N: usize>(bytes: &[u8]) -> Result<[u8; N], Failed> {
 }
 
 /// The shapes of JSON that columns hold.
-trait Json: Sized {
+pub(crate) trait Json: Sized {
     fn read(text: &str) -> Result<Self, Failed>;
 }
 impl Json for BTreeMap<String, String> {

@@ -44,18 +44,34 @@ impl AgentState for Store {
     }
 
     async fn remove_state(&self, agent: &str, key: &str, owner: UserId) -> Stored<bool> {
-        let q = sql("DELETE FROM agent_state WHERE agent = $1 AND key = $2 AND owner = $3");
-        Ok(self.execute("state.remove_state", q.bind(agent).bind(key).bind(owner.blob())).await? == 1)
+        self.write("state.remove_state", (agent.to_owned(), key.to_owned(), owner), |conn, (agent, key, owner)| {
+            Box::pin(async move {
+                alone(conn, agent).await?;
+                let q = sql("DELETE FROM agent_state WHERE agent = $1 AND key = $2 AND owner = $3");
+                if conn.execute(&q.bind(agent.as_str()).bind(key.as_str()).bind(owner.blob())).await? == 0 {
+                    return Ok(false);
+                }
+                // With its last key the agent is nobody's: who has it next grants anew.
+                let q = sql("DELETE FROM grants WHERE agent = $1 AND NOT EXISTS (SELECT 1 FROM agent_state WHERE agent = $1)");
+                conn.execute(&q.bind(agent.as_str())).await?;
+                Ok(true)
+            })
+        })
+        .await
     }
 }
 
-fn owner(agent: &str) -> Sql {
+pub(crate) fn owner(agent: &str) -> Sql {
     sql("SELECT owner FROM agent_state WHERE agent = $1 LIMIT 1").bind(agent)
 }
 
+/// Whose an agent is hangs on all of its rows.
+pub(crate) async fn alone(conn: &mut Conn, agent: &str) -> Result<(), Failed> {
+    conn.alone(sql("SELECT $1").bind(mesh_core::sha256(agent.as_bytes()))).await
+}
+
 async fn put(conn: &mut Conn, e: &StateEntry, most: u32) -> Result<StateWritten, Failed> {
-    // Whose an agent is hangs on all of its rows.
-    conn.alone(sql("SELECT $1").bind(mesh_core::sha256(e.agent.as_bytes()))).await?;
+    alone(conn, &e.agent).await?;
     if conn.row(&owner(&e.agent), |row| Columns::of(row).id::<UserId>()).await?.is_some_and(|owner| owner != e.owner) {
         return Ok(StateWritten::Foreign);
     }

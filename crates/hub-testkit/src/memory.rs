@@ -1,6 +1,7 @@
 //! The ports in memory: one mutex, ordered maps, no waiting. The same calls give the same answers.
 
 mod content;
+mod grants;
 
 use async_trait::async_trait;
 use hub_engine::ports::*;
@@ -45,6 +46,7 @@ struct State {
     messages: BTreeMap<MessageId, Message>,
     state: BTreeMap<(String, String), StateEntry>,
     made: BTreeMap<Digest, (Known, UnixMs)>,
+    grants: BTreeMap<GrantId, Grant>,
 }
 
 #[derive(Debug, Clone)]
@@ -206,6 +208,7 @@ impl Idempotency for MemoryStore {
             Creation::Session(s) => add(&mut state.sessions, "idempotency.create", s.id, s),
             Creation::Invite(i) => add(&mut state.invites, "idempotency.create", i.id, i),
             Creation::Key(k) => add(&mut state.keys, "idempotency.create", k.id, k),
+            Creation::Grant(g) => state.add_grant(&g),
         }?;
         state.made.insert(once.scope, (Known { request: once.request, thing: id }, once.at));
         Ok(None)
@@ -420,6 +423,7 @@ impl NodeDirectory for MemoryStore {
             return Ok(false);
         }
         state.sessions.values_mut().for_each(|s| s.nodes.retain(|n| *n != id));
+        state.grants.retain(|_, g| g.resource != Resource::Node(id));
         state.removed.insert(id, epoch);
         Ok(true)
     }

@@ -16,6 +16,7 @@ use hub_engine::bus::EVENTS_KEPT;
 use hub_engine::delivery::Delivery;
 use hub_engine::events::Events;
 use hub_engine::expiry::{Expiry, Unsettled};
+use hub_engine::grants::Grants;
 use hub_engine::idempotency::Idempotency;
 use hub_engine::links::Links;
 use hub_engine::manage::Management;
@@ -27,6 +28,7 @@ use hub_engine::ports::{self, Meta};
 use hub_engine::records::HubMeta;
 use hub_engine::restore::Recovery;
 use hub_engine::retention::Retention;
+use hub_engine::rights::Rights;
 use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::{self, Remembered, Statistics};
@@ -245,6 +247,7 @@ impl Hub {
             metrics::Scraped { pool: services.pool.clone(), store: store.clone(), limits: config.retention, data_dir: dir.clone() };
         let app = rest::router(Arc::new(RestState {
             accounts: services.accounts,
+            grants: services.grants,
             nodes: services.nodes,
             memory: Memory { store: store.clone(), sessions: services.sessions.clone(), clock: clock.clone() },
             messages: Messages { store: store.clone(), sessions: services.sessions.clone(), clock: clock.clone() },
@@ -371,6 +374,7 @@ impl Hub {
 
 struct Services {
     accounts: Arc<Accounts>,
+    grants: Arc<Grants>,
     nodes: Arc<Nodes>,
     manage: Arc<Management>,
     sessions: Arc<Sessions>,
@@ -397,9 +401,11 @@ impl Services {
     ) -> anyhow::Result<Self> {
         let keyring: Arc<dyn ports::Keyring> = keys.clone();
         let (links, watchers) = (Arc::new(Links::telling(events.clone())), Watchers::default());
+        let rights = Arc::new(Rights::new(store.clone(), store.clone(), clock.clone()));
         let accounts = Arc::new(Accounts {
             recent: accounts::Recent::default(),
             store: store.clone(),
+            rights: rights.clone(),
             keyring: keyring.clone(),
             passwords: Arc::new(Argon2Passwords::new()?),
             clock: clock.clone(),
@@ -422,6 +428,7 @@ impl Services {
             journal: store.clone(),
             sessions: store.clone(),
             accounts: store.clone(),
+            rights,
             keyring: keyring.clone(),
             links: links.clone(),
             watchers: watchers.clone(),
@@ -490,6 +497,16 @@ impl Services {
             clock: clock.clone(),
             remembered: Remembered::default(),
         });
+        let grants = Arc::new(Grants {
+            store: store.clone(),
+            nodes: store.clone(),
+            sessions: store.clone(),
+            state: store.clone(),
+            accounts: accounts.clone(),
+            pool: pool.clone(),
+            clock: clock.clone(),
+            work: work.clone(),
+        });
         let idempotency = Arc::new(Idempotency { store: store.clone(), clock: clock.clone() });
         let recovery = Arc::new(Recovery {
             meta: store.clone(),
@@ -499,7 +516,22 @@ impl Services {
             manage: manage.clone(),
             expiry: expiry.clone(),
         });
-        Ok(Self { accounts, nodes, manage, sessions, pool, delivery, tasks, expiry, statistics, retention, idempotency, recovery, events })
+        Ok(Self {
+            accounts,
+            grants,
+            nodes,
+            manage,
+            sessions,
+            pool,
+            delivery,
+            tasks,
+            expiry,
+            statistics,
+            retention,
+            idempotency,
+            recovery,
+            events,
+        })
     }
 }
 

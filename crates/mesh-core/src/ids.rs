@@ -63,6 +63,8 @@ ids! {
     InviteId = "inv", "invite";
     ApiKeyId = "key", "API key";
     DeviceId = "dev", "device";
+    /// What somebody may do with something that is not theirs.
+    GrantId = "grant", "grant";
     /// One call at a door; appears in errors and logs so that both can be matched.
     RequestId = "req", "request";
     /// The memory of one warden: made when its spool folder is made, never reused.

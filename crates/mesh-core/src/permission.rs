@@ -26,7 +26,15 @@ permissions! {
     SystemAudit = "system:audit", SystemAdminister = "system:administer",
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+impl Permission {
+    /// Can it be granted on one thing? Joining and managing machines, approval and the hub itself cannot.
+    pub fn is_grantable(self) -> bool {
+        use Permission::*;
+        !matches!(self, NodesInvite | NodesManage | TasksApprove | SystemAudit | SystemAdminister)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
     Admin,
     Developer,
@@ -98,6 +106,12 @@ impl Permissions {
     /// In the order of [`Permission::ALL`].
     pub fn iter(self) -> impl Iterator<Item = Permission> {
         Permission::ALL.iter().copied().filter(move |p| self.has(*p))
+    }
+}
+
+impl Granted {
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty() && self.sessions.is_empty() && self.agents.is_empty()
     }
 }
 
@@ -312,13 +326,11 @@ impl Person {
             || (reach.is_to_own() && owner == self.user)
             || (reach.is_to_granted() && (self.granted.on(thing, p) || self.may_follow(p, owner, thing)))
     }
-    /// Who was granted a place to run something at, and no more, still sees and ends what they run there.
+    /// Who was granted a place to run something at, and no more, still sees and ends what they run, which may
+    /// wait for any such place.
     fn may_follow(&self, p: Permission, owner: UserId, thing: Thing<'_>) -> bool {
-        let Thing::Task { node, session } = thing else { return false };
-        let there = |p| {
-            node.is_some_and(|id| self.granted.on(Thing::Node(id), p)) || session.is_some_and(|id| self.granted.on(Thing::Session(id), p))
-        };
-        owner == self.user && matches!(p, Permission::TasksRead | Permission::TasksDispatch) && there(Permission::TasksDispatch)
+        let own_task = owner == self.user && matches!(thing, Thing::Task { .. });
+        own_task && matches!(p, Permission::TasksRead | Permission::TasksDispatch) && self.granted.has(Permission::TasksDispatch)
     }
 }
 
@@ -390,7 +402,9 @@ mod tests {
             assert!(may(role, TasksDispatch, OTHER, on(Some(session))), "but in a session that was granted");
             assert!(may(role, TasksRead, OWN, on(None)) && may(role, TasksDispatch, OWN, on(None)), "their own");
         }
-        assert!(!may(Role::Guest, TasksRead, OWN, Thing::Task { node: None, session: None }), "a grant that ended");
+        let waits = Thing::Task { node: None, session: None };
+        assert!(may(Role::Guest, TasksRead, OWN, waits), "for any of the places");
+        assert!(!allows(&Caller::person(OWN, Role::Guest), TasksRead, OWN, waits), "the grant ended");
         assert!(may(Role::Developer, SessionsWrite, OTHER, Thing::Session(session)));
         assert!(!may(Role::Guest, SessionsWrite, OTHER, Thing::Session(session)), "more than the role can have");
         assert!(!may(Role::Viewer, TasksDispatch, OTHER, Thing::Node(node)), "more than the role can have");

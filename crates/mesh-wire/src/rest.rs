@@ -5,6 +5,7 @@
 
 mod accounts;
 mod events;
+mod grants;
 mod nodes;
 mod sessions;
 mod state;
@@ -13,6 +14,7 @@ mod tasks;
 
 pub use accounts::*;
 pub use events::*;
+pub use grants::*;
 pub use nodes::*;
 pub use sessions::*;
 pub use state::*;

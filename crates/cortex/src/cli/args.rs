@@ -14,7 +14,7 @@ pub struct Cli {
 }
 
 const NOT_YET: &str = "Exit codes: 0 fine, 1 failed, 2 wrong usage or config (`cortex run --help` has its own).
-Not yet: shell, cp, file, approval, agent, workflow, bundle, tool, audit, user, grant, device, policy, events, connect, mcp, doctor, completions.";
+Not yet: shell, cp, file, approval, agent, workflow, bundle, tool, audit, user, device, policy, events, connect, mcp, doctor, completions.";
 
 #[derive(Debug, Clone, Default, Args)]
 pub struct Global {
@@ -59,6 +59,9 @@ pub enum Command {
     /// API keys for programs
     #[command(subcommand)]
     Key(KeyCommand),
+    /// What is shared with others
+    #[command(subcommand)]
+    Grant(GrantCommand),
     /// Check the way to the hub; name the hop that fails
     Doctor,
     #[command(flatten)]
@@ -97,8 +100,6 @@ pub enum Later {
     #[command(hide = true)]
     User(Anything),
     #[command(hide = true)]
-    Grant(Anything),
-    #[command(hide = true)]
     Device(Anything),
     #[command(hide = true)]
     Policy(Anything),
@@ -126,7 +127,6 @@ impl Later {
             Self::Tool(_) => "`cortex tool` is not built.",
             Self::Audit(_) => "`cortex audit` is not built.",
             Self::User(_) => "`cortex user` is not built; on the hub's machine use: cortex-hub admin create-user",
-            Self::Grant(_) => "`cortex grant` is not built.",
             Self::Device(_) => "`cortex device` is not built.",
             Self::Policy(_) => "`cortex policy` is not built; on the machine itself use: cortex-node policy",
             Self::Events(_) => "`cortex events` is not built; one task is followed with: cortex task logs -f TASK",
@@ -410,6 +410,45 @@ pub enum KeyCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub enum GrantCommand {
+    /// Share a machine, a session or an agent
+    Add(GrantAdd),
+    /// List what was shared by and with one
+    Ls,
+    /// Take a grant back
+    Rm {
+        /// Its id
+        grant: String,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("what").required(true).args(["node", "session", "agent", "labels"])))]
+pub struct GrantAdd {
+    /// The id or name of a user, or a role: admin, developer, viewer or guest
+    #[arg(value_name = "WHO")]
+    pub subject: String,
+    /// What they may do there, such as nodes:read or tasks:dispatch
+    #[arg(value_name = "PERMISSION", required = true)]
+    pub permissions: Vec<String>,
+    /// Id or name
+    #[arg(long)]
+    pub node: Option<String>,
+    /// Id or name
+    #[arg(long)]
+    pub session: Option<String>,
+    /// Name
+    #[arg(long)]
+    pub agent: Option<String>,
+    /// All machines that have all of these labels; may be given several times
+    #[arg(long = "label", id = "labels", value_name = "KEY=VALUE", value_parser = key_value)]
+    pub labels: Vec<(String, String)>,
+    /// When it ends, in RFC 3339 [default: never]
+    #[arg(long, value_name = "TIME")]
+    pub expires_at: Option<String>,
+}
+
 fn slot(text: &str) -> Result<(String, u32), String> {
     let pair = text.split_once('=').filter(|(kind, _)| !kind.is_empty());
     pair.and_then(|(kind, n)| Some((kind.to_owned(), n.parse().ok()?))).ok_or_else(|| "write it as KIND=NUMBER".to_owned())
@@ -477,13 +516,31 @@ mod tests {
 
     #[test]
     fn what_is_not_built_takes_anything() {
-        for verb in
-            "shell cp file approval agent workflow bundle tool audit user grant device policy events connect mcp completions".split(' ')
-        {
+        for verb in "shell cp file approval agent workflow bundle tool audit user device policy events connect mcp completions".split(' ') {
             for rest in ["", " --help", " -x y --z=1 -- a"] {
                 let Ok(Command::Later(l)) = parse(&format!("cortex {verb}{rest}")) else { panic!("{verb}{rest}") };
                 assert!(l.sentence().contains(&format!("`cortex {verb}` is not built")), "{}", l.sentence());
             }
+        }
+    }
+
+    #[test]
+    fn one_thing_is_shared() {
+        let Ok(Command::Grant(GrantCommand::Add(g))) = parse("cortex grant add ada nodes:read tasks:dispatch --label a=b=c --label d=e")
+        else {
+            panic!()
+        };
+        assert_eq!((g.subject.as_str(), g.permissions.len()), ("ada", 2));
+        assert_eq!(g.labels, [("a".into(), "b=c".into()), ("d".into(), "e".into())]);
+        for wrong in [
+            "cortex grant add",
+            "cortex grant add ada --node box",
+            "cortex grant add ada nodes:read",
+            "cortex grant add ada nodes:read --node box --session s",
+            "cortex grant add ada nodes:read --label a",
+            "cortex grant rm",
+        ] {
+            assert_eq!(parse(wrong).unwrap_err().exit_code(), 2, "{wrong}");
         }
     }
 

@@ -9,6 +9,7 @@ use hub_engine::events::{Data, Event, NodeNews, SessionNews, TaskKind, TaskNews,
 use hub_engine::links::Health;
 use hub_engine::records::MessageRole;
 use mesh_core::canon::{Malformed, Reader, Writer};
+use mesh_core::permission::Role;
 use mesh_core::task::{Reason, ReasonCode, TaskState};
 use mesh_core::{ApiKeyId, HubId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId, sha256};
 use std::collections::BTreeMap;
@@ -131,6 +132,7 @@ mod kind {
     pub const RIGHTS_USER: u8 = 48;
     pub const RIGHTS_KEY: u8 = 49;
     pub const RIGHTS_LOGIN: u8 = 50;
+    pub const RIGHTS_ROLE: u8 = 51;
     pub const BIRTH: u8 = 240;
     pub const GAP: u8 = 241;
     pub const UNKNOWN: u8 = 255;
@@ -202,6 +204,7 @@ fn write(w: &mut Writer, event: &Event) {
         Data::Rights(Whose::User(id)) => head(kind::RIGHTS_USER).raw(id.as_bytes()),
         Data::Rights(Whose::Key(id)) => head(kind::RIGHTS_KEY).raw(id.as_bytes()),
         Data::Rights(Whose::Login(id)) => head(kind::RIGHTS_LOGIN).raw(id.as_bytes()),
+        Data::Rights(Whose::Role(role)) => head(kind::RIGHTS_ROLE).str(role.as_str()),
     };
 }
 
@@ -261,7 +264,7 @@ fn read_event(kind: u8, r: &mut Reader<'_>) -> Result<Option<Word>, Malformed> {
     if !(kind::ENROLLED..=kind::SUPERSEDED).contains(&kind)
         && kind != kind::TASK
         && !(kind::CREATED..=kind::MESSAGE).contains(&kind)
-        && !(kind::RIGHTS_USER..=kind::RIGHTS_LOGIN).contains(&kind)
+        && !(kind::RIGHTS_USER..=kind::RIGHTS_ROLE).contains(&kind)
     {
         return Ok(None);
     }
@@ -281,7 +284,11 @@ fn read_event(kind: u8, r: &mut Reader<'_>) -> Result<Option<Word>, Malformed> {
         }
         kind::RIGHTS_USER => Data::Rights(Whose::User(UserId::from_bytes(r.array()?))),
         kind::RIGHTS_KEY => Data::Rights(Whose::Key(ApiKeyId::from_bytes(r.array()?))),
-        _ => Data::Rights(Whose::Login(LoginId::from_bytes(r.array()?))),
+        kind::RIGHTS_LOGIN => Data::Rights(Whose::Login(LoginId::from_bytes(r.array()?))),
+        _ => match Role::parse(r.str()?) {
+            Some(role) => Data::Rights(Whose::Role(role)),
+            None => return Ok(None),
+        },
     };
     Ok(Some(Word::Event(Event { at, owner, data })))
 }
@@ -432,6 +439,7 @@ mod tests {
             Whose::User(UserId::from_bytes([1; 16])),
             Whose::Key(ApiKeyId::from_bytes([2; 16])),
             Whose::Login(LoginId::from_bytes([3; 16])),
+            Whose::Role(Role::Guest),
         ];
         let mut all = vec![Word::Birth, Word::Gap];
         all.extend(nodes.map(|n| event(Data::Node(node, n))));
@@ -461,7 +469,7 @@ mod tests {
             000000066661696c65640000000301000000046578697400000003c3a40001ffffffff0100000009";
         assert_eq!(hex(&sealed[MAC..]), body);
         let all: Vec<u8> = words().iter().flat_map(|w| sealer().seal(&LIFE, 1, 2, w)).collect();
-        assert_eq!(hex(&sha256(&all)), "aee4a8769aefef877ac9c711c2c1967117b2d42844b8012ae214c0ed62445114");
+        assert_eq!(hex(&sha256(&all)), "584234b0ecad1f353da80fd24102d2d42e88762c6f110c410b671cbc30cc2023");
     }
 
     #[test]
@@ -496,7 +504,7 @@ mod tests {
         };
         let kind_at = 1 + 16 + 8 + 8;
         assert_eq!(body(&|b| b[0] = 2), Ok(None));
-        for kind in [0, 15, 17, 40, 51, 200, 255] {
+        for kind in [0, 15, 17, 40, 52, 200, 255] {
             assert!(matches!(body(&|b| b[kind_at] = kind), Ok(Some(Entry { word: Word::Unknown, number: 1, .. }))), "{kind}");
         }
         let state = |b: &mut Vec<u8>| {

@@ -1,8 +1,8 @@
 use super::T0;
-use super::sample::{assigned_task, invite, key_id, session, session_id, task, task_id, user_id};
+use super::sample::{assigned_task, grant, grant_id, invite, key_id, session, session_id, task, task_id, user_id};
 use futures::future::join_all;
-use hub_engine::ports::{Accounts, Creation, Idempotency, Journal, Known, NodeDirectory, Once, Sessions};
-use hub_engine::records::{ApiKey, TaskFilter};
+use hub_engine::ports::{Accounts, Creation, Grants, Idempotency, Journal, Known, NodeDirectory, Once, Sessions};
+use hub_engine::records::{ApiKey, Grant, Resource, TaskFilter};
 use std::sync::Arc;
 
 const DAY: i64 = 86_400_000;
@@ -12,6 +12,9 @@ fn once(scope: u8, request: u8, at: i64) -> Once {
 }
 fn a_task(n: u16) -> Creation {
     Creation::Task(Box::new(task(n)))
+}
+fn a_grant(n: u16) -> Grant {
+    grant(n, Resource::Labels([("zone".to_owned(), "a".to_owned())].into()))
 }
 fn a_key(n: u16) -> ApiKey {
     ApiKey {
@@ -28,14 +31,14 @@ fn a_key(n: u16) -> ApiKey {
 }
 
 /// For stores that keep the things too.
-pub async fn idempotency<S: Idempotency + Journal + Sessions + NodeDirectory + Accounts + ?Sized>(make: impl AsyncFn() -> Arc<S>) {
+pub async fn idempotency<S: Idempotency + Journal + Sessions + NodeDirectory + Accounts + Grants + ?Sized>(make: impl AsyncFn() -> Arc<S>) {
     every_thing_once(&*make().await).await;
     of_many_at_once_one_writes(&*make().await).await;
     what_fails_is_not_remembered(&*make().await).await;
     a_day_later(&*make().await).await;
 }
 
-async fn every_thing_once<S: Idempotency + Journal + Sessions + NodeDirectory + Accounts + ?Sized>(store: &S) {
+async fn every_thing_once<S: Idempotency + Journal + Sessions + NodeDirectory + Accounts + Grants + ?Sized>(store: &S) {
     assert_eq!(store.known(&[1; 32], 0).await.unwrap(), None);
     let placed = assigned_task(1);
     let things = |n: u16| {
@@ -44,6 +47,7 @@ async fn every_thing_once<S: Idempotency + Journal + Sessions + NodeDirectory + 
             Creation::Session(session(n, 1)),
             Creation::Invite(invite(n)),
             Creation::Key(a_key(n)),
+            Creation::Grant(a_grant(n)),
         ]
     };
     for (first, second) in things(1).into_iter().zip(things(2)) {
@@ -61,6 +65,8 @@ async fn every_thing_once<S: Idempotency + Journal + Sessions + NodeDirectory + 
     assert_eq!(store.session(session_id(1)).await.unwrap(), Some(session(1, 1)));
     assert_eq!(store.invite(invite(1).id).await.unwrap(), Some(invite(1)));
     assert_eq!(store.key(key_id(1)).await.unwrap(), Some(a_key(1)));
+    assert_eq!(store.grant(grant_id(1), T0).await.unwrap(), Some(a_grant(1)));
+    assert_eq!(store.grant(grant_id(2), T0).await.unwrap(), None);
     let seconds = (
         store.task(task_id(2)).await.unwrap(),
         store.session(session_id(2)).await.unwrap(),

@@ -4,6 +4,7 @@
 mod accounts;
 mod bus;
 mod gauges;
+mod grants;
 mod idempotency;
 mod journal;
 mod memory;
@@ -19,6 +20,7 @@ mod state;
 pub use accounts::accounts;
 pub use bus::{BusPlan, HandClock, bus};
 pub use gauges::gauges;
+pub use grants::grants;
 pub use idempotency::idempotency;
 pub use journal::{journal, journal_and_output};
 pub use memory::memory;
@@ -48,7 +50,7 @@ pub mod sample {
     use super::T0;
     use hub_engine::records::*;
     use mesh_core::capability::Capabilities;
-    use mesh_core::permission::Role;
+    use mesh_core::permission::{Permission, Role};
     use mesh_core::task::{Attempt, AttemptNo, Progress, TaskState, Terms};
     use mesh_core::*;
 
@@ -63,7 +65,7 @@ pub mod sample {
         )*};
     }
     ids!(task_id -> TaskId, node_id -> NodeId, user_id -> UserId, session_id -> SessionId, invite_id -> InviteId,
-        key_id -> ApiKeyId, message_id -> MessageId, entry_id -> EntryId, login_id -> LoginId, spool_id -> SpoolId, hub_id -> HubId);
+        key_id -> ApiKeyId, message_id -> MessageId, entry_id -> EntryId, grant_id -> GrantId, login_id -> LoginId, spool_id -> SpoolId, hub_id -> HubId);
 
     pub fn attempt(n: u32) -> AttemptNo {
         (1..n).fold(AttemptNo::first(3), |no, _| no.next(3))
@@ -121,6 +123,19 @@ pub mod sample {
             expired_at: None,
             purged_at: None,
             nodes: vec![],
+        }
+    }
+
+    /// The `n`th: to the first user, of reading and using, until 1000 ms after the start.
+    pub fn grant(n: u16, resource: Resource) -> Grant {
+        Grant {
+            id: grant_id(n),
+            subject: Subject::User(user_id(1)),
+            resource,
+            permissions: [Permission::TasksDispatch, Permission::NodesRead].into_iter().collect(),
+            created_by: user_id(9),
+            created_at: T0,
+            expires_at: Some(T0 + 1000),
         }
     }
 

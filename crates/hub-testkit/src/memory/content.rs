@@ -197,6 +197,7 @@ impl Purges for MemoryStore {
         state.activity.remove(&id);
         state.sessions.entry(id).and_modify(|s| s.purged_at = Some(now));
         state.purging.insert(id);
+        state.grants.retain(|_, g| g.resource != Resource::Session(id));
         state.note(id, SessionAct::Purged, "", by, now);
         Ok(PurgeStart::Begun)
     }
@@ -361,7 +362,11 @@ impl AgentState for MemoryStore {
         let mut state = MemoryStore::state(self);
         let place = (agent.to_owned(), key.to_owned());
         let owned = state.state.get(&place).is_some_and(|e| e.owner == owner);
-        Ok(owned && state.state.remove(&place).is_some())
+        let removed = owned && state.state.remove(&place).is_some();
+        if removed && !state.state.keys().any(|(of, _)| of == agent) {
+            state.grants.retain(|_, g| g.resource != Resource::Agent(agent.to_owned()));
+        }
+        Ok(removed)
     }
 }
 

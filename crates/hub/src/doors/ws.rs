@@ -188,6 +188,7 @@ mod tests {
     use hub_engine::bus::{Bus, LocalBus};
     use hub_engine::events::{Data, Events, NodeNews, Whose};
     use hub_engine::ports::Accounts as _;
+    use hub_engine::rights::Rights;
     use hub_testkit::MemoryStore;
     use hub_testkit::contract::sample::{key_id, node_id, user, user_id};
     use mesh_core::permission::{Caller, Role, Scope};
@@ -238,6 +239,7 @@ mod tests {
         let accounts = Arc::new(Accounts {
             recent: Default::default(),
             store: store.clone(),
+            rights: Arc::new(Rights::new(store.clone(), store.clone(), clock.clone())),
             keyring: Arc::new(Keys::open(dir.path(), clock.now_ms()).unwrap()),
             passwords: Arc::new(Argon2Passwords::new().unwrap()),
             clock: clock.clone(),

@@ -28,6 +28,8 @@ use utoipa::IntoParams;
 const COMMENT_EVERY: Duration = Duration::from_secs(15);
 /// A stream outlives its token, but not the rights behind it.
 const RIGHTS_EVERY: Duration = Duration::from_secs(60);
+/// Nor what was granted, which may expire, or end at another hub.
+pub(super) const GRANTED_EVERY: Duration = Duration::from_secs(4);
 /// Longer than any id that was given.
 const MAX_ID: usize = 128;
 
@@ -167,10 +169,16 @@ pub enum Do {
     Look,
 }
 
+fn look_every(feed: &Feed) -> Duration {
+    let granted = feed.who().caller.as_person().is_some_and(|p| !p.granted.is_empty());
+    if granted { GRANTED_EVERY } else { RIGHTS_EVERY }
+}
+
 impl Reader {
     pub fn new(feed: Feed, accounts: Arc<Accounts>, clock: SharedClock) -> Self {
         let now = Instant::now();
-        Self { feed, accounts, clock, look_at: now + RIGHTS_EVERY, quiet_at: now + COMMENT_EVERY, _counted: Counted::new("sse") }
+        let look_at = now + look_every(&feed);
+        Self { feed, accounts, clock, look_at, quiet_at: now + COMMENT_EVERY, _counted: Counted::new("sse") }
     }
 
     /// Counts the reader among those of another door.
@@ -208,7 +216,7 @@ impl Reader {
             Ok(who) => self.feed.set_rights(who),
             Err(e) => Err(e),
         };
-        self.look_at = Instant::now() + RIGHTS_EVERY;
+        self.look_at = Instant::now() + look_every(&self.feed);
         rights.map_err(|e| e.to_string())
     }
 

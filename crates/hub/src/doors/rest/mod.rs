@@ -5,6 +5,7 @@ mod body;
 mod docs;
 mod downloads;
 pub(super) mod events;
+mod grants;
 mod input;
 mod invites;
 mod memory;
@@ -42,6 +43,7 @@ use axum::response::{IntoResponse, Redirect, Response};
 use hub_engine::accounts::Accounts;
 use hub_engine::events::Events;
 use hub_engine::expiry::Expiry;
+use hub_engine::grants::Grants;
 use hub_engine::idempotency::Idempotency;
 use hub_engine::manage::Management;
 use hub_engine::memory::Memory;
@@ -65,6 +67,7 @@ use utoipa_axum::routes;
 /// What the handlers need. Each field is one engine service or one fact about this process.
 pub struct RestState {
     pub accounts: Arc<Accounts>,
+    pub grants: Arc<Grants>,
     pub nodes: Arc<Nodes>,
     pub manage: Arc<Management>,
     pub sessions: Arc<Sessions>,
@@ -134,6 +137,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(accounts::change_password))
         .routes(routes!(accounts::list_keys, accounts::create_key))
         .routes(routes!(accounts::remove_key))
+        .routes(routes!(grants::list, grants::create))
+        .routes(routes!(grants::remove))
         .routes(routes!(invites::list, invites::create))
         .routes(routes!(invites::revoke))
         .routes(routes!(nodes::list))

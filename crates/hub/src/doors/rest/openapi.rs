@@ -31,6 +31,7 @@ use utoipa::OpenApi;
     tags(
         (name = "auth", description = "Log-in and who is calling"),
         (name = "api-keys", description = "Keys for programs, limited by scopes"),
+        (name = "grants", description = "What is shared with others"),
         (name = "invites", description = "One-time invites for machines"),
         (name = "nodes", description = "The machines of the mesh"),
         (name = "sessions", description = "Workspaces that tasks share, on the nodes attached to them"),
@@ -162,6 +163,7 @@ fn optional_body(operation: &mut Value) {
 /// First parts of a path below `/api/v1`, and the prefix of the id that follows them.
 const IDS: &[(&str, &str)] = &[
     ("/api-keys/{id}", "key"),
+    ("/grants/{id}", "grant"),
     ("/nodes/invites/{id}", "inv"),
     ("/nodes/{id}", "node"),
     ("/sessions/{id}", "sess"),
@@ -241,6 +243,8 @@ static WORDS: LazyLock<Vec<(&str, Vec<&str>)>> = LazyLock::new(|| {
         ("SessionView.status", vec!["active", "closed", "expired"]),
         ("InviteView.status", vec!["open", "used", "expired", "revoked"]),
         ("MeReply.role", Role::ALL.iter().map(|r| r.as_str()).collect()),
+        ("GrantView.permissions", Permission::ALL.iter().filter(|p| p.is_grantable()).map(|p| p.as_str()).collect()),
+        ("GrantRequest.permissions", Permission::ALL.iter().filter(|p| p.is_grantable()).map(|p| p.as_str()).collect()),
         ("MeReply.permissions", Permission::ALL.iter().map(|p| p.as_str()).collect()),
         ("ActivityView.type", SessionAct::ALL.iter().map(|a| a.as_str()).chain(["task_accepted", "task_ended"]).collect()),
         ("ActivityView.state", states.clone()),
@@ -266,6 +270,7 @@ const BOUNDS: &[(&str, i64, i64)] = &[
 /// Fields that hold one kind of id wherever they stand in a reply.
 const ID_FIELDS: &[(&str, &str)] = &[
     ("user_id", "user"),
+    ("created_by", "user"),
     ("owner_id", "user"),
     ("node_id", "node"),
     ("session_id", "sess"),

@@ -2,6 +2,7 @@
 
 use super::App;
 use super::body::{PathId, Query};
+use super::events::GRANTED_EVERY;
 use super::problem::{Answer, Refusal};
 use super::views;
 use super::who::Who;
@@ -13,6 +14,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as B64;
 use bytes::{Bytes, BytesMut};
 use futures::stream;
+use hub_engine::accounts::Authenticated;
 use hub_engine::records::{OutputFrame, Stream, Task};
 use hub_engine::watch::Watch;
 use mesh_core::TaskId;
@@ -21,6 +23,7 @@ use mesh_wire::rest::{AttemptEvent, EndEvent, GapEvent, OutputEvent, StreamEnd};
 use serde::Deserialize;
 use std::collections::VecDeque;
 use std::time::Duration;
+use tokio::time::Instant;
 use utoipa::IntoParams;
 
 /// Data that one read of the store brings; what a slow reader makes the hub hold.
@@ -43,7 +46,7 @@ pub struct OutputQuery {
 
 /// The output of a task
 ///
-/// Raw bytes, or with `Accept: text/event-stream` events `output`, `gap`, `end` and `stopping` whose data are OutputEvent, GapEvent, EndEvent and StreamEnd.
+/// Raw bytes, or with `Accept: text/event-stream` events `output`, `gap`, `end`, `stopping` and `rights` whose data are OutputEvent, GapEvent, EndEvent and StreamEnd.
 #[utoipa::path(
     get, path = "/tasks/{id}/output", tag = "tasks", operation_id = "output",
     params(OutputQuery, ("last-event-id" = Option<String>, Header, description = "Event streams: the id of the last event that was seen")),
@@ -65,7 +68,7 @@ pub async fn get(
     let task = app.tasks.get_narrow(who.caller(), id).await?;
     let watch = app.tasks.watchers.subscribe(id);
     let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    let follower = Follower::new(app, task, watch);
+    let follower = Follower::new(app, who.authenticated, task, watch);
     if accept.contains("text/event-stream") {
         if q.from_byte.is_some() || q.follow.is_some() {
             return Err(Refusal::bad_request("bad_query", "an event stream takes from_seq, and always follows"));
@@ -111,6 +114,9 @@ impl Place {
 /// Reads on behind a task until its end.
 struct Follower {
     app: App,
+    who: Authenticated,
+    /// When the reader's rights are looked up again.
+    look_at: Instant,
     id: TaskId,
     /// Narrow: it is read again at each wake.
     task: Task,
@@ -129,18 +135,35 @@ enum Next {
     End,
     /// The hub is stopping, or the store failed: the reader comes again.
     Broken,
+    /// The reader may not read it any more.
+    Forbidden,
 }
 
 impl Follower {
-    fn new(app: App, task: Task, watch: Watch) -> Self {
+    fn new(app: App, who: Authenticated, task: Task, watch: Watch) -> Self {
         let attempt = task.progress.attempt.as_ref().map(|a| a.no);
-        Self { id: task.id, app, task, attempt, watch }
+        Self { id: task.id, app, who, look_at: Instant::now() + GRANTED_EVERY, task, attempt, watch }
+    }
+
+    /// Looks the reader's rights up again, when it is time.
+    async fn look(&mut self) -> Result<(), hub_engine::Error> {
+        if Instant::now() >= self.look_at {
+            self.who = self.app.accounts.still(&self.who).await?;
+            self.app.tasks.get_narrow(&self.who.caller, self.id).await?;
+            self.look_at = Instant::now() + GRANTED_EVERY;
+        }
+        Ok(())
     }
 
     /// Frames after `seq`; waits for them when `follow` is set.
     async fn next(&mut self, seq: u64, follow: bool) -> Next {
         loop {
             self.watch.seen();
+            match self.look().await {
+                Ok(()) => {}
+                Err(hub_engine::Error::Store(_)) => return Next::Broken,
+                Err(_) => return Next::Forbidden,
+            }
             // State first: what was final before an empty read has no more output.
             match self.app.tasks.journal.narrow(self.id).await {
                 Ok(Some(task)) => self.task = task,
@@ -172,6 +195,7 @@ impl Follower {
                         return Next::Quiet;
                     }
                 }
+                () = tokio::time::sleep_until(self.look_at) => {}
             }
         }
     }
@@ -199,6 +223,7 @@ fn raw(follower: Follower, only: Option<Stream>, from_byte: u64, follow: bool) -
                 Next::End => return None,
                 // A cut body tells the reader that this was not the end.
                 Next::Broken => return Some((Err(std::io::Error::other("the hub is stopping")), (follower, seq, skip))),
+                Next::Forbidden => return Some((Err(std::io::Error::other("the reader's rights have ended")), (follower, seq, skip))),
             }
         }
     });
@@ -265,6 +290,11 @@ impl Events {
                     let detail = "the hub is stopping; come back with the last id";
                     self.ready.push_back(event("stopping", None, &StreamEnd { code: "stopping".into(), detail: detail.into() }));
                 }
+            }
+            Next::Forbidden => {
+                self.done = true;
+                let detail = "the user, log-in or key is gone, or may not read this task any more";
+                self.ready.push_back(event("rights", None, &StreamEnd { code: "rights".into(), detail: detail.into() }));
             }
             Next::End => {
                 self.done = true;

@@ -13,6 +13,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as B64;
 use hub_engine::records::TaskFilter;
 use hub_engine::tasks::{Dispatch, MAX_WAIT_SECS};
+use mesh_core::permission::Permission;
 use mesh_core::select::Selector;
 use mesh_core::spec::{Program, Shell, Spec};
 use mesh_core::task::{DEFAULT_BACKOFF_MS, OnLost, TaskState, Terms};
@@ -240,7 +241,7 @@ pub async fn list(State(app): State<App>, who: Who, Query(q): Query<ListQuery>) 
         // The tasks of a node that was removed stay to be read, by its id.
         Some(text) => match text.parse() {
             Ok(id) => Some(id),
-            Err(_) => Some(app.nodes.find(who.caller(), text).await?.id),
+            Err(_) => Some(app.nodes.find(who.caller(), text, Permission::NodesRead).await?.id),
         },
     };
     let filter = TaskFilter {
