@@ -142,7 +142,7 @@ impl Accounts {
     }
 
     /// Rights of somebody have changed: what was remembered of them, and what streams to them, ends.
-    fn rights_changed(&self, whose: Whose) {
+    pub(crate) fn rights_changed(&self, whose: Whose) {
         self.recent.forget();
         self.events.rights_changed(whose);
     }
@@ -214,9 +214,9 @@ impl Accounts {
         Ok(Authenticated { caller, login: who.login })
     }
 
-    /// The caller of the control socket: the hub's own uid acts as the admin of that name.
-    pub async fn local_admin(&self, username: &str) -> Result<Authenticated> {
-        let user = self.store.user_named(username).await?.ok_or(Error::NotFound("user"))?;
+    /// The caller of the control socket: the hub's own uid acts as the oldest of the admins.
+    pub async fn local_admin(&self) -> Result<Authenticated> {
+        let user = self.store.oldest_admin().await?.ok_or(Error::NotFound("user"))?;
         Ok(Authenticated { caller: Caller::person(user.id, user.role), login: None })
     }
 
@@ -322,7 +322,7 @@ pub fn check_password(password: &str) -> Result<()> {
 }
 
 /// A prefix and 256 random bits in base 62, so that a scanner can find one that leaked.
-fn fresh_token(prefix: &str) -> String {
+pub(crate) fn fresh_token(prefix: &str) -> String {
     const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
     let mut out = String::from(prefix);
     while out.len() < prefix.len() + 43 {

@@ -14,6 +14,7 @@ pub mod expiry;
 pub mod health;
 pub mod idempotency;
 pub mod input;
+pub mod leaving;
 pub mod links;
 pub mod manage;
 pub mod memory;
@@ -32,6 +33,7 @@ pub mod state;
 pub mod stats;
 pub mod tasks;
 pub mod tracks;
+pub mod users;
 pub mod watch;
 
 pub use error::{Error, Result};

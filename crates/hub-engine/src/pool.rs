@@ -340,6 +340,11 @@ impl Pool {
         self.queue.attachments_changed(session);
     }
 
+    /// Somebody's rights changed, of whom tasks may wait.
+    pub fn rights_changed(&self, user: UserId) {
+        self.queue.rights_changed(user);
+    }
+
     /// What is known of a group's rights. None: they are to be read, since they never were, or not lately
     /// and there is a place that its head might take.
     fn rights(&self, group: &Group, head: TaskId, since: Duration) -> Option<Rights> {

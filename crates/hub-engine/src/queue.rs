@@ -539,6 +539,17 @@ impl Queue {
         drop(line);
         self.wake.notify_one();
     }
+    /// Somebody's rights changed.
+    pub(crate) fn rights_changed(&self, user: UserId) {
+        let mut line = self.line();
+        line.rights.retain(|(of, _), _| *of != user);
+        line.reading.retain(|(of, _)| *of != user);
+        for (_, members) in line.groups.iter_mut().filter(|(group, _)| group.user == user) {
+            (members.eligible, members.fresh) = (None, true);
+        }
+        drop(line);
+        self.wake.notify_one();
+    }
     /// A node is reserved for it. False when it waits no longer.
     pub(crate) fn begin(&self, id: TaskId) -> bool {
         let mut line = self.line();

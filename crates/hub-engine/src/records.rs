@@ -114,6 +114,8 @@ pub struct Leaving {
     pub successor: UserId,
     /// Whether running work of theirs is cancelled, or finishes.
     pub cancel: bool,
+    /// What tells who they were is erased.
+    pub purge: bool,
     pub at: UnixMs,
 }
 

@@ -89,10 +89,10 @@ impl Users for Store {
     }
 
     async fn leaving(&self, limit: u32) -> Stored<Vec<Leaving>> {
-        let q = sql("SELECT id, successor, cancel, removed_at FROM removed_users WHERE leaving ORDER BY id LIMIT $1").bind(limit);
+        let q = sql("SELECT id, successor, cancel, username IS NULL, removed_at FROM removed_users WHERE leaving ORDER BY id LIMIT $1").bind(limit);
         let leaving = |row: &Row| {
             let c = &mut Columns::of(row);
-            Ok(Leaving { user: c.id()?, successor: c.id()?, cancel: c.get()?, at: c.get()? })
+            Ok(Leaving { user: c.id()?, successor: c.id()?, cancel: c.get()?, purge: c.get()?, at: c.get()? })
         };
         self.all("users.leaving", q, leaving).await
     }
@@ -213,7 +213,7 @@ async fn remove(conn: &mut Conn, l: &Leaving) -> Result<Removal, Failed> {
     let columns = "id, username, role, created_at, removed_at, successor, cancel, leaving, epoch";
     let row = values![
         l.user.blob(),
-        before.username.as_deref(),
+        before.username.as_deref().filter(|_| !l.purge),
         before.role.as_str(),
         before.created_at,
         l.at,

@@ -14,6 +14,7 @@ use hub_engine::delivery::Delivery;
 use hub_engine::events::Events;
 use hub_engine::expiry::{Expiry, Unsettled};
 use hub_engine::idempotency::Idempotency;
+use hub_engine::leaving::Departures;
 use hub_engine::links::Links;
 use hub_engine::manage::Management;
 use hub_engine::memory::Memory;
@@ -28,6 +29,7 @@ use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::{self, Remembered, Statistics};
 use hub_engine::tasks::TaskService;
+use hub_engine::users::Users;
 use hub_engine::watch::Watchers;
 use hub_store::{RedisBus, RedisPlan, Store};
 use mesh_process::{SharedClock, Tasks, files};
@@ -178,6 +180,11 @@ impl Hub {
             let _ = gone.wait_for(|goes| *goes).await;
             expiry.run().await;
         });
+        let (departures, mut gone) = (services.departures.clone(), going.clone());
+        work.spawn_until_cancelled("departures", async move {
+            let _ = gone.wait_for(|goes| *goes).await;
+            departures.run().await;
+        });
         let (retention, mut gone) = (services.retention.clone(), going);
         work.spawn_until_cancelled("retention", async move {
             let _ = gone.wait_for(|goes| *goes).await;
@@ -208,6 +215,8 @@ impl Hub {
             metrics::Scraped { pool: services.pool.clone(), store: store.clone(), limits: config.retention, data_dir: dir.clone() };
         let app = rest::router(Arc::new(RestState {
             accounts: services.accounts,
+            users: services.users,
+            departures: services.departures,
             nodes: services.nodes,
             memory: Memory { store: store.clone(), sessions: services.sessions.clone(), clock: clock.clone() },
             messages: Messages { store: store.clone(), sessions: services.sessions.clone(), clock: clock.clone() },
@@ -303,6 +312,8 @@ impl Hub {
 
 struct Services {
     accounts: Arc<Accounts>,
+    users: Arc<Users>,
+    departures: Arc<Departures>,
     nodes: Arc<Nodes>,
     manage: Arc<Management>,
     sessions: Arc<Sessions>,
@@ -399,6 +410,9 @@ impl Services {
             work: work.clone(),
             stop: doors.token(),
         });
+        let users = Arc::new(Users { store: store.clone(), accounts: accounts.clone(), pool: Some(pool.clone()) });
+        let departures =
+            Arc::new(Departures { users: users.clone(), journal: store.clone(), tasks: tasks.clone(), manage: manage.clone() });
         let expiry = Arc::new(Expiry {
             sessions: sessions.clone(),
             tasks: tasks.clone(),
@@ -430,7 +444,7 @@ impl Services {
             manage: manage.clone(),
             expiry: expiry.clone(),
         });
-        Ok(Self { accounts, nodes, manage, sessions, pool, delivery, tasks, expiry, statistics, retention, idempotency, recovery, events })
+        Ok(Self { accounts, users, departures, nodes, manage, sessions, pool, delivery, tasks, expiry, statistics, retention, idempotency, recovery, events })
     }
 }
 

@@ -127,7 +127,7 @@ async fn the_last_admin<S: Accounts + Users + ?Sized>(store: &S) {
     store.create_user(&person(3, "eve", Role::Developer), None).await.unwrap();
     let demoted = UserChange { role: Some(Role::Viewer), ..Default::default() };
     let disabled = UserChange { disabled: Some(true), ..Default::default() };
-    let leaves = |user, successor| Leaving { user: user_id(user), successor: user_id(successor), cancel: false, at: T0 };
+    let leaves = |user, successor| Leaving { user: user_id(user), successor: user_id(successor), cancel: false, purge: true, at: T0 };
     for change in [&demoted, &disabled] {
         assert_eq!(store.change_user(user_id(1), change, T0).await.unwrap(), UserChanged::LastAdmin, "an invited one does not count");
     }
@@ -183,7 +183,7 @@ where
     store.add_session(&session(6, 2)).await.unwrap();
     store.add_key(&key(6, 2)).await.unwrap();
     let epoch = store.registry_epoch().await.unwrap();
-    let plan = Leaving { user: user_id(1), successor: user_id(2), cancel: true, at: T0 + 5 };
+    let plan = Leaving { user: user_id(1), successor: user_id(2), cancel: true, purge: false, at: T0 + 5 };
     assert_eq!(store.remove_user(&plan).await.unwrap(), Removal::Done);
     assert_eq!(store.remove_user(&plan).await.unwrap(), Removal::Unknown, "once");
 
@@ -245,12 +245,13 @@ async fn successors<S: Accounts + Users + Sessions + ?Sized>(store: &S) {
     }
     store.create_user(&bare(6, "u6", Role::Developer), Some(&link(1, T0 + 10))).await.unwrap();
     store.change_user(user_id(5), &UserChange { disabled: Some(true), ..Default::default() }, T0).await.unwrap();
-    let leaves = |user, successor| Leaving { user: user_id(user), successor: user_id(successor), cancel: false, at: T0 };
+    let leaves = |user, successor| Leaving { user: user_id(user), successor: user_id(successor), cancel: false, purge: true, at: T0 };
     for no in [2, 3, 4, 5, 6, 9] {
         assert_eq!(store.remove_user(&leaves(2, no)).await.unwrap(), Removal::NoSuccessor, "{no}");
     }
     assert_eq!(store.remove_user(&leaves(6, 2)).await.unwrap(), Removal::Done, "also one who never came");
     assert_eq!(store.accept_invite(&[1; 32], "x", T0).await.unwrap(), None);
+    assert_eq!(store.user_entry(user_id(6)).await.unwrap().unwrap().username, None, "erased in the same write");
     // What was to come to one who leaves too comes to their successor.
     assert_eq!(store.remove_user(&leaves(2, 1)).await.unwrap(), Removal::Done);
     store.add_session(&session(1, 6)).await.unwrap();

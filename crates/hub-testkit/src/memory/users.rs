@@ -125,7 +125,9 @@ impl Users for MemoryStore {
         state.disabled.remove(&l.user);
         state.user_invites.remove(&l.user);
         state.removed_users.values_mut().filter(|(_, of, _)| of.successor == l.user).for_each(|(_, of, _)| of.successor = l.successor);
-        state.removed_users.insert(l.user, (UserEntry { standing: Standing::Removed { at: l.at }, ..before }, l.clone(), false));
+        let username = before.username.filter(|_| !l.purge);
+        let entry = UserEntry { username, standing: Standing::Removed { at: l.at }, ..before };
+        state.removed_users.insert(l.user, (entry, l.clone(), false));
         state.end_credentials(l.user);
         state.revoke_invites(l.user, l.at);
         Ok(Removal::Done)

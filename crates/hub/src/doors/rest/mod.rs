@@ -19,6 +19,7 @@ mod sessions;
 mod state;
 mod system;
 mod tasks;
+mod users;
 mod views;
 mod who;
 
@@ -40,6 +41,7 @@ use hub_engine::accounts::Accounts;
 use hub_engine::events::Events;
 use hub_engine::expiry::Expiry;
 use hub_engine::idempotency::Idempotency;
+use hub_engine::leaving::Departures;
 use hub_engine::manage::Management;
 use hub_engine::memory::Memory;
 use hub_engine::messages::Messages;
@@ -51,6 +53,7 @@ use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::Statistics;
 use hub_engine::tasks::TaskService;
+use hub_engine::users::Users;
 use mesh_process::{CancellationToken, SharedClock, Tasks};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -61,6 +64,8 @@ use utoipa_axum::routes;
 /// What the handlers need. Each field is one engine service or one fact about this process.
 pub struct RestState {
     pub accounts: Arc<Accounts>,
+    pub users: Arc<Users>,
+    pub departures: Arc<Departures>,
     pub nodes: Arc<Nodes>,
     pub manage: Arc<Management>,
     pub sessions: Arc<Sessions>,
@@ -120,6 +125,9 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(accounts::logout))
         .routes(routes!(accounts::me))
         .routes(routes!(accounts::change_password))
+        .routes(routes!(users::accept))
+        .routes(routes!(users::list, users::create))
+        .routes(routes!(users::get, users::change, users::remove))
         .routes(routes!(accounts::list_keys, accounts::create_key))
         .routes(routes!(accounts::remove_key))
         .routes(routes!(invites::list, invites::create))

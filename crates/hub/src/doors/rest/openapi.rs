@@ -30,6 +30,7 @@ use utoipa::OpenApi;
     security(("bearer" = [])),
     tags(
         (name = "auth", description = "Log-in and who is calling"),
+        (name = "users", description = "People: added or invited, changed, removed"),
         (name = "api-keys", description = "Keys for programs, limited by scopes"),
         (name = "invites", description = "One-time invites for machines"),
         (name = "nodes", description = "The machines of the mesh"),
@@ -162,6 +163,7 @@ const IDS: &[(&str, &str)] = &[
     ("/nodes/{id}", "node"),
     ("/sessions/{id}", "sess"),
     ("/tasks/{id}", "task"),
+    ("/users/{id}", "user"),
 ];
 
 /// Says what `{id}` is, and bounds that all lists share.
@@ -236,6 +238,10 @@ static WORDS: LazyLock<Vec<(&str, Vec<&str>)>> = LazyLock::new(|| {
         ("NodeStatusView.status", vec!["revoked", "offline", "draining", "online"]),
         ("SessionView.status", vec!["active", "closed", "expired"]),
         ("InviteView.status", vec!["open", "used", "expired", "revoked"]),
+        ("UserView.status", vec!["active", "invited", "invite_expired", "disabled", "removed"]),
+        ("UserView.role", Role::ALL.iter().map(|r| r.as_str()).collect()),
+        ("UserRequest.role", Role::ALL.iter().map(|r| r.as_str()).collect()),
+        ("UserPatch.role", Role::ALL.iter().map(|r| r.as_str()).collect()),
         ("MeReply.role", Role::ALL.iter().map(|r| r.as_str()).collect()),
         ("MeReply.permissions", Permission::ALL.iter().map(|p| p.as_str()).collect()),
         ("ActivityView.type", SessionAct::ALL.iter().map(|a| a.as_str()).chain(["task_accepted", "task_ended"]).collect()),

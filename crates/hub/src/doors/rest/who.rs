@@ -9,7 +9,7 @@ use axum::http::request::Parts;
 use hub_engine::accounts::Authenticated;
 use mesh_core::permission::{Caller, Via};
 
-/// The name of the first user, who also stands behind the control socket.
+/// The name of the first user.
 pub const ADMIN: &str = "admin";
 
 /// Which listener a request came by; the listener itself puts it there.
@@ -43,7 +43,7 @@ impl FromRequestParts<App> for Who {
                 let (_, token) = token.ok_or_else(|| unauthenticated("use the header Authorization: Bearer <token or API key>"))?;
                 app.accounts.authenticate(token.trim()).await?
             }
-            None if socket => app.accounts.local_admin(ADMIN).await?,
+            None if socket => app.accounts.local_admin().await?,
             None => return Err(unauthenticated("log in, or give an API key: Authorization: Bearer <token or API key>")),
         };
         if let Some(user) = authenticated.caller.user() {
