@@ -62,7 +62,10 @@ impl Departures {
                 Removal::Unknown => return Err(Error::NotFound("user")),
                 Removal::LastAdmin => return Err(last_admin()),
                 Removal::NoSuccessor => {
-                    return Err(Error::invalid("bad_successor", "transfer_to is the id of an active admin or developer: who can own machines"));
+                    return Err(Error::invalid(
+                        "bad_successor",
+                        "transfer_to is the id of an active admin or developer: who can own machines",
+                    ));
                 }
             }
             tracing::info!(user = %id, %successor, cancel = will.cancel, "user removed");

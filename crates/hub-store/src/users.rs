@@ -89,7 +89,8 @@ impl Users for Store {
     }
 
     async fn leaving(&self, limit: u32) -> Stored<Vec<Leaving>> {
-        let q = sql("SELECT id, successor, cancel, username IS NULL, removed_at FROM removed_users WHERE leaving ORDER BY id LIMIT $1").bind(limit);
+        let q = sql("SELECT id, successor, cancel, username IS NULL, removed_at FROM removed_users WHERE leaving ORDER BY id LIMIT $1")
+            .bind(limit);
         let leaving = |row: &Row| {
             let c = &mut Columns::of(row);
             Ok(Leaving { user: c.id()?, successor: c.id()?, cancel: c.get()?, purge: c.get()?, at: c.get()? })

@@ -14,7 +14,8 @@ const WITHIN: Duration = Duration::from_secs(30);
 pub async fn ask(data_dir: &Path, method: &str, path: &str, body: Option<&Value>) -> Result<Bytes> {
     let stream = tokio::net::UnixStream::connect(data_dir.join("hub.sock")).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let mut request = hyper::Request::builder().method(method).uri(format!("/api/v1{path}")).header("host", "hub").header("connection", "close");
+    let mut request =
+        hyper::Request::builder().method(method).uri(format!("/api/v1{path}")).header("host", "hub").header("connection", "close");
     if body.is_some() {
         request = request.header("content-type", "application/json");
     }

@@ -444,7 +444,23 @@ impl Services {
             manage: manage.clone(),
             expiry: expiry.clone(),
         });
-        Ok(Self { accounts, users, departures, nodes, manage, sessions, pool, delivery, tasks, expiry, statistics, retention, idempotency, recovery, events })
+        Ok(Self {
+            accounts,
+            users,
+            departures,
+            nodes,
+            manage,
+            sessions,
+            pool,
+            delivery,
+            tasks,
+            expiry,
+            statistics,
+            retention,
+            idempotency,
+            recovery,
+            events,
+        })
     }
 }
 

@@ -87,14 +87,7 @@ fn show(u: &UserView, context: &mut Context<'_, '_>) -> Result<(), Fail> {
     output::one(context.io, context.format(), u, fields)
 }
 
-async fn rm(
-    id: &str,
-    heir: Option<&str>,
-    cancel: bool,
-    purge: bool,
-    yes: bool,
-    context: &mut Context<'_, '_>,
-) -> Result<(), Fail> {
+async fn rm(id: &str, heir: Option<&str>, cancel: bool, purge: bool, yes: bool, context: &mut Context<'_, '_>) -> Result<(), Fail> {
     let user = context.client.user(id).await?;
     let name = name(&user);
     if !yes {
