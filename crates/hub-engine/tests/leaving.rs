@@ -170,9 +170,10 @@ impl World {
     }
     async fn end(&self, task: &Task, outcome: Outcome) {
         let a = self.store.task(task.id).await.unwrap().unwrap().progress.attempt.unwrap();
-        let event = Event::Ended { attempt: a.no, outcome };
-        let applied = self.pool.journal.apply(task.id, &event, Default::default(), self.clock.now_ms()).await.unwrap();
-        assert!(matches!(applied, ports::Applied::Done(..)), "{applied:?}");
+        for event in [Event::Started { attempt: a.no }, Event::Ended { attempt: a.no, outcome }] {
+            let applied = self.pool.journal.apply(task.id, &event, Default::default(), self.clock.now_ms()).await.unwrap();
+            assert!(matches!(applied, ports::Applied::Done(..)), "{applied:?}");
+        }
         self.pool.links.release(a.node, task.id);
     }
     async fn own(&self, n: u16, user: u16) {
