@@ -1,4 +1,5 @@
 //! How people come, change and leave, through the doors of a real hub.
+#![expect(clippy::disallowed_methods, reason = "tests start the real binaries")]
 
 use mesh_tests::{Hub, Node, PASSWORD, checked, program, shown, text, until};
 use serde_json::{Value, json};

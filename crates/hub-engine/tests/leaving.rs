@@ -162,7 +162,7 @@ impl World {
     async fn ask_with(&self, n: u16, user: u16, role: Role, terms: Terms) -> Task {
         let mut task = Task { queue_secs: 0, terms, ..sample::task(n) };
         task.progress = Progress::new();
-        task.actor.user = sample::user_id(user);
+        (task.actor.user, task.created_at) = (sample::user_id(user), self.clock.now_ms());
         self.pool.accept(task, role, None).await.unwrap()
     }
     async fn state(&self, task: &Task) -> TaskState {

@@ -200,7 +200,7 @@ where
     assert_eq!(store.invite(invite_id(1)).await.unwrap().unwrap().revoked_at, None, "it was used");
     assert!(store.changed_since(epoch).await.unwrap().users.contains(&user_id(1)));
 
-    assert_eq!(store.leaving(9).await.unwrap(), [plan.clone()], "found again after a crash");
+    assert_eq!(store.leaving(9).await.unwrap(), std::slice::from_ref(&plan), "found again after a crash");
     let mut steps = 0;
     while !store.hand_over(user_id(1), 2).await.unwrap() {
         steps += 1;
