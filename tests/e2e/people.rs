@@ -311,7 +311,8 @@ async fn who_leaves_hands_over() {
     assert_eq!(unused["status"], "revoked");
     // Nothing begins any more; what ran finishes, on a machine that has another owner by now.
     let waited = hub.finished(&waits).await;
-    assert_eq!((waited["state"].as_str(), waited["attempt"].as_u64()), (Some("cancelled"), Some(0)), "{waited}");
+    // Its machine may have been told of it ahead, and was not let start it.
+    assert_eq!((waited["state"].as_str(), &waited["started_at"]), (Some("cancelled"), &Value::Null), "{waited}");
     assert_eq!(hub.task(&runs).await["state"], "running");
     let theirs = as_heir.call("POST", "/api/v1/dispatch", Some(json!({"node": node.id, "echo": {"payload": "mine now"}}))).await;
     assert_eq!(theirs.0, 202, "{}", theirs.1);
