@@ -51,6 +51,10 @@ impl Client {
     pub async fn login(&self, request: &LoginRequest) -> Result<TokenReply, Error> {
         self.fetch(self.call(Method::POST, &["auth", "login"]).anonymous().json(request)).await
     }
+    /// Chooses the password of who was invited, and logs in as [`Client::login`] does.
+    pub async fn accept_invite(&self, request: &AcceptRequest) -> Result<TokenReply, Error> {
+        self.fetch(self.call(Method::POST, &["auth", "accept"]).anonymous().json(request)).await
+    }
     pub async fn logout(&self) -> Result<(), Error> {
         self.perform(self.call(Method::POST, &["auth", "logout"])).await
     }
@@ -59,6 +63,26 @@ impl Client {
     }
     pub async fn change_password(&self, request: &PasswordRequest) -> Result<(), Error> {
         self.perform(self.call(Method::POST, &["auth", "password"]).json(request)).await
+    }
+
+    /// Without a password the person is invited; the reply alone has the link.
+    pub async fn create_user(&self, request: &UserRequest) -> Result<UserView, Error> {
+        self.fetch(self.call(Method::POST, &["users"]).json(request)).await
+    }
+    pub async fn users(&self) -> Result<Vec<UserView>, Error> {
+        self.every(&["users"]).await
+    }
+    /// Also one who was removed.
+    pub async fn user(&self, id: &str) -> Result<UserView, Error> {
+        self.fetch(self.call(Method::GET, &["users", id])).await
+    }
+    pub async fn change_user(&self, id: &str, change: &UserPatch) -> Result<UserView, Error> {
+        self.fetch(self.call(Method::PATCH, &["users", id]).json(change)).await
+    }
+    /// What they own passes to `transfer_to`, by id, or to the caller. `cancel` ends what they run.
+    pub async fn delete_user(&self, id: &str, transfer_to: Option<&str>, cancel: bool, purge: bool) -> Result<(), Error> {
+        let call = self.call(Method::DELETE, &["users", id]).query("transfer_to", transfer_to);
+        self.perform(call.query("work", cancel.then_some("cancel")).query("purge", purge.then_some(true))).await
     }
 
     /// Makes an API key; the reply alone has its secret.

@@ -231,9 +231,9 @@ impl Accounts {
         Ok(caller)
     }
 
-    /// The caller of the control socket: the hub's own uid acts as the admin of that name.
-    pub async fn local_admin(&self, username: &str) -> Result<Authenticated> {
-        let user = self.store.user_named(username).await?.ok_or(Error::NotFound("user"))?;
+    /// The caller of the control socket: the hub's own uid acts as the oldest of the admins.
+    pub async fn local_admin(&self) -> Result<Authenticated> {
+        let user = self.store.oldest_admin().await?.ok_or(Error::NotFound("user"))?;
         let caller = self.with_granted(Caller::person(user.id, user.role)).await?;
         Ok(Authenticated { caller, login: None })
     }
@@ -345,7 +345,7 @@ pub fn check_password(password: &str) -> Result<()> {
 }
 
 /// A prefix and 256 random bits in base 62, so that a scanner can find one that leaked.
-fn fresh_token(prefix: &str) -> String {
+pub(crate) fn fresh_token(prefix: &str) -> String {
     const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
     let mut out = String::from(prefix);
     while out.len() < prefix.len() + 43 {

@@ -16,6 +16,7 @@ pub mod grants;
 pub mod health;
 pub mod idempotency;
 pub mod input;
+pub mod leaving;
 pub mod links;
 pub mod manage;
 pub mod memory;
@@ -36,6 +37,7 @@ pub mod stats;
 pub mod tasks;
 pub mod throttle;
 pub mod tracks;
+pub mod users;
 pub mod watch;
 
 pub use error::{Error, Result};

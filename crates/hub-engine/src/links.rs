@@ -342,6 +342,7 @@ impl Links {
     /// Takes over what the registry says of a node; an older row than the one that is known changes nothing.
     pub fn set(&self, node: &Node) {
         if let Some(l) = self.state().links.get_mut(&node.id).filter(|l| l.epoch <= node.epoch) {
+            l.owner = node.owner;
             l.offers = Arc::new(node.offers());
             (l.task_limit, l.max_tasks) = (node.task_limit, node.takes_at_once(l.own_tasks));
             l.draining = node.draining;

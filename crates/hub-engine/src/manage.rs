@@ -7,7 +7,7 @@
 
 use crate::access::authorize;
 use crate::error::{Error, Result};
-use crate::events::NodeNews;
+use crate::events::{NodeNews, Whose};
 use crate::nodes::{Nodes, check_labels};
 use crate::open_tasks::OpenTasks;
 use crate::pool::Pool;
@@ -220,6 +220,10 @@ impl Management {
             }
         }
         news.removed.iter().for_each(|id| links.retire(*id));
+        for user in &news.users {
+            self.pool.rights_changed();
+            self.nodes.events.rights_changed(Whose::User(*user));
+        }
         self.seen.0.store(news.epoch, Ordering::SeqCst);
         for id in links.unsettled() {
             self.settle_or_later(id).await;

@@ -357,7 +357,7 @@ impl Pool {
         let granted = self.rights.of(user.id, user.role).await?;
         Ok(reach == Reach::All || granted.sessions.get(&session).is_some_and(|given| given.has(Permission::TasksDispatch)))
     }
-    /// Somebody was granted something, or it was taken back.
+    /// Somebody may use more than before, or less: tasks of theirs may wait, and of others in their sessions.
     pub fn rights_changed(&self) {
         self.queue.rights_changed();
     }

@@ -102,6 +102,7 @@ pub enum Creation {
     Invite(Invite),
     Key(ApiKey),
     Grant(Grant),
+    User(User, Option<UserInvite>),
 }
 
 impl Creation {
@@ -113,6 +114,7 @@ impl Creation {
             Self::Invite(i) => i.id.to_string(),
             Self::Key(k) => k.id.to_string(),
             Self::Grant(g) => g.id.to_string(),
+            Self::User(u, _) => u.id.to_string(),
         }
     }
 }
@@ -216,8 +218,13 @@ pub trait NodeDirectory: Send + Sync {
 pub trait Accounts: Send + Sync {
     /// False when the name (ASCII case ignored) is taken.
     async fn add_user(&self, user: &User) -> Stored<bool>;
+    /// Only who may act: nobody who is disabled, was removed, or was invited and has not accepted.
     async fn user(&self, id: UserId) -> Stored<Option<User>>;
+    /// The same.
     async fn user_named(&self, username: &str) -> Stored<Option<User>>;
+    /// The first admin who may act.
+    async fn oldest_admin(&self) -> Stored<Option<User>>;
+    /// All who are there, whether or not they may act.
     async fn count_users(&self) -> Stored<u64>;
     /// Sets the hash and ends every log-in of the user but `keep`.
     async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()>;
@@ -247,6 +254,37 @@ pub trait Grants: Send + Sync {
     /// Newest first; without a filter all.
     async fn grants(&self, filter: Option<&GrantFilter>, now: UnixMs, window: Window<GrantId>) -> Stored<Vec<Grant>>;
     async fn remove_grant(&self, id: GrantId) -> Stored<bool>;
+}
+
+/// The people of the hub: how they come, change and leave. The last admin who may act stays one: that is
+/// decided in the write.
+#[async_trait]
+pub trait Users: Send + Sync {
+    /// Adds a person; with an invite, the hash of their password is empty. False when the name (ASCII
+    /// case ignored) is taken.
+    async fn create_user(&self, user: &User, invite: Option<&UserInvite>) -> Stored<bool>;
+    /// Also one who was removed.
+    async fn user_entry(&self, id: UserId) -> Stored<Option<UserEntry>>;
+    /// None for who was removed.
+    async fn entry_named(&self, username: &str) -> Stored<Option<UserEntry>>;
+    /// Newest first, without those who were removed.
+    async fn user_entries(&self, window: Window<UserId>) -> Stored<Vec<UserEntry>>;
+    async fn change_user(&self, id: UserId, change: &UserChange, now: UnixMs) -> Stored<UserChanged>;
+    /// Whose link this is, if it can be used now.
+    async fn invited(&self, mac: &Digest, now: UnixMs) -> Stored<Option<UserId>>;
+    /// Uses the link up and sets the password, in one commit. None when it cannot be used (any more).
+    async fn accept_invite(&self, mac: &Digest, hash: &str, now: UnixMs) -> Stored<Option<UserEntry>>;
+    /// Removes a person with their log-ins and keys, and revokes the invites of machines that they made and
+    /// nobody used, in one commit. What they own is handed over afterwards, until [`Users::left`].
+    async fn remove_user(&self, leaving: &Leaving) -> Stored<Removal>;
+    /// Hands up to `limit` nodes and as many sessions, and one agent, over to the successor of somebody who
+    /// leaves, and removes their log-ins and keys. True when there was nothing left of any of it.
+    async fn hand_over(&self, user: UserId, limit: u32) -> Stored<bool>;
+    /// Those who were removed and have not left yet, in any order.
+    async fn leaving(&self, limit: u32) -> Stored<Vec<Leaving>>;
+    async fn left(&self, user: UserId) -> Stored<()>;
+    /// Erases what tells who a removed person was; their id stays. False when no such person was removed.
+    async fn erase_user(&self, id: UserId) -> Stored<bool>;
 }
 
 /// The newest lines of a session's own activity that are kept.

@@ -47,6 +47,88 @@ pub struct User {
     pub created_at: UnixMs,
 }
 
+/// How a person stands with the hub.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    Active,
+    /// Has no password yet; chooses one by the link that was sent, until then.
+    Invited {
+        until: UnixMs,
+    },
+    /// May not log in, and no key of theirs counts.
+    Disabled,
+    Removed {
+        at: UnixMs,
+    },
+}
+
+/// A person as those see them who administer the hub.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UserEntry {
+    pub id: UserId,
+    /// None once it is erased.
+    pub username: Option<String>,
+    pub role: Role,
+    pub standing: Standing,
+    pub created_at: UnixMs,
+}
+
+/// A link to choose a password by. `mac` is HMAC-SHA256 of its token under a key outside the database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UserInvite {
+    pub mac: Digest,
+    pub expires_at: UnixMs,
+}
+
+/// What is changed of a person. None leaves a thing as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UserChange {
+    pub username: Option<String>,
+    pub role: Option<Role>,
+    /// Disabled persons have no log-ins.
+    pub disabled: Option<bool>,
+    /// Takes the place of the link before it.
+    pub invite: Option<UserInvite>,
+}
+
+/// What became of a change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UserChanged {
+    Done {
+        before: UserEntry,
+        now: UserEntry,
+    },
+    Unknown,
+    NameTaken,
+    /// Nobody would be left who can administer the hub.
+    LastAdmin,
+    /// They have a password, and need no link.
+    HasPassword,
+}
+
+/// A person who is removed, and what becomes of what was theirs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leaving {
+    pub user: UserId,
+    /// To whom their nodes, sessions and agents pass.
+    pub successor: UserId,
+    /// Whether running work of theirs is cancelled, or finishes.
+    pub cancel: bool,
+    /// What tells who they were is erased.
+    pub purge: bool,
+    pub at: UnixMs,
+}
+
+/// What became of a removal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Removal {
+    Done,
+    Unknown,
+    LastAdmin,
+    /// The successor is not an active person with this least of roles: developer.
+    NoSuccessor,
+}
+
 /// One link of a refresh chain. `mac` is HMAC-SHA256 of the token under a key outside the database.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RefreshToken {
@@ -253,6 +335,8 @@ pub struct RegistryChanges {
     /// As they are now; a revoked one says so.
     pub nodes: Vec<Node>,
     pub removed: Vec<NodeId>,
+    /// Whose rights were changed, or ended.
+    pub users: Vec<UserId>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

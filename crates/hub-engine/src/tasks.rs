@@ -288,7 +288,7 @@ impl TaskService {
         Ok(())
     }
 
-    async fn request_cancel(&self, id: TaskId, reason: ReasonCode) -> Result<()> {
+    pub(crate) async fn request_cancel(&self, id: TaskId, reason: ReasonCode) -> Result<()> {
         let event = Event::CancelRequested { reason };
         match self.pool.apply(id, &event, Besides::default()).await? {
             Applied::Done(task, actions) => {

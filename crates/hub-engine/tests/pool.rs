@@ -57,6 +57,9 @@ impl Accounts for Slow {
     async fn user_named(&self, username: &str) -> Stored<Option<User>> {
         self.inner.user_named(username).await
     }
+    async fn oldest_admin(&self) -> Stored<Option<User>> {
+        self.inner.oldest_admin().await
+    }
     async fn count_users(&self) -> Stored<u64> {
         self.inner.count_users().await
     }

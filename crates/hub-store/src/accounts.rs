@@ -4,9 +4,11 @@ use crate::dialect::Conn;
 use crate::rows::{Columns, Id, KEY_COLUMNS, USER_COLUMNS, blob, key, list_text, user};
 use crate::sql::{Rows, Value, sql, values};
 use crate::store::{Failed, Store, failed};
+use crate::users::MAY_ACT;
 use async_trait::async_trait;
 use hub_engine::ports::{Accounts, Stored, Window};
 use hub_engine::records::{ApiKey, RefreshToken, Rotation, User};
+use mesh_core::permission::Role;
 use mesh_core::{ApiKeyId, Digest, LoginId, UnixMs, UserId};
 
 const REFRESH_COLUMNS: &str = "mac, login, \"user\", expires_at";
@@ -24,12 +26,18 @@ impl Accounts for Store {
     }
 
     async fn user(&self, id: UserId) -> Stored<Option<User>> {
-        self.one("accounts.user", sql(format!("SELECT {USER_COLUMNS} FROM users WHERE id = $1")).bind(id.blob()), user).await
+        let q = sql(format!("SELECT {USER_COLUMNS} FROM users WHERE id = $1 AND {MAY_ACT}"));
+        self.one("accounts.user", q.bind(id.blob()), user).await
     }
 
     async fn user_named(&self, username: &str) -> Stored<Option<User>> {
-        let q = sql(format!("SELECT {USER_COLUMNS} FROM users WHERE {} = $1", self.read.dialect().username()));
+        let q = sql(format!("SELECT {USER_COLUMNS} FROM users WHERE {} = $1 AND {MAY_ACT}", self.read.dialect().username()));
         self.one("accounts.user_named", q.bind(username.to_ascii_lowercase()), user).await
+    }
+
+    async fn oldest_admin(&self) -> Stored<Option<User>> {
+        let q = sql(format!("SELECT {USER_COLUMNS} FROM users WHERE role = $1 AND {MAY_ACT} ORDER BY id LIMIT 1"));
+        self.one("accounts.oldest_admin", q.bind(Role::Admin.as_str()), user).await
     }
 
     async fn count_users(&self) -> Stored<u64> {

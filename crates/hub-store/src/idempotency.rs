@@ -9,6 +9,7 @@ use crate::rows::{Columns, INVITE_COLUMNS, KEY_COLUMNS};
 use crate::sessions;
 use crate::sql::{Rows, sql};
 use crate::store::{Failed, Store};
+use crate::users;
 use crate::writer::Bulk;
 use async_trait::async_trait;
 use hub_engine::ports::{Creation, Idempotency, Known, Once, Stored};
@@ -54,6 +55,7 @@ async fn create(conn: &mut Conn, thing: &Creation, once: &Once) -> Result<Option
         Creation::Session(s) => sessions::insert(conn, s).await?,
         Creation::Invite(i) => conn.insert("invites", INVITE_COLUMNS, &Rows::of([invite_row(i)]), "").await?,
         Creation::Grant(g) => grants::insert(conn, g).await?,
+        Creation::User(u, invite) => drop(users::insert(conn, u, invite.as_ref()).await?.then_some(()).ok_or("the user name is taken")?),
         Creation::Key(k) => conn.insert("api_keys", KEY_COLUMNS, &Rows::of([key_row(k)]), "").await?,
     }
     Ok(None)

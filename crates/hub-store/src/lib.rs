@@ -30,6 +30,7 @@ mod sessions;
 mod sql;
 mod state;
 mod store;
+mod users;
 mod writer;
 
 pub use bus::{RedisBus, RedisPlan, RedisUrl};

@@ -186,7 +186,10 @@ impl NodeDirectory for Store {
         let q = sql(format!("SELECT {NODE_COLUMNS} FROM nodes WHERE epoch > $1 ORDER BY epoch")).bind(epoch);
         let nodes = self.all("nodes.changed_since", q, node).await?;
         let q = sql("SELECT id FROM removed_nodes WHERE epoch > $1 ORDER BY epoch").bind(epoch);
-        Ok(RegistryChanges { epoch: now, nodes, removed: self.all("nodes.changed_since", q, only_id).await? })
+        let removed = self.all("nodes.changed_since", q, only_id).await?;
+        let q = sql("SELECT id FROM users WHERE epoch > $1 UNION ALL SELECT id FROM removed_users WHERE epoch > $1").bind(epoch);
+        let users = self.all("nodes.changed_since", q, |row| Columns::of(row).id()).await?;
+        Ok(RegistryChanges { epoch: now, nodes, removed, users })
     }
 
     async fn registry_epoch(&self) -> Stored<u64> {
@@ -200,7 +203,7 @@ fn only_id(row: &Row) -> Result<NodeId, Failed> {
 }
 
 /// Its row is locked until the commit, so that epochs are committed in their order.
-async fn raise_epoch(conn: &mut Conn) -> Result<u64, Failed> {
+pub(crate) async fn raise_epoch(conn: &mut Conn) -> Result<u64, Failed> {
     let q = sql("UPDATE registry SET epoch = epoch + 1 WHERE one = 1 RETURNING epoch");
     conn.row(&q, |row| Columns::of(row).unsigned()).await?.ok_or_else(|| "the registry has no epoch".into())
 }

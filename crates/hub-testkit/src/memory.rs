@@ -2,12 +2,14 @@
 
 mod content;
 mod grants;
+mod users;
 
 use async_trait::async_trait;
 use hub_engine::ports::*;
 use hub_engine::records::*;
 use mesh_core::capability::Capabilities;
 use mesh_core::output::{Digests, Hashing};
+use mesh_core::permission::Role;
 use mesh_core::spec::INLINE_SPEC_BYTES;
 use mesh_core::task::{Action, AttemptNo, Event, step};
 use mesh_core::*;
@@ -34,6 +36,11 @@ struct State {
     removed: BTreeMap<NodeId, u64>,
     registry_epoch: u64,
     users: BTreeMap<UserId, User>,
+    disabled: BTreeSet<UserId>,
+    user_invites: BTreeMap<UserId, UserInvite>,
+    /// With whether they have left.
+    removed_users: BTreeMap<UserId, (UserEntry, Leaving, bool)>,
+    user_epochs: BTreeMap<UserId, u64>,
     refresh: BTreeMap<Digest, Refresh>,
     keys: BTreeMap<ApiKeyId, ApiKey>,
     sessions: BTreeMap<SessionId, Session>,
@@ -207,6 +214,13 @@ impl Idempotency for MemoryStore {
             }
             Creation::Session(s) => add(&mut state.sessions, "idempotency.create", s.id, s),
             Creation::Invite(i) => add(&mut state.invites, "idempotency.create", i.id, i),
+            Creation::User(u, invite) => {
+                if state.named(&u.username).is_some() {
+                    return Err(StoreError::new("idempotency.create", "the user name is taken"));
+                }
+                state.user_invites.extend(invite.map(|i| (u.id, i)));
+                add(&mut state.users, "idempotency.create", u.id, u)
+            }
             Creation::Key(k) => add(&mut state.keys, "idempotency.create", k.id, k),
             Creation::Grant(g) => state.add_grant(&g),
         }?;
@@ -441,6 +455,7 @@ impl NodeDirectory for MemoryStore {
             epoch: state.registry_epoch,
             nodes: state.nodes.values().filter(|n| n.epoch > epoch).cloned().collect(),
             removed: state.removed.iter().filter(|(_, e)| **e > epoch).map(|(id, _)| *id).collect(),
+            users: state.user_epochs.iter().filter(|(_, e)| **e > epoch).map(|(id, _)| *id).collect(),
         })
     }
     async fn registry_epoch(&self) -> Stored<u64> {
@@ -452,16 +467,22 @@ impl NodeDirectory for MemoryStore {
 impl Accounts for MemoryStore {
     async fn add_user(&self, user: &User) -> Stored<bool> {
         let mut state = self.state();
-        if state.users.values().any(|u| u.username.eq_ignore_ascii_case(&user.username)) {
+        if state.named(&user.username).is_some() {
             return Ok(false);
         }
         add(&mut state.users, "accounts.add_user", user.id, user.clone()).map(|()| true)
     }
     async fn user(&self, id: UserId) -> Stored<Option<User>> {
-        Ok(self.state().users.get(&id).cloned())
+        let state = self.state();
+        Ok(state.users.get(&id).filter(|u| state.may_act(u)).cloned())
     }
     async fn user_named(&self, username: &str) -> Stored<Option<User>> {
-        Ok(self.state().users.values().find(|u| u.username.eq_ignore_ascii_case(username)).cloned())
+        let state = self.state();
+        Ok(state.named(username).filter(|u| state.may_act(u)).cloned())
+    }
+    async fn oldest_admin(&self) -> Stored<Option<User>> {
+        let state = self.state();
+        Ok(state.users.values().find(|u| u.role == Role::Admin && state.may_act(u)).cloned())
     }
     async fn count_users(&self) -> Stored<u64> {
         Ok(self.state().users.len() as u64)

@@ -21,4 +21,16 @@ macro_rules! joint_suites {
         }
     )*};
 }
-joint_suites!(idempotency, journal_and_output, nodes_and_sessions, sessions_and_tasks, memory, messages, purges, retention, gauges, grants);
+joint_suites!(
+    idempotency,
+    journal_and_output,
+    nodes_and_sessions,
+    sessions_and_tasks,
+    memory,
+    messages,
+    purges,
+    retention,
+    gauges,
+    grants,
+    users
+);

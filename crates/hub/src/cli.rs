@@ -1,5 +1,6 @@
 //! The command line of `cortex-hub`.
 
+use crate::admin;
 use crate::backup;
 use crate::config::{Config, Flags};
 use crate::keys::Keys;
@@ -57,6 +58,11 @@ enum Command {
         #[command(subcommand)]
         command: CaCommand,
     },
+    /// People, from the hub's own machine, whether the hub runs or not
+    Admin {
+        #[command(subcommand)]
+        command: AdminCommand,
+    },
     /// Print the description of the API, as GET /openapi.json answers it
     Openapi,
     /// Write all that the hub keeps into one new file, while it runs
@@ -86,7 +92,7 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         passphrase_file: Option<PathBuf>,
     },
-    /// Not built yet: admin, audit
+    /// Not built yet: audit
     #[command(external_subcommand)]
     Other(Vec<String>),
 }
@@ -95,6 +101,27 @@ enum Command {
 enum ConfigCommand {
     /// Say whether the settings can be used
     Check,
+}
+
+#[derive(Subcommand)]
+enum AdminCommand {
+    /// Add a person who can log in
+    CreateUser {
+        username: String,
+        /// admin, developer, viewer or guest
+        #[arg(long, default_value = "developer")]
+        role: String,
+        /// Read the password from standard input instead of making one, which is shown once
+        #[arg(long)]
+        password_stdin: bool,
+    },
+    /// Set somebody's password and end all of their log-ins
+    ResetPassword {
+        username: String,
+        /// Read the password from standard input instead of making one, which is shown once
+        #[arg(long)]
+        password_stdin: bool,
+    },
 }
 
 #[derive(Subcommand)]
@@ -108,7 +135,7 @@ enum CaCommand {
 /// Wrong usage or settings.
 const USAGE: u8 = 2;
 /// What the contract names and is not built.
-const PROMISED: &[&str] = &["admin", "audit"];
+const PROMISED: &[&str] = &["audit"];
 
 pub async fn run() -> ExitCode {
     let cli = Cli::parse();
@@ -129,6 +156,17 @@ pub async fn run() -> ExitCode {
         },
         Command::Ca { command: CaCommand::Show } => show_ca(&flags),
         Command::Ca { command: CaCommand::Rotate } => usage(&"not yet: ca rotate is not built"),
+        Command::Admin { command } => {
+            told(&flags, async |config| match command {
+                AdminCommand::CreateUser { username, role, password_stdin } => {
+                    admin::create_user(config, &username, &role, admin::Password::get(password_stdin)?, SystemClock::shared()).await
+                }
+                AdminCommand::ResetPassword { username, password_stdin } => {
+                    admin::reset_password(config, &username, admin::Password::get(password_stdin)?, SystemClock::shared()).await
+                }
+            })
+            .await
+        }
         Command::Openapi => match writeln!(std::io::stdout(), "{:#}", crate::doors::rest::document()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,

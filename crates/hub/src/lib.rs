@@ -3,9 +3,11 @@
 //! It does *not* know SQL, state transitions or placement: a door unpacks, calls one function of
 //! `hub-engine`, and packs the answer.
 
+mod admin;
 mod backup;
 pub mod cli;
 pub mod config;
+mod control;
 pub mod doors;
 pub mod keys;
 pub mod link;

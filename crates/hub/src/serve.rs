@@ -18,6 +18,7 @@ use hub_engine::events::Events;
 use hub_engine::expiry::{Expiry, Unsettled};
 use hub_engine::grants::Grants;
 use hub_engine::idempotency::Idempotency;
+use hub_engine::leaving::Departures;
 use hub_engine::links::Links;
 use hub_engine::manage::Management;
 use hub_engine::memory::Memory;
@@ -34,6 +35,7 @@ use hub_engine::state::State;
 use hub_engine::stats::{self, Remembered, Statistics};
 use hub_engine::tasks::TaskService;
 use hub_engine::throttle::{Rates, Throttle};
+use hub_engine::users::Users;
 use hub_engine::watch::Watchers;
 use hub_store::{RedisBus, RedisPlan, Store};
 use mesh_process::{SharedClock, Tasks, files};
@@ -201,6 +203,11 @@ impl Hub {
             let _ = gone.wait_for(|goes| *goes).await;
             expiry.run().await;
         });
+        let (departures, mut gone) = (services.departures.clone(), going.clone());
+        work.spawn_until_cancelled("departures", async move {
+            let _ = gone.wait_for(|goes| *goes).await;
+            departures.run().await;
+        });
         let (retention, mut gone) = (services.retention.clone(), going);
         work.spawn_until_cancelled("retention", async move {
             let _ = gone.wait_for(|goes| *goes).await;
@@ -248,6 +255,8 @@ impl Hub {
         let app = rest::router(Arc::new(RestState {
             accounts: services.accounts,
             grants: services.grants,
+            users: services.users,
+            departures: services.departures,
             nodes: services.nodes,
             memory: Memory { store: store.clone(), sessions: services.sessions.clone(), clock: clock.clone() },
             messages: Messages { store: store.clone(), sessions: services.sessions.clone(), clock: clock.clone() },
@@ -375,6 +384,8 @@ impl Hub {
 struct Services {
     accounts: Arc<Accounts>,
     grants: Arc<Grants>,
+    users: Arc<Users>,
+    departures: Arc<Departures>,
     nodes: Arc<Nodes>,
     manage: Arc<Management>,
     sessions: Arc<Sessions>,
@@ -475,6 +486,9 @@ impl Services {
             work: work.clone(),
             stop: doors.token(),
         });
+        let users = Arc::new(Users { store: store.clone(), accounts: accounts.clone(), pool: Some(pool.clone()) });
+        let departures =
+            Arc::new(Departures { users: users.clone(), journal: store.clone(), tasks: tasks.clone(), manage: manage.clone() });
         let expiry = Arc::new(Expiry {
             sessions: sessions.clone(),
             tasks: tasks.clone(),
@@ -519,6 +533,8 @@ impl Services {
         Ok(Self {
             accounts,
             grants,
+            users,
+            departures,
             nodes,
             manage,
             sessions,

@@ -14,7 +14,7 @@ pub struct Cli {
 }
 
 const NOT_YET: &str = "Exit codes: 0 fine, 1 failed, 2 wrong usage or config (`cortex run --help` has its own).
-Not yet: shell, cp, file, approval, agent, workflow, bundle, tool, audit, user, device, policy, events, connect, mcp, doctor, completions.";
+Not yet: shell, cp, file, approval, agent, workflow, bundle, tool, audit, device, policy, events, connect, mcp, doctor, completions.";
 
 #[derive(Debug, Clone, Default, Args)]
 pub struct Global {
@@ -56,6 +56,9 @@ pub enum Command {
     /// What ran and what runs
     #[command(subcommand)]
     Task(TaskCommand),
+    /// People
+    #[command(subcommand)]
+    User(UserCommand),
     /// API keys for programs
     #[command(subcommand)]
     Key(KeyCommand),
@@ -98,7 +101,6 @@ pub enum Later {
     #[command(hide = true)]
     Audit(Anything),
     #[command(hide = true)]
-    User(Anything),
     #[command(hide = true)]
     Device(Anything),
     #[command(hide = true)]
@@ -126,7 +128,6 @@ impl Later {
             Self::Bundle(_) => "`cortex bundle` is not built.",
             Self::Tool(_) => "`cortex tool` is not built.",
             Self::Audit(_) => "`cortex audit` is not built.",
-            Self::User(_) => "`cortex user` is not built; on the hub's machine use: cortex-hub admin create-user",
             Self::Device(_) => "`cortex device` is not built.",
             Self::Policy(_) => "`cortex policy` is not built; on the machine itself use: cortex-node policy",
             Self::Events(_) => "`cortex events` is not built; one task is followed with: cortex task logs -f TASK",
@@ -145,6 +146,74 @@ pub struct LoginArgs {
     /// Read the password from standard input instead of asking
     #[arg(long, requires = "username")]
     pub password_stdin: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum UserCommand {
+    /// Add a person: invites them, and prints the link by which they choose a password
+    Add {
+        name: String,
+        /// admin, developer, viewer or guest
+        #[arg(long, value_name = "ROLE")]
+        role: String,
+        /// Give them the password on standard input instead of a link
+        #[arg(long)]
+        password_stdin: bool,
+    },
+    /// List the people
+    Ls,
+    /// Show one person
+    Show {
+        /// Id or name
+        user: String,
+    },
+    /// Change a person
+    #[command(group = clap::ArgGroup::new("change").required(true).multiple(true))]
+    Set {
+        /// Id or name
+        user: String,
+        /// A new name
+        #[arg(long, value_name = "NAME", group = "change")]
+        name: Option<String>,
+        /// admin, developer, viewer or guest
+        #[arg(long, value_name = "ROLE", group = "change")]
+        role: Option<String>,
+        /// End their log-ins and let nothing of theirs in
+        #[arg(long, group = "change", conflicts_with = "enable")]
+        disable: bool,
+        /// Let them in again
+        #[arg(long, group = "change")]
+        enable: bool,
+        /// Set the password on standard input, and end their log-ins
+        #[arg(long, group = "change", conflicts_with = "invite")]
+        password_stdin: bool,
+        /// Print a new link for who has not accepted; the one before ends
+        #[arg(long, group = "change")]
+        invite: bool,
+    },
+    /// Choose a password by the link of an invite, and log in; asks for what is not given
+    Accept {
+        /// The link and then the password, each on a line of standard input, instead of asking
+        #[arg(long)]
+        stdin: bool,
+    },
+    /// Remove a person; their machines, sessions and agents pass to another
+    Rm {
+        /// Id or name
+        user: String,
+        /// Who is to have what they own, by id or name [default: who asks]
+        #[arg(long, value_name = "USER")]
+        transfer_to: Option<String>,
+        /// What becomes of work of theirs that runs
+        #[arg(long, value_name = "WORD", value_parser = ["finish", "cancel"], default_value = "finish")]
+        work: String,
+        /// Erase what tells who they were
+        #[arg(long)]
+        purge: bool,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]

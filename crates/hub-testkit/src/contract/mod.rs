@@ -16,6 +16,7 @@ mod purges;
 mod retention;
 mod sessions;
 mod state;
+mod users;
 
 pub use accounts::accounts;
 pub use bus::{BusPlan, HandClock, bus};
@@ -32,6 +33,7 @@ pub use purges::purges;
 pub use retention::retention;
 pub use sessions::{activity_has_a_bound, sessions, sessions_and_tasks};
 pub use state::state;
+pub use users::users;
 
 use hub_engine::ports::Window;
 

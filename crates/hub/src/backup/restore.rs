@@ -5,6 +5,7 @@
 use super::archive::{self, Archive, Manifest};
 use super::{ON_POSTGRES, contents, opened_keys, vault};
 use crate::config::Config;
+use crate::control;
 use crate::keys;
 use anyhow::{Context, Result, bail, ensure};
 use hub_engine::ports::Meta;
@@ -280,7 +281,8 @@ pub async fn go(config: &Config, mut say: impl FnMut(&str)) -> Result<()> {
         Ok(text) => say(text.trim_end()),
         Err(_) => say(&format!("the backup is of {}, restored at {}", rfc3339(mark.backup_at), rfc3339(mark.at))),
     }
-    let running = restored_view(&dir.join("hub.sock")).await;
+    let running = control::ask(dir, "GET", "/system/restored", None).await;
+    let running = running.and_then(|body| Ok(serde_json::from_slice::<RestoredView>(&body)?));
     match &running {
         Ok(view) => live(view, &mut say),
         Err(_) => say("the hub does not run, so nobody can say which machines hold what; it goes on when it starts"),
@@ -309,23 +311,6 @@ fn live(view: &RestoredView, say: &mut impl FnMut(&str)) {
             say(&format!("    {} attempt {}: it is ended there", a.task_id, a.attempt));
         }
     }
-}
-
-/// Asks the running hub over its control socket.
-async fn restored_view(socket: &Path) -> Result<RestoredView> {
-    use hyper_util::rt::TokioIo;
-    let stream = tokio::net::UnixStream::connect(socket).await?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let request = hyper::Request::get("/api/v1/system/restored").header("host", "hub").header("connection", "close");
-    let request = request.body(axum::body::Body::empty())?;
-    let ask = async move {
-        let answer = sender.send_request(request).await?;
-        ensure!(answer.status().is_success(), "the hub answered {}", answer.status());
-        let body = axum::body::to_bytes(axum::body::Body::new(answer.into_body()), 64 << 20).await?;
-        Ok(serde_json::from_slice(&body)?)
-    };
-    let both = async { tokio::join!(ask, connection).0 };
-    tokio::time::timeout(Duration::from_secs(10), both).await?
 }
 
 /// A restore that did not finish must not be started from.

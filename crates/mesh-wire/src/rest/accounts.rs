@@ -36,12 +36,69 @@ pub struct PasswordRequest {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct UserView {
     pub id: String,
+    /// Null: a removed person whose detail was erased.
+    pub username: Option<String>,
+    pub role: String,
+    /// `active`, `invited`, `invite_expired`, `disabled` or `removed`.
+    pub status: String,
+    pub created_at: String,
+    /// Until when the link of who is invited can be used.
+    pub invite_expires_at: Option<String>,
+    pub removed_at: Option<String>,
+    /// Where who was invited chooses a password: only in the answer to the call that made the invite.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
+    pub invite_url: Option<String>,
+}
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct SelfView {
+    pub id: String,
     pub username: String,
+}
+/// Without a password the person is invited: the answer has the link by which they choose one.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct UserRequest {
+    pub username: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub password: Option<String>,
+    pub role: String,
+}
+/// What is left out stays as it is.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct UserPatch {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub username: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role: Option<String>,
+    /// Who is disabled cannot log in, and no key of theirs counts; their log-ins end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disabled: Option<bool>,
+    /// Sets a new one and ends their log-ins. The own one is changed by `POST /auth/password`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub password: Option<String>,
+    /// True: a new link for who has no password yet; the one before ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub invite: Option<bool>,
+}
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct AcceptRequest {
+    /// What follows the `#` in the link.
+    pub token: String,
+    pub password: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_name: Option<String>,
 }
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct MeReply {
-    pub user: UserView,
+    pub user: SelfView,
     pub role: String,
     pub permissions: Vec<String>,
 }

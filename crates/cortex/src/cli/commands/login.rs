@@ -4,7 +4,7 @@ use super::Context;
 use crate::cli::args::LoginArgs;
 use crate::cli::config::Login;
 use crate::cli::{Fail, output};
-use crate::rest::LoginRequest;
+use crate::rest::{LoginRequest, TokenReply};
 use crate::{Client, Credentials, Error};
 use std::io::{BufRead as _, IsTerminal as _, Read as _};
 
@@ -26,13 +26,18 @@ pub(super) async fn login(args: LoginArgs, context: &mut Context<'_, '_>) -> Res
         e => Fail::Hub(e),
     })?;
     let url = context.settings.url.clone();
+    keep(url, username, reply, context)
+}
+
+/// Stores a log-in as the current one, and says so.
+pub(super) fn keep(url: String, username: String, reply: TokenReply, context: &mut Context<'_, '_>) -> Result<(), Fail> {
     let stored = context.settings.store.update(|logins| {
         logins.current = Some(url.clone());
-        logins.hubs.insert(url, Login { username: username.clone(), tokens: reply.into() });
+        logins.hubs.insert(url.clone(), Login { username: username.clone(), tokens: reply.into() });
     });
     stored.map_err(|e| Fail::Failed(format!("logged in, but the log-in cannot be stored: {e}")))?;
     let path = context.settings.store.path().map(|p| p.display().to_string()).unwrap_or_default();
-    context.tell(&format!("logged in to {} as {}; kept in {path}", context.settings.url, output::cell(&username)));
+    context.tell(&format!("logged in to {url} as {}; kept in {path}", output::cell(&username)));
     if context.settings.uses_api_key() {
         context.tell("an API key is set as well (--api-key or CORTEX_API_KEY) and goes before the log-in");
     }
@@ -77,7 +82,7 @@ pub(super) async fn whoami(context: &mut Context<'_, '_>) -> Result<(), Fail> {
     output::one(context.io, context.format(), &me, fields)
 }
 
-fn no_terminal() -> Fail {
+pub(super) fn no_terminal() -> Fail {
     Fail::Usage("there is no terminal to ask at; use: cortex login --username NAME --password-stdin < FILE".to_owned())
 }
 
@@ -100,7 +105,7 @@ fn ask_password() -> Result<String, Fail> {
     rpassword::prompt_password("Password: ").map_err(|_| no_terminal())
 }
 
-fn read_password() -> Result<String, Fail> {
+pub(super) fn read_password() -> Result<String, Fail> {
     let mut text = String::new();
     let read = std::io::stdin().lock().take(MAX_PASSWORD_BYTES).read_to_string(&mut text);
     read.map_err(|e| Fail::Failed(format!("cannot read the password: {e}")))?;
@@ -113,7 +118,7 @@ fn read_password() -> Result<String, Fail> {
 }
 
 /// What the hub lists this machine as. Where it cannot be told cheaply, the hub finds its own word.
-fn host_name() -> Option<String> {
+pub(super) fn host_name() -> Option<String> {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
     let name = name.trim();
     mesh_core::name::check(name).ok().map(|()| name.to_owned())

@@ -10,6 +10,7 @@ pub mod run;
 mod session;
 mod task;
 mod top;
+mod user;
 
 use super::args::{Cli, Command, Format};
 use super::config::{Environment, Settings};
@@ -71,6 +72,7 @@ pub async fn perform(cli: Cli, io: &mut Io<'_>) -> u8 {
         Command::Node(command) => node::perform(command, &mut context).await,
         Command::Session(command) => session::perform(command, &mut context).await,
         Command::Task(command) => task::perform(command, &mut context).await,
+        Command::User(command) => user::perform(command, &mut context).await,
         Command::Key(command) => key::perform(command, &mut context).await,
         Command::Grant(command) => grant::perform(command, &mut context).await,
         Command::Doctor | Command::Later(_) => Ok(()),

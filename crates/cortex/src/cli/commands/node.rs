@@ -101,7 +101,7 @@ async fn rm(node: &str, yes: bool, context: &mut Context<'_, '_>) -> Result<(), 
 }
 
 /// Only a clear yes is one; so the end of the input is none.
-fn said_yes(input: impl BufRead) -> bool {
+pub(super) fn said_yes(input: impl BufRead) -> bool {
     let mut line = String::new();
     let _ = input.take(100).read_line(&mut line);
     matches!(line.trim().to_ascii_lowercase().as_str(), "y" | "yes")

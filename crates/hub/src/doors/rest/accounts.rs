@@ -89,7 +89,7 @@ pub async fn me(State(app): State<App>, who: Who) -> Answer<Json<MeReply>> {
     Ok(Json(MeReply {
         role: user.role.as_str().into(),
         permissions: permissions.iter().map(|p| p.as_str().to_owned()).collect(),
-        user: UserView { id: user.id.to_string(), username: user.username },
+        user: SelfView { id: user.id.to_string(), username: user.username },
     }))
 }
 

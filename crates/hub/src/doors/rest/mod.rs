@@ -21,6 +21,7 @@ mod sessions;
 mod state;
 mod system;
 mod tasks;
+mod users;
 mod views;
 mod who;
 
@@ -45,6 +46,7 @@ use hub_engine::events::Events;
 use hub_engine::expiry::Expiry;
 use hub_engine::grants::Grants;
 use hub_engine::idempotency::Idempotency;
+use hub_engine::leaving::Departures;
 use hub_engine::manage::Management;
 use hub_engine::memory::Memory;
 use hub_engine::messages::Messages;
@@ -57,6 +59,7 @@ use hub_engine::state::State;
 use hub_engine::stats::Statistics;
 use hub_engine::tasks::TaskService;
 use hub_engine::throttle::Rates;
+use hub_engine::users::Users;
 use mesh_process::{CancellationToken, SharedClock, Tasks};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -68,6 +71,8 @@ use utoipa_axum::routes;
 pub struct RestState {
     pub accounts: Arc<Accounts>,
     pub grants: Arc<Grants>,
+    pub users: Arc<Users>,
+    pub departures: Arc<Departures>,
     pub nodes: Arc<Nodes>,
     pub manage: Arc<Management>,
     pub sessions: Arc<Sessions>,
@@ -135,6 +140,9 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(accounts::logout))
         .routes(routes!(accounts::me))
         .routes(routes!(accounts::change_password))
+        .routes(routes!(users::accept))
+        .routes(routes!(users::list, users::create))
+        .routes(routes!(users::get, users::change, users::remove))
         .routes(routes!(accounts::list_keys, accounts::create_key))
         .routes(routes!(accounts::remove_key))
         .routes(routes!(grants::list, grants::create))

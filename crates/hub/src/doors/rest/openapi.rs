@@ -30,6 +30,7 @@ use utoipa::OpenApi;
     security(("bearer" = [])),
     tags(
         (name = "auth", description = "Log-in and who is calling"),
+        (name = "users", description = "People: added or invited, changed, removed"),
         (name = "api-keys", description = "Keys for programs, limited by scopes"),
         (name = "grants", description = "What is shared with others"),
         (name = "invites", description = "One-time invites for machines"),
@@ -168,6 +169,7 @@ const IDS: &[(&str, &str)] = &[
     ("/nodes/{id}", "node"),
     ("/sessions/{id}", "sess"),
     ("/tasks/{id}", "task"),
+    ("/users/{id}", "user"),
 ];
 
 /// Says what `{id}` is, and bounds that all lists share.
@@ -242,6 +244,10 @@ static WORDS: LazyLock<Vec<(&str, Vec<&str>)>> = LazyLock::new(|| {
         ("NodeStatusView.status", vec!["revoked", "offline", "draining", "online"]),
         ("SessionView.status", vec!["active", "closed", "expired"]),
         ("InviteView.status", vec!["open", "used", "expired", "revoked"]),
+        ("UserView.status", vec!["active", "invited", "invite_expired", "disabled", "removed"]),
+        ("UserView.role", Role::ALL.iter().map(|r| r.as_str()).collect()),
+        ("UserRequest.role", Role::ALL.iter().map(|r| r.as_str()).collect()),
+        ("UserPatch.role", Role::ALL.iter().map(|r| r.as_str()).collect()),
         ("MeReply.role", Role::ALL.iter().map(|r| r.as_str()).collect()),
         ("GrantView.permissions", Permission::ALL.iter().filter(|p| p.is_grantable()).map(|p| p.as_str()).collect()),
         ("GrantRequest.permissions", Permission::ALL.iter().filter(|p| p.is_grantable()).map(|p| p.as_str()).collect()),

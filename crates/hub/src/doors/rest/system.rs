@@ -118,7 +118,6 @@ pub async fn skills(State(app): State<App>, who: Who) -> Answer<Json<Page<SkillV
 
 /// First parts of paths below `/api/v1` that the contract names and that are not built yet.
 const NOT_YET: &[&str] = &[
-    "users",
     "devices",
     "policies",
     "approvals",
@@ -140,7 +139,6 @@ const NOT_YET_BELOW: &[(&str, &[&str])] = &[
     ("nodes", &["policy"]),
     ("sessions", &["files", "manifest", "rewind", "conflicts", "sync"]),
     ("tasks", &["approve", "deny", "attach", "recording"]),
-    ("auth", &["accept"]),
 ];
 const NOT_YET_OUTSIDE: &[&str] = &["/rpc", "/rpc/ws", "/mcp", "/capabilities", "/install.sh"];
 
@@ -153,10 +151,7 @@ pub async fn unknown(request: Request) -> Response {
     let parts: Vec<&str> = inner.split('/').filter(|p| !p.is_empty()).collect();
     let first = parts.first().copied().unwrap_or_default();
     let promised = NOT_YET.contains(&first)
-        || NOT_YET_BELOW.iter().any(|(top, below)| {
-            let at = if *top == "auth" { 1 } else { 2 };
-            *top == first && parts.get(at).is_some_and(|p| below.contains(p))
-        })
+        || NOT_YET_BELOW.iter().any(|(top, below)| *top == first && parts.get(2).is_some_and(|p| below.contains(p)))
         || NOT_YET_OUTSIDE.contains(&path)
         || (path == "/" && method == Method::POST);
     if promised {

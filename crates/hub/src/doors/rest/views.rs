@@ -27,6 +27,25 @@ pub fn api_key(k: ApiKey) -> ApiKeyView {
     }
 }
 
+pub fn user(u: UserEntry, now: i64) -> UserView {
+    UserView {
+        id: u.id.to_string(),
+        username: u.username,
+        role: u.role.as_str().into(),
+        status: u.standing.as_str(now).into(),
+        created_at: rfc3339(u.created_at),
+        invite_expires_at: match u.standing {
+            Standing::Invited { until } => Some(rfc3339(until)),
+            _ => None,
+        },
+        removed_at: match u.standing {
+            Standing::Removed { at } => Some(rfc3339(at)),
+            _ => None,
+        },
+        invite_url: None,
+    }
+}
+
 pub fn invite(i: Invite, now: i64) -> InviteView {
     let status = match (&i.used, i.revoked_at) {
         (Some(_), _) => "used",

@@ -11,7 +11,7 @@ use hub_engine::accounts::Authenticated;
 use hub_engine::throttle::Principal;
 use mesh_core::permission::{Caller, Via};
 
-/// The name of the first user, who also stands behind the control socket.
+/// The name of the first user.
 pub const ADMIN: &str = "admin";
 
 /// Which listener a request came by; the listener itself puts it there.
@@ -66,7 +66,7 @@ async fn identify(parts: &Parts, app: &App, socket: bool) -> Result<Authenticate
             let (_, token) = token.ok_or(Error::Unauthenticated("use the header Authorization: Bearer <token or API key>"))?;
             app.accounts.authenticate(token.trim()).await
         }
-        None if socket => app.accounts.local_admin(ADMIN).await,
+        None if socket => app.accounts.local_admin().await,
         None => Err(Error::Unauthenticated("log in, or give an API key: Authorization: Bearer <token or API key>")),
     }
 }
