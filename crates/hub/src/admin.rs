@@ -10,6 +10,8 @@ use hub_engine::accounts::{Accounts, Lifetimes, Recent, made_password};
 use hub_engine::events::Events;
 use hub_engine::ports::Meta;
 use hub_engine::records::HubMeta;
+use hub_engine::rights::Rights;
+use hub_engine::throttle::Throttle;
 use hub_engine::users::{Change, Users};
 use hub_store::Store;
 use mesh_core::permission::Caller;
@@ -137,7 +139,7 @@ async fn on_store(config: &Config, clock: SharedClock, work: impl AsyncFnOnce(Us
         store: store.clone(),
         keyring: keys,
         passwords: Arc::new(Argon2Passwords::new()?),
-        throttle: Throttle::new(0, 0, clock.clone()),
+        throttle: Throttle::new(config.login_per_minute_address, config.login_per_minute_account, clock.clone()),
         rights: Arc::new(Rights::new(store.clone(), store.clone(), clock.clone())),
         clock: clock.clone(),
         events: Events::local(Duration::ZERO, clock),
