@@ -8,6 +8,7 @@ pub mod accounts;
 pub mod bus;
 pub mod copies;
 pub mod delivery;
+pub mod devices;
 pub mod error;
 pub mod events;
 pub mod expiry;

@@ -2,6 +2,8 @@
 
 mod accounts;
 mod body;
+mod cookie;
+mod devices;
 mod docs;
 mod downloads;
 pub(super) mod events;
@@ -11,6 +13,7 @@ mod memory;
 mod messages;
 mod nodes;
 mod openapi;
+mod origin;
 mod output;
 mod page;
 mod problem;
@@ -122,6 +125,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(accounts::change_password))
         .routes(routes!(accounts::list_keys, accounts::create_key))
         .routes(routes!(accounts::remove_key))
+        .routes(routes!(devices::list))
+        .routes(routes!(devices::change, devices::remove))
         .routes(routes!(invites::list, invites::create))
         .routes(routes!(invites::revoke))
         .routes(routes!(nodes::list))

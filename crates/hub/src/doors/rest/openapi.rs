@@ -31,6 +31,7 @@ use utoipa::OpenApi;
     tags(
         (name = "auth", description = "Log-in and who is calling"),
         (name = "api-keys", description = "Keys for programs, limited by scopes"),
+        (name = "devices", description = "Log-ins of who asks"),
         (name = "invites", description = "One-time invites for machines"),
         (name = "nodes", description = "The machines of the mesh"),
         (name = "sessions", description = "Workspaces that tasks share, on the nodes attached to them"),
@@ -158,6 +159,7 @@ fn optional_body(operation: &mut Value) {
 /// First parts of a path below `/api/v1`, and the prefix of the id that follows them.
 const IDS: &[(&str, &str)] = &[
     ("/api-keys/{id}", "key"),
+    ("/devices/{id}", "dev"),
     ("/nodes/invites/{id}", "inv"),
     ("/nodes/{id}", "node"),
     ("/sessions/{id}", "sess"),
@@ -268,6 +270,7 @@ const ID_FIELDS: &[(&str, &str)] = &[
     ("task_id", "task"),
     ("parent_id", "task"),
     ("message_id", "msg"),
+    ("device_id", "dev"),
     ("hub_id", "hub"),
 ];
 
