@@ -64,6 +64,12 @@ impl MemoryStore {
     pub fn copy(&self) -> Self {
         Self(Mutex::new(self.state().clone()))
     }
+    /// As another hub would.
+    pub fn set_role(&self, id: UserId, role: mesh_core::permission::Role) {
+        if let Some(user) = self.state().users.get_mut(&id) {
+            user.role = role;
+        }
+    }
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,5 +1,6 @@
 //! One file per noun. [`perform`] decides which one it is.
 
+mod device;
 mod doctor;
 mod input;
 mod key;
@@ -71,6 +72,7 @@ pub async fn perform(cli: Cli, io: &mut Io<'_>) -> u8 {
         Command::Session(command) => session::perform(command, &mut context).await,
         Command::Task(command) => task::perform(command, &mut context).await,
         Command::Key(command) => key::perform(command, &mut context).await,
+        Command::Device(command) => device::perform(command, &mut context).await,
         Command::Doctor | Command::Later(_) => Ok(()),
     };
     renewing.settle(SETTLE).await;
