@@ -155,7 +155,7 @@ async fn no_call_answers_without_credentials_that_count() {
     assert_eq!(with(&hub, &ended, "POST", "/api/v1/auth/logout", None).await.0, 204);
     let (_, key) = hub.call("POST", "/api/v1/api-keys", Some(json!({"name": "gone", "scopes": ["*"]}))).await;
     assert_eq!(hub.call("DELETE", &format!("/api/v1/api-keys/{}", text(&key, "id")), None).await.0, 204);
-    let (_, low) = hub.call("POST", "/api/v1/api-keys", Some(json!({"name": "low", "scopes": ["agents:read"]}))).await;
+    let (_, low) = hub.call("POST", "/api/v1/api-keys", Some(json!({"name": "low", "scopes": ["agents:manage"]}))).await;
     let (gone, low) = (text(&key, "secret"), text(&low, "secret"));
 
     // By hand: what a stranger may ask for. It may only shrink.
