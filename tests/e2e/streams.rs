@@ -1,5 +1,4 @@
 //! Streams outlive their token, but not the rights behind it; and a socket by cookie is for own pages.
-#![expect(clippy::disallowed_methods, reason = "tests start the real binaries and watch the real clock")]
 
 use futures::StreamExt;
 use mesh_tests::{Hub, Node, PASSWORD, PATIENCE, text};
