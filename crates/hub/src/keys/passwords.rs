@@ -150,7 +150,7 @@ mod tests {
     #[tokio::test]
     async fn a_caller_that_leaves_keeps_the_turn_until_the_end() {
         let p = Argon2Passwords::new().unwrap();
-        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let (go, wait) = std::sync::mpsc::sync_channel::<()>(1);
         {
             let mut leaving = std::pin::pin!(p.in_turn(move || wait.recv()));
             assert!(futures::poll!(&mut leaving).is_pending());
