@@ -193,7 +193,8 @@ impl World {
     /// An access token of a log-in of its own.
     async fn token(&self, user: UserId) -> String {
         let (login, expires_at) = (fresh!(LoginId), now() + 3_600_000);
-        self.hub.store.add_refresh(&RefreshToken { mac: entropy::bytes(), login, user, expires_at }).await.unwrap();
+        let device = Device { id: login.into(), user, ..sample::device(1, 1) };
+        self.hub.store.add_login(&device, &RefreshToken { mac: entropy::bytes(), login, user, expires_at }).await.unwrap();
         Keyring::issue_access(&*self.hub.keys, user, login, now(), expires_at)
     }
 

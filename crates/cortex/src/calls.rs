@@ -107,6 +107,18 @@ impl Client {
     pub async fn delete_grant(&self, id: &str) -> Result<(), Error> {
         self.perform(self.call(Method::DELETE, &["grants", id])).await
     }
+    /// The own log-ins.
+    pub async fn devices(&self) -> Result<Vec<DeviceView>, Error> {
+        self.every(&["devices"]).await
+    }
+    /// What is left out of the change stays as it is.
+    pub async fn change_device(&self, id: &str, change: &DevicePatch) -> Result<DeviceView, Error> {
+        self.fetch(self.call(Method::PATCH, &["devices", id]).json(change)).await
+    }
+    /// Ends its log-in.
+    pub async fn delete_device(&self, id: &str) -> Result<(), Error> {
+        self.perform(self.call(Method::DELETE, &["devices", id])).await
+    }
 
     /// Invites a machine; the secret is in `config_yaml` and nowhere else.
     pub async fn create_invite(&self, request: &InviteRequest) -> Result<InviteReply, Error> {

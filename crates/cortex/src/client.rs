@@ -318,7 +318,7 @@ impl Client {
 
     /// Exchanges a refresh token for a new pair; the old one must not be used again.
     pub async fn refresh(&self, refresh_token: &str) -> Result<TokenReply, Error> {
-        let body = RefreshRequest { refresh_token: refresh_token.to_owned() };
+        let body = RefreshRequest { refresh_token: Some(refresh_token.to_owned()) };
         let call = self.call(Method::POST, &["auth", "refresh"]).anonymous().json(&body);
         // Not by `send`, which may itself come here.
         let response = self.judge(&call, self.send_once(&call, None).await?).await?;

@@ -1,6 +1,7 @@
 //! People, their log-ins and their keys.
 
 use crate::access::authorize_own;
+use crate::devices::LoginFrom;
 use crate::error::{Error, Result};
 use crate::events::{Events, Whose};
 use crate::idempotency::{self, Keyed};
@@ -8,7 +9,7 @@ use crate::ports::{self, Creation, Keyring, Passwords, Window};
 use crate::records::{ApiKey, RefreshToken, Rotation, User};
 use crate::rights::Rights;
 use crate::throttle::Throttle;
-use mesh_core::permission::{Caller, Permission, Role, Scope};
+use mesh_core::permission::{Caller, Permission, Reach, Role, Scope};
 use mesh_core::{ApiKeyId, Digest, LoginId, UnixMs, UserId, name};
 use mesh_process::{SharedClock, entropy};
 use std::collections::HashMap;
@@ -25,6 +26,7 @@ pub struct Lifetimes {
 
 /// What a log-in gives.
 pub struct Tokens {
+    pub login: LoginId,
     pub access: String,
     pub refresh: String,
     pub expires_in: u64,
@@ -45,32 +47,39 @@ pub struct NewKey {
 
 pub const KEY_PREFIX: &str = "cmk_";
 const REFRESH_PREFIX: &str = "cmr_";
-/// How many bytes of a key's last use may lag behind, in time: one write a minute is enough.
+/// How far the last use of a key or a log-in may lag behind: one write a minute is enough.
 const LAST_USED_MS: i64 = 60_000;
+/// Longer than any that was given.
+const MAX_TOKEN: usize = 2048;
+const WRONG_TOKEN: Error = Error::Unauthenticated("the token is unknown, altered or expired; log in again or use another API key");
 
 /// Who was seen a moment ago, so that a busy caller costs no reads. What this hub itself changes counts
 /// at once; what another hub changes, after [`RECENT`].
 #[derive(Debug, Default)]
-pub struct Recent(Mutex<HashMap<Digest, (Authenticated, Duration)>>);
+pub struct Recent(Mutex<HashMap<Digest, Seen>>);
+
+#[derive(Debug, Clone)]
+struct Seen {
+    who: Authenticated,
+    at: Duration,
+    /// How often rights had been changed before the look.
+    changes: u64,
+}
 
 const RECENT: Duration = Duration::from_secs(1);
 const RECENT_MOST: usize = 4096;
 
 impl Recent {
-    fn get(&self, mac: &Digest, now: Duration) -> Option<Authenticated> {
+    fn get(&self, mac: &Digest, now: Duration, changes: u64) -> Option<Authenticated> {
         let map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        map.get(mac).filter(|(_, at)| now.saturating_sub(*at) < RECENT).map(|(who, _)| who.clone())
+        map.get(mac).filter(|seen| seen.changes == changes && now.saturating_sub(seen.at) < RECENT).map(|seen| seen.who.clone())
     }
-    fn put(&self, mac: Digest, who: &Authenticated, now: Duration) {
+    fn put(&self, mac: Digest, seen: Seen) {
         let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if map.len() >= RECENT_MOST {
             map.clear();
         }
-        map.insert(mac, (who.clone(), now));
-    }
-    /// Somebody's rights have changed.
-    fn forget(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        map.insert(mac, seen);
     }
 }
 
@@ -104,13 +113,13 @@ impl Accounts {
         Ok(self.store.add_user(&user).await?)
     }
 
-    /// Each wrong password is a try of the account and of the address that it came from.
-    pub async fn login(&self, username: &str, password: String, address: Option<IpAddr>) -> Result<Tokens> {
+    /// Logs a person in who says a password; each wrong one is a try of the account and of the address it came from.
+    pub async fn login(&self, username: &str, password: String, from: LoginFrom) -> Result<Tokens> {
         const WRONG: Error = Error::Unauthenticated("the user name or the password is wrong");
         if password.len() > MAX_PASSWORD_BYTES {
             return Err(WRONG);
         }
-        let attempt = self.throttle.admit(username, address)?;
+        let attempt = self.throttle.admit(username, from.address)?;
         let user = self.store.user_named(username).await?;
         // An unknown name costs the same time as a wrong password.
         let hash = user.as_ref().map(|u| u.password_hash.clone());
@@ -119,24 +128,34 @@ impl Accounts {
         }
         let user = user.ok_or(WRONG)?;
         attempt.succeeded();
+        self.begin_login(user.id, from).await
+    }
+
+    /// Begins a log-in of somebody who has shown who they are.
+    pub async fn begin_login(&self, user: UserId, from: LoginFrom) -> Result<Tokens> {
         let now = self.clock.now_ms();
         let login = LoginId::from_parts(now, entropy::bytes());
         let refresh = fresh_token(REFRESH_PREFIX);
-        let mac = self.keyring.token_mac(&refresh);
-        self.store.add_refresh(&RefreshToken { mac, login, user: user.id, expires_at: self.refresh_end(now) }).await?;
-        Ok(self.tokens(user.id, login, refresh, now))
+        let token = RefreshToken { mac: self.keyring.token_mac(&refresh), login, user, expires_at: self.refresh_end(now) };
+        let device = from.device(login.into(), user, now);
+        self.store.add_login(&device, &token).await?;
+        tracing::info!(%user, device = %device.id, name = ?device.name, "log-in");
+        Ok(self.tokens(user, login, refresh, now))
     }
 
     /// Gives new tokens for a refresh token that was not used before. A second use ends its family.
-    pub async fn refresh(&self, token: &str) -> Result<Tokens> {
+    pub async fn refresh(&self, token: &str, address: Option<IpAddr>) -> Result<Tokens> {
         let now = self.clock.now_ms();
         let fresh = fresh_token(REFRESH_PREFIX);
         let (old, new) = (self.keyring.token_mac(token), self.keyring.token_mac(&fresh));
         match self.store.rotate_refresh(&old, &new, self.refresh_end(now), now).await? {
-            Rotation::Rotated { user, login } => Ok(self.tokens(user, login, fresh, now)),
+            Rotation::Rotated { user, login } => {
+                self.store.device_seen(login.into(), address, now).await?;
+                Ok(self.tokens(user, login, fresh, now))
+            }
             Rotation::Reused { user, login } => {
                 tracing::warn!(%user, %login, "a refresh token came a second time; its log-in is ended");
-                self.rights_changed(Whose::Login(login));
+                self.events.rights_changed(Whose::Login(login));
                 Err(Error::Unauthenticated("this refresh token was used before; its log-in is ended, log in again"))
             }
             Rotation::Unknown => Err(Error::Unauthenticated("the refresh token is unknown or has expired; log in again")),
@@ -145,14 +164,8 @@ impl Accounts {
 
     pub async fn logout(&self, login: LoginId) -> Result<()> {
         self.store.end_login(login).await?;
-        self.rights_changed(Whose::Login(login));
+        self.events.rights_changed(Whose::Login(login));
         Ok(())
-    }
-
-    /// Rights of somebody have changed: what was remembered of them, and what streams to them, ends.
-    pub(crate) fn rights_changed(&self, whose: Whose) {
-        self.recent.forget();
-        self.events.rights_changed(whose);
     }
 
     fn refresh_end(&self, now: UnixMs) -> UnixMs {
@@ -162,39 +175,42 @@ impl Accounts {
     fn tokens(&self, user: UserId, login: LoginId, refresh: String, now: UnixMs) -> Tokens {
         let expires_in = self.lifetimes.access_secs;
         let access = self.keyring.issue_access(user, login, now, now + expires_in as i64 * 1000);
-        Tokens { access, refresh, expires_in }
+        Tokens { login, access, refresh, expires_in }
     }
 
     /// Who a bearer token is, with the rights of now.
-    pub async fn authenticate(&self, token: &str) -> Result<Authenticated> {
-        let (mac, now) = (self.keyring.token_mac(token), self.clock.steady());
-        if let Some(who) = self.recent.get(&mac, now) {
+    pub async fn authenticate(&self, token: &str, address: Option<IpAddr>) -> Result<Authenticated> {
+        if token.len() > MAX_TOKEN {
+            return Err(WRONG_TOKEN);
+        }
+        let (mac, at, changes) = (self.keyring.token_mac(token), self.clock.steady(), *self.events.rights().borrow());
+        if let Some(who) = self.recent.get(&mac, at, changes) {
             return Ok(who);
         }
-        let who = self.identify(token, &mac).await?;
-        self.recent.put(mac, &who, now);
+        let who = self.identify(token, &mac, address).await?;
+        self.recent.put(mac, Seen { who: who.clone(), at, changes });
         Ok(who)
     }
 
-    async fn identify(&self, token: &str, mac: &Digest) -> Result<Authenticated> {
-        const WRONG: Error = Error::Unauthenticated("the token is unknown, altered or expired; log in again or use another API key");
+    async fn identify(&self, token: &str, mac: &Digest, address: Option<IpAddr>) -> Result<Authenticated> {
         let now = self.clock.now_ms();
         if token.starts_with(KEY_PREFIX) {
-            let key = self.store.key_by_mac(mac).await?.ok_or(WRONG)?;
+            let key = self.store.key_by_mac(mac).await?.ok_or(WRONG_TOKEN)?;
             if key.expires_at.is_some_and(|e| e <= now) {
-                return Err(WRONG);
+                return Err(WRONG_TOKEN);
             }
-            let user = self.store.user(key.user).await?.ok_or(WRONG)?;
+            let user = self.store.user(key.user).await?.ok_or(WRONG_TOKEN)?;
             if key.last_used_at.is_none_or(|t| now - t > LAST_USED_MS) {
                 self.store.key_used(key.id, now).await?;
             }
             let caller = self.with_granted(Caller::key(key.id, user.id, user.role, key.scopes)).await?;
             return Ok(Authenticated { caller, login: None });
         }
-        let (user, login) = self.keyring.read_access(token, now).ok_or(WRONG)?;
-        let user = self.store.user(user).await?.ok_or(WRONG)?;
-        if !self.store.login_lives(login, now).await? {
-            return Err(WRONG);
+        let (user, login) = self.keyring.read_access(token, now).ok_or(WRONG_TOKEN)?;
+        let user = self.store.user(user).await?.ok_or(WRONG_TOKEN)?;
+        let device = self.store.device(login.into(), now).await?.ok_or(WRONG_TOKEN)?;
+        if now - device.last_seen_at > LAST_USED_MS {
+            self.store.device_seen(device.id, address, now).await?;
         }
         let caller = self.with_granted(Caller::person(user.id, user.role)).await?;
         Ok(Authenticated { caller, login: Some(login) })
@@ -217,7 +233,7 @@ impl Accounts {
             now.via = before.via.clone();
         }
         if let Some(login) = who.login
-            && !self.store.login_lives(login, now).await?
+            && self.store.device(login.into(), now).await?.is_none()
         {
             return Err(ENDED);
         }
@@ -260,7 +276,7 @@ impl Accounts {
         let hash = self.passwords.hash(new).await?;
         attempt.succeeded();
         self.store.set_password(user.id, &hash, who.login).await?;
-        self.rights_changed(Whose::User(user.id));
+        self.events.rights_changed(Whose::User(user.id));
         Ok(())
     }
 
@@ -281,8 +297,7 @@ impl Accounts {
         if scopes.is_empty() {
             return Err(Error::invalid("bad_scope", "a key needs at least one scope, such as tasks:dispatch"));
         }
-        let scopes = scopes.iter().map(|s| Scope::parse(s)).collect::<std::result::Result<Vec<_>, _>>();
-        let scopes = scopes.map_err(|e| Error::invalid("bad_scope", e))?;
+        let scopes = judged_scopes(caller, scopes)?;
         let now = self.clock.now_ms();
         if expires_at.is_some_and(|e| e <= now) {
             return Err(Error::invalid("bad_time", "expires_at lies in the past"));
@@ -326,7 +341,7 @@ impl Accounts {
         if !self.store.remove_key(id).await? {
             return Err(Error::NotFound("API key"));
         }
-        self.rights_changed(Whose::Key(id));
+        self.events.rights_changed(Whose::Key(id));
         Ok(())
     }
 }
@@ -342,6 +357,21 @@ pub fn check_password(password: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::invalid("bad_password", format!("a password has {MIN_PASSWORD_CHARS} to {MAX_PASSWORD_CHARS} characters, not {n}")))
+}
+
+/// Each once, and none of which the caller has no part: it would give nothing.
+fn judged_scopes(caller: &Caller, texts: &[String]) -> Result<Vec<Scope>> {
+    let mut scopes: Vec<Scope> = vec![];
+    for text in texts {
+        let scope = Scope::parse(text).map_err(|e| Error::invalid("bad_scope", e))?;
+        if !Permission::ALL.iter().any(|p| scope.covers(*p) && caller.reach(*p) != Reach::None) {
+            return Err(Error::invalid("bad_scope", format!("{text} is more than you may do yourself; see auth/me for what you may")));
+        }
+        if !scopes.contains(&scope) {
+            scopes.push(scope);
+        }
+    }
+    Ok(scopes)
 }
 
 /// A prefix and 256 random bits in base 62, so that a scanner can find one that leaked.

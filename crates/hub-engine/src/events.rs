@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::sync::watch;
 
 /// One health sample per node in this time.
 const HEALTH_EVERY: Duration = Duration::from_secs(15);
@@ -258,6 +259,8 @@ pub struct Events {
     clock: SharedClock,
     /// Steady time of the last health sample that was told.
     health: Arc<Mutex<BTreeMap<NodeId, Duration>>>,
+    /// How often somebody's rights were changed by this process.
+    rights: watch::Sender<u64>,
 }
 
 impl fmt::Debug for Events {
@@ -268,7 +271,7 @@ impl fmt::Debug for Events {
 
 impl Events {
     pub fn new(bus: Arc<dyn Bus>, clock: SharedClock) -> Self {
-        Self { bus, clock, health: Arc::default() }
+        Self { bus, clock, health: Arc::default(), rights: watch::Sender::default() }
     }
     /// In this process alone.
     pub fn local(keep_for: Duration, clock: SharedClock) -> Self {
@@ -348,9 +351,16 @@ impl Events {
         self.tell(owner, Data::Session(id, news));
     }
 
-    /// Streams of those whom it concerns look their rights up again at once, not only each minute.
+    /// What was remembered of anybody's rights counts no more, and streams look them up again at once,
+    /// not only each minute. To be said after the commit.
     pub fn rights_changed(&self, whose: Whose) {
+        self.rights.send_modify(|n| *n += 1);
         self.tell(UserId::from_bytes([0; 16]), Data::Rights(whose));
+    }
+
+    /// Counts changes of rights.
+    pub fn rights(&self) -> watch::Receiver<u64> {
+        self.rights.subscribe()
     }
 
     /// Opens a stream. Without `topics`: all that the caller may read.

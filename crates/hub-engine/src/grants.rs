@@ -126,7 +126,7 @@ impl Grants {
     /// Counts at once on this hub; another one reads it again within seconds.
     fn changed(&self, grant: &Grant) {
         tracing::info!(grant = %grant.id, subject = ?grant.subject, resource = ?grant.resource, "grants changed");
-        self.accounts.rights_changed(match grant.subject {
+        self.accounts.events.rights_changed(match grant.subject {
             Subject::User(id) => Whose::User(id),
             Subject::Role(role) => Whose::Role(role),
         });

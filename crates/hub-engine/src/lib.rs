@@ -9,6 +9,7 @@ pub mod buckets;
 pub mod bus;
 pub mod copies;
 pub mod delivery;
+pub mod devices;
 pub mod error;
 pub mod events;
 pub mod expiry;

@@ -7,8 +7,9 @@ use crate::records::*;
 use async_trait::async_trait;
 use mesh_core::output::Digests;
 use mesh_core::task::{Action, AttemptNo, Event, Refused, TaskState};
-use mesh_core::{ApiKeyId, Digest, EntryId, GrantId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
+use mesh_core::{ApiKeyId, DeviceId, Digest, EntryId, GrantId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 /// A store that failed, and at what.
 #[derive(Debug, thiserror::Error)]
@@ -229,12 +230,18 @@ pub trait Accounts: Send + Sync {
     /// Sets the hash and ends every log-in of the user but `keep`.
     async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()>;
 
-    async fn add_refresh(&self, token: &RefreshToken) -> Stored<()>;
+    /// Adds a log-in and its first refresh token, and takes away what has ended of the same user's, in
+    /// one commit.
+    async fn add_login(&self, device: &Device, token: &RefreshToken) -> Stored<()>;
     /// Marks `old` as used and adds `new_mac` in its family, in one commit.
     async fn rotate_refresh(&self, old: &Digest, new_mac: &Digest, new_expires_at: UnixMs, now: UnixMs) -> Stored<Rotation>;
     async fn end_login(&self, login: LoginId) -> Stored<()>;
-    /// True while the log-in has a refresh token that is neither used up nor ended.
-    async fn login_lives(&self, login: LoginId, now: UnixMs) -> Stored<bool>;
+    /// One that lives: its log-in has a refresh token that is neither used up nor ended.
+    async fn device(&self, id: DeviceId, now: UnixMs) -> Stored<Option<Device>>;
+    /// Those of a user that live, newest first.
+    async fn devices(&self, user: UserId, now: UnixMs, window: Window<DeviceId>) -> Stored<Vec<Device>>;
+    async fn change_device(&self, id: DeviceId, change: &DeviceChange) -> Stored<()>;
+    async fn device_seen(&self, id: DeviceId, address: Option<IpAddr>, now: UnixMs) -> Stored<()>;
 
     async fn add_key(&self, key: &ApiKey) -> Stored<()>;
     async fn key_by_mac(&self, mac: &Digest) -> Stored<Option<ApiKey>>;
@@ -430,12 +437,12 @@ pub trait Keyring: Send + Sync {
     fn issue_certificate(&self, node: NodeId, spki_der: &[u8], now: UnixMs, not_after: UnixMs) -> Stored<Vec<u8>>;
 }
 
-/// Password hashing, bounded in how many run at once.
+/// Password hashing, bounded in how many run at once and how many wait; beyond that it says `busy`.
 #[async_trait]
 pub trait Passwords: Send + Sync {
-    async fn hash(&self, password: String) -> Stored<String>;
+    async fn hash(&self, password: String) -> crate::Result<String>;
     /// Takes the same time when there is no hash to compare with.
-    async fn verify(&self, password: String, hash: Option<String>) -> Stored<bool>;
+    async fn verify(&self, password: String, hash: Option<String>) -> crate::Result<bool>;
 }
 
 #[cfg(test)]

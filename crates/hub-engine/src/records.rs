@@ -6,8 +6,11 @@ use mesh_core::permission::{Permissions, Role, Scope, Thing};
 use mesh_core::seal::Intent;
 use mesh_core::select::Offers;
 use mesh_core::task::{AttemptNo, Event, NeverStarted, OnLost, Outcome, Progress, Reason, ReasonCode, TaskState, Terms, verdict};
-use mesh_core::{ApiKeyId, Digest, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
+use mesh_core::{
+    ApiKeyId, DeviceId, Digest, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId,
+};
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 /// Facts about this deployment that its database holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,6 +139,30 @@ pub struct RefreshToken {
     pub login: LoginId,
     pub user: UserId,
     pub expires_at: UnixMs,
+}
+
+/// A log-in, as the person whose it is sees it. It lives while its family of refresh tokens does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    pub id: DeviceId,
+    pub user: UserId,
+    pub name: String,
+    /// What its program called itself, shortened.
+    pub user_agent: Option<String>,
+    /// Where it logged in from; None: this machine, by the control socket.
+    pub first_address: Option<IpAddr>,
+    /// Where it was used from last.
+    pub address: Option<IpAddr>,
+    pub last_seen_at: UnixMs,
+    /// None: nobody has said yet, it is new.
+    pub trusted: Option<bool>,
+}
+
+/// What of a device is set anew.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DeviceChange {
+    pub name: Option<String>,
+    pub trusted: Option<bool>,
 }
 
 /// What became of a refresh.
@@ -363,6 +390,8 @@ pub struct Session {
     pub expired_at: Option<UnixMs>,
     /// When its erasure was asked for.
     pub purged_at: Option<UnixMs>,
+    /// That it was made on; None: by a key.
+    pub device: Option<DeviceId>,
     /// In the order in which they were attached.
     pub nodes: Vec<NodeId>,
 }

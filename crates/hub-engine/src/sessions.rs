@@ -45,6 +45,7 @@ impl Sessions {
             closed_at: None,
             expired_at: None,
             purged_at: None,
+            device: caller.as_person().and_then(|p| p.via.device),
             nodes: vec![],
         };
         match keyed {

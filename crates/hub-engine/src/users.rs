@@ -2,7 +2,8 @@
 //! [`crate::leaving`]'s.
 
 use crate::access::visible;
-use crate::accounts::{Accounts, check_password, fresh_token};
+use crate::accounts::{Accounts, Tokens, check_password, fresh_token};
+use crate::devices::LoginFrom;
 use crate::error::{Error, Result};
 use crate::events::Whose;
 use crate::idempotency::{self, Keyed};
@@ -117,7 +118,7 @@ impl Users {
     }
 
     /// Sets the password of who was invited; gives their name to log in with.
-    pub async fn accept(&self, token: &str, password: String) -> Result<String> {
+    pub async fn accept(&self, token: &str, password: String, from: LoginFrom) -> Result<Tokens> {
         let (mac, now) = (self.accounts.keyring.token_mac(token), self.now());
         // First: strangers make nobody compute.
         self.store.invited(&mac, now).await?.ok_or(NO_INVITE)?;
@@ -125,7 +126,7 @@ impl Users {
         let hash = self.accounts.passwords.hash(password).await?;
         let user = self.store.accept_invite(&mac, &hash, now).await?.ok_or(NO_INVITE)?;
         tracing::info!(user = %user.id, "an invite was accepted");
-        user.username.ok_or(NO_INVITE)
+        self.accounts.begin_login(user.id, from).await
     }
 
     /// Everybody may rename themselves; all else is the admins'.
@@ -188,7 +189,7 @@ impl Users {
     }
 
     pub(crate) fn rights_changed(&self, id: UserId) {
-        self.accounts.rights_changed(Whose::User(id));
+        self.accounts.events.rights_changed(Whose::User(id));
         if let Some(pool) = &self.pool {
             pool.rights_changed();
         }

@@ -1,148 +1,214 @@
-//! Guessing passwords: how few of them are looked at, and that the right one is taken soon after.
+//! Log-ins, devices and keys, with what is kept in memory and a clock that the test holds.
 
 use async_trait::async_trait;
-use hub_engine::Error;
-use hub_engine::accounts::{Accounts, Lifetimes};
-use hub_engine::events::Events;
-use hub_engine::ports::{Accounts as _, Passwords, Stored};
-use hub_engine::throttle::Throttle;
-use hub_testkit::contract::sample;
-use hub_testkit::keys::TestKeys;
-use hub_testkit::memory::MemoryStore;
+use hub_engine::accounts::{Accounts, Lifetimes, Recent};
+use hub_engine::devices::LoginFrom;
+use hub_engine::events::{Data, Events, NodeNews, Told, Topic, Whose};
+use hub_engine::ports::{Accounts as _, Keyring, Passwords, Stored, Window};
+use hub_engine::records::User;
+use hub_engine::{Error, Result};
+use hub_testkit::contract::{HandClock, sample};
+use hub_testkit::{MemoryStore, TestKeys};
+use mesh_core::permission::{Caller, Permission, Reach, Role};
+use mesh_core::seal::Intent;
+use mesh_core::{Digest, LoginId, NodeId, UnixMs, UserId};
 use mesh_process::Clock;
-use std::net::IpAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+/// Says what it was asked; a password fits its own text.
 #[derive(Default)]
-struct Hands(AtomicUsize);
-impl Clock for Hands {
-    fn now_ms(&self) -> i64 {
-        self.steady().as_millis() as i64
-    }
-    fn steady(&self) -> Duration {
-        Duration::from_secs(1_000_000 + self.0.load(Ordering::SeqCst) as u64)
-    }
-    fn anchored_ms(&self) -> i64 {
-        self.now_ms()
-    }
-}
+struct Plain(Mutex<Vec<Option<String>>>);
 
-const RIGHT: &str = "the right password";
-
-/// Counts what costs a machine its time.
-#[derive(Default)]
-struct Counting(AtomicUsize);
 #[async_trait]
-impl Passwords for Counting {
-    async fn hash(&self, password: String) -> Stored<String> {
+impl Passwords for Plain {
+    async fn hash(&self, password: String) -> Result<String> {
         Ok(password)
     }
-    async fn verify(&self, password: String, stored: Option<String>) -> Stored<bool> {
-        self.0.fetch_add(1, Ordering::SeqCst);
-        // Time for all the others to come.
-        tokio::task::yield_now().await;
-        Ok(stored.is_some_and(|s| s == password))
+    async fn verify(&self, password: String, hash: Option<String>) -> Result<bool> {
+        self.0.lock().unwrap().push(hash.clone());
+        Ok(hash == Some(password))
     }
 }
 
-struct World {
+/// Tokens that anybody can read.
+struct Open;
+
+impl Keyring for Open {
+    fn sign(&self, kind: &str, body: &[u8]) -> (String, [u8; 64]) {
+        TestKeys.sign(kind, body)
+    }
+    fn key_id(&self) -> String {
+        TestKeys.key_id()
+    }
+    fn seal(&self, intent: &Intent) -> Digest {
+        TestKeys.seal(intent)
+    }
+    fn is_sealed(&self, intent: &Intent, seal: &Digest) -> bool {
+        TestKeys.is_sealed(intent, seal)
+    }
+    fn token_mac(&self, token: &str) -> Digest {
+        TestKeys.token_mac(token)
+    }
+    fn issue_access(&self, user: UserId, login: LoginId, _: UnixMs, expires_at: UnixMs) -> String {
+        format!("{user} {login} {expires_at}")
+    }
+    fn read_access(&self, token: &str, now: UnixMs) -> Option<(UserId, LoginId)> {
+        let parts: Vec<&str> = token.split(' ').collect();
+        let [user, login, end] = parts[..] else { return None };
+        (end.parse::<UnixMs>().ok()? > now).then_some((user.parse().ok()?, login.parse().ok()?))
+    }
+    fn issue_certificate(&self, _: NodeId, _: &[u8], _: UnixMs, _: UnixMs) -> Stored<Vec<u8>> {
+        Ok(vec![])
+    }
+}
+
+struct Stage {
+    store: Arc<MemoryStore>,
+    clock: Arc<HandClock>,
+    passwords: Arc<Plain>,
+    events: Events,
     accounts: Accounts,
-    clock: Arc<Hands>,
-    hashes: Arc<Counting>,
 }
 
-impl World {
-    async fn new() -> Self {
-        let (clock, store, hashes) = (Arc::new(Hands::default()), Arc::new(MemoryStore::new()), Arc::new(Counting::default()));
-        let mut ada = sample::user(1, "ada");
-        ada.password_hash = RIGHT.into();
-        assert!(store.add_user(&ada).await.unwrap());
-        let accounts = Accounts {
-            recent: Default::default(),
-            store,
-            keyring: Arc::new(TestKeys),
-            passwords: hashes.clone(),
-            clock: clock.clone(),
-            events: Events::local(Duration::from_secs(60), clock.clone()),
-            lifetimes: Lifetimes { access_secs: 600, refresh_days: 30 },
-            throttle: Throttle::new(10, 5, clock.clone()),
-        };
-        Self { accounts, clock, hashes }
-    }
+const ALL: Window<mesh_core::DeviceId> = Window { before: None, limit: 100 };
 
-    async fn try_with(&self, name: &str, password: &str, from: u32) -> Result<(), Error> {
-        let address = IpAddr::from((0x0a00_0000 + from).to_be_bytes());
-        self.accounts.login(name, password.into(), Some(address)).await.map(drop)
-    }
-
-    /// Password hashes since this was asked last.
-    fn hashes(&self) -> usize {
-        self.hashes.0.swap(0, Ordering::SeqCst)
-    }
+async fn stage(role: Role) -> Stage {
+    let (store, clock, passwords) = (Arc::new(MemoryStore::new()), Arc::new(HandClock::default()), Arc::new(Plain::default()));
+    let user = User { role, password_hash: "right".into(), ..sample::user(1, "ada") };
+    store.add_user(&user).await.unwrap();
+    let events = Events::local(Duration::from_secs(600), clock.clone());
+    let accounts = Accounts {
+        recent: Recent::default(),
+        store: store.clone(),
+        keyring: Arc::new(Open),
+        passwords: passwords.clone(),
+        clock: clock.clone(),
+        events: events.clone(),
+        lifetimes: Lifetimes { access_secs: 600, refresh_days: 30 },
+    };
+    Stage { store, clock, passwords, events, accounts }
 }
 
-fn said(r: Result<(), Error>) -> (String, Option<Duration>) {
-    match r {
-        Ok(()) => ("in".into(), None),
-        Err(Error::RateLimited { detail, wait }) => (detail.into(), Some(wait)),
-        Err(e) => (e.to_string(), None),
+fn person(role: Role) -> Caller {
+    Caller::person(sample::user_id(1), role)
+}
+
+#[tokio::test]
+async fn an_unknown_name_costs_what_a_wrong_password_does() {
+    let s = stage(Role::Developer).await;
+    let log_in = async |name: &str, password: &str| s.accounts.login(name, password.into(), LoginFrom::default()).await.map(drop);
+    let wrong = log_in("ada", "wrong").await.unwrap_err();
+    let unknown = log_in("nobody", "wrong").await.unwrap_err();
+    assert!(matches!(wrong, Error::Unauthenticated(_)) && wrong.to_string() == unknown.to_string());
+    assert_eq!(*s.passwords.0.lock().unwrap(), [Some("right".to_owned()), None], "each was compared with something");
+    log_in("ADA", "right").await.unwrap();
+}
+
+#[tokio::test]
+async fn what_was_remembered_of_somebody_counts_no_more_once_their_rights_change() {
+    let s = stage(Role::Admin).await;
+    let made = s.accounts.create_key(&person(Role::Admin), "k", &["nodes:*".into(), "system:*".into()], None, None).await.unwrap();
+    let reach = async |p| s.accounts.authenticate(&made.secret, None).await.unwrap().caller.reach(p);
+    assert_eq!(reach(Permission::NodesManage).await, Reach::All);
+    s.store.set_role(sample::user_id(1), Role::Viewer);
+    // As another hub would: it counts after a moment.
+    assert_eq!(reach(Permission::NodesManage).await, Reach::All);
+    // As this hub does: at once.
+    s.events.rights_changed(Whose::User(sample::user_id(1)));
+    for p in [Permission::NodesManage, Permission::NodesInvite, Permission::SystemAdminister] {
+        assert_eq!(reach(p).await, Reach::None, "a key gives no more than its owner has now");
+    }
+    assert_eq!(reach(Permission::NodesRead).await, Reach::All, "what a viewer has");
+    s.store.set_role(sample::user_id(1), Role::Admin);
+    s.clock.advance(Duration::from_secs(2));
+    assert_eq!(reach(Permission::NodesManage).await, Reach::All);
+}
+
+#[tokio::test]
+async fn a_scope_is_no_more_than_who_makes_the_key_has() {
+    let bad = [
+        (Role::Admin, "tasks:approve"),
+        (Role::Developer, "system:administer"),
+        (Role::Developer, "system:audit"),
+        (Role::Developer, "system:*"),
+        (Role::Viewer, "tasks:dispatch"),
+        (Role::Viewer, "nodes:manage"),
+        (Role::Guest, "sessions:write"),
+    ];
+    for (role, scope) in bad {
+        let s = stage(role).await;
+        let made = s.accounts.create_key(&person(role), "k", &["tasks:read".into(), scope.into()], None, None).await;
+        assert!(matches!(made, Err(Error::Invalid { code: "bad_scope", .. })), "{role:?} {scope}");
+    }
+    for (role, scope) in [(Role::Admin, "system:audit"), (Role::Developer, "*"), (Role::Viewer, "nodes:*"), (Role::Guest, "tasks:dispatch")]
+    {
+        let s = stage(role).await;
+        s.accounts.create_key(&person(role), "k", &[scope.into()], None, None).await.unwrap();
     }
 }
 
 #[tokio::test]
-async fn a_thousand_guesses_at_once_cost_five_hashes_and_lock_nobody_out_for_long() {
-    let w = World::new().await;
-    let guesses = (0..1_000).map(|n| {
-        let w = &w;
-        async move { w.try_with("ada", &format!("a guess {n}"), 1).await }
-    });
-    let answers = futures::future::join_all(guesses).await;
-    assert_eq!(w.hashes(), 5);
-    assert!(answers.iter().all(Result::is_err));
-    assert!(said(w.try_with("ada", RIGHT, 1).await).1.is_some(), "the right one waits too, from there");
-    assert_eq!(w.hashes(), 0);
-    assert_eq!(said(w.try_with("ada", RIGHT, 2).await).0, "in", "and not from elsewhere");
-    w.clock.0.fetch_add(60, Ordering::SeqCst);
-    assert_eq!(said(w.try_with("ada", RIGHT, 1).await).0, "in", "a minute later it is taken");
+async fn a_stream_of_somebody_demoted_ends() {
+    let s = stage(Role::Admin).await;
+    let tokens = s.accounts.login("ada", "right".into(), LoginFrom::default()).await.unwrap();
+    let who = s.accounts.authenticate(&tokens.access, None).await.unwrap();
+    let mut feed = s.events.open(who, Some(vec![Topic::Nodes]), None).unwrap();
+    let news = || s.events.tell(sample::user_id(2), Data::Node(sample::node_id(1), NodeNews::Online));
+    news();
+    assert!(matches!(feed.next().await, Told::Event(..)));
+    s.store.set_role(sample::user_id(1), Role::Developer);
+    s.events.rights_changed(Whose::User(sample::user_id(1)));
+    news();
+    assert!(matches!(feed.next().await, Told::LookAgain), "before anything more is told");
+    let now = s.accounts.still(feed.who()).await.unwrap();
+    feed.set_rights(now).unwrap();
+    s.events.tell(sample::user_id(1), Data::Node(sample::node_id(2), NodeNews::Online));
+    let Told::Event(_, event) = feed.next().await else { panic!() };
+    assert_eq!(event.owner, sample::user_id(1), "of others' nodes it hears no more");
+    // Its log-in ends: there is nothing left.
+    s.accounts.logout(tokens.login).await.unwrap();
+    assert!(matches!(feed.next().await, Told::LookAgain));
+    assert!(matches!(s.accounts.still(feed.who()).await, Err(Error::Unauthenticated(_))));
 }
 
 #[tokio::test]
-async fn many_addresses_together_get_no_more_than_ten() {
-    let w = World::new().await;
-    assert_eq!(said(w.try_with("ada", RIGHT, 1).await).0, "in");
-    w.hashes();
-    for from in 100..1_100 {
-        let _ = w.try_with("ada", "a guess", from).await;
-    }
-    assert_eq!(w.hashes(), 50);
-    assert_eq!(said(w.try_with("ada", RIGHT, 1).await).0, "in", "where ada has been before, she is not kept waiting");
+async fn a_device_is_seen_at_most_once_a_minute() {
+    let s = stage(Role::Developer).await;
+    let at = |last: u8| Some([192, 0, 2, last].into());
+    let from = LoginFrom { name: Some("desk".into()), user_agent: None, address: at(1) };
+    let tokens = s.accounts.login("ada", "right".into(), from).await.unwrap();
+    let made = s.clock.now_ms();
+    let seen = async || {
+        let all = s.accounts.devices(&person(Role::Developer), ALL).await.unwrap();
+        let [one] = &all[..] else { panic!("{all:?}") };
+        (one.first_address, one.address, one.last_seen_at)
+    };
+    s.clock.advance(Duration::from_secs(59));
+    s.accounts.authenticate(&tokens.access, at(2)).await.unwrap();
+    assert_eq!(seen().await, (at(1), at(1), made));
+    s.clock.advance(Duration::from_secs(2));
+    s.accounts.authenticate(&tokens.access, at(2)).await.unwrap();
+    assert_eq!(seen().await, (at(1), at(2), made + 61_000));
+    s.accounts.refresh(&tokens.refresh, at(3)).await.unwrap();
+    assert_eq!(seen().await, (at(1), at(3), made + 61_000));
 }
 
 #[tokio::test]
-async fn names_that_nobody_has_are_answered_as_others_are() {
-    let w = World::new().await;
-    let mut answers = vec![];
-    for (name, from) in [("ada", 1), ("nobody", 2)] {
-        for _ in 0..7 {
-            answers.push((said(w.try_with(name, "a guess", from).await), w.hashes()));
-        }
-    }
-    assert_eq!(answers[..7], answers[7..]);
-    assert_eq!(answers.iter().filter(|(_, hashes)| *hashes == 1).count(), 10);
-}
-
-#[tokio::test]
-async fn who_has_a_token_cannot_guess_the_password_by_changing_it() {
-    let w = World::new().await;
-    let who = w.accounts.local_admin("ada").await.unwrap();
-    let mut refused = 0;
-    for n in 0..20 {
-        let change = w.accounts.change_password(&who, format!("a guess {n}"), "a new password".into()).await;
-        refused += usize::from(matches!(change, Err(Error::RateLimited { .. })));
-    }
-    assert_eq!((w.hashes(), refused), (5, 15));
-    w.clock.0.fetch_add(60, Ordering::SeqCst);
-    w.accounts.change_password(&who, RIGHT.into(), "a new password".into()).await.unwrap();
+async fn nobody_touches_devices_of_others_nor_by_a_key() {
+    let s = stage(Role::Developer).await;
+    let tokens = s.accounts.login("ada", "right".into(), LoginFrom::default()).await.unwrap();
+    let id = tokens.login.into();
+    let change = hub_engine::records::DeviceChange { name: None, trusted: Some(true) };
+    let other = Caller::person(sample::user_id(2), Role::Admin);
+    assert!(s.accounts.devices(&other, ALL).await.unwrap().is_empty());
+    assert!(matches!(s.accounts.change_device(&other, id, change.clone()).await, Err(Error::NotFound(_))));
+    assert!(matches!(s.accounts.remove_device(&other, id).await, Err(Error::NotFound(_))));
+    let made = s.accounts.create_key(&person(Role::Developer), "k", &["*".into()], None, None).await.unwrap();
+    let key = s.accounts.authenticate(&made.secret, None).await.unwrap().caller;
+    assert!(matches!(s.accounts.devices(&key, ALL).await, Err(Error::Forbidden(_))));
+    assert!(matches!(s.accounts.change_device(&key, id, change).await, Err(Error::Forbidden(_))));
+    assert!(matches!(s.accounts.remove_device(&key, id).await, Err(Error::Forbidden(_))));
+    s.accounts.remove_device(&person(Role::Developer), id).await.unwrap();
+    assert!(s.accounts.authenticate(&tokens.access, None).await.is_err());
 }

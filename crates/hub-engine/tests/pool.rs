@@ -8,7 +8,7 @@ use hub_engine::idempotency::{Idempotency, Keyed};
 use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
 use hub_engine::pool::{Accepted, Pool, Queue};
 use hub_engine::ports::{Accounts, Journal, Keyring, NodeDirectory, Stored, Window};
-use hub_engine::records::{ApiKey, Node, RefreshToken, Rotation, Task, TaskFilter, User};
+use hub_engine::records::{ApiKey, Device, DeviceChange, Node, RefreshToken, Rotation, Task, TaskFilter, User};
 use hub_engine::rights::Rights;
 use hub_engine::watch::Watchers;
 use hub_testkit::contract::{HandClock, sample};
@@ -19,8 +19,9 @@ use mesh_core::permission::{Caller, Role};
 use mesh_core::placement::Waiting;
 use mesh_core::select::Selector;
 use mesh_core::task::{Event, OnLost, Outcome, Progress, ReasonCode, TaskState, Terms};
-use mesh_core::{ApiKeyId, Digest, LoginId, NodeId, TaskId, UnixMs, UserId, sha256};
+use mesh_core::{ApiKeyId, DeviceId, Digest, LoginId, NodeId, TaskId, UnixMs, UserId, sha256};
 use mesh_process::Clock;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -66,8 +67,8 @@ impl Accounts for Slow {
     async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()> {
         self.inner.set_password(id, hash, keep).await
     }
-    async fn add_refresh(&self, token: &RefreshToken) -> Stored<()> {
-        self.inner.add_refresh(token).await
+    async fn add_login(&self, device: &Device, token: &RefreshToken) -> Stored<()> {
+        self.inner.add_login(device, token).await
     }
     async fn rotate_refresh(&self, old: &Digest, new_mac: &Digest, new_expires_at: UnixMs, now: UnixMs) -> Stored<Rotation> {
         self.inner.rotate_refresh(old, new_mac, new_expires_at, now).await
@@ -75,8 +76,17 @@ impl Accounts for Slow {
     async fn end_login(&self, login: LoginId) -> Stored<()> {
         self.inner.end_login(login).await
     }
-    async fn login_lives(&self, login: LoginId, now: UnixMs) -> Stored<bool> {
-        self.inner.login_lives(login, now).await
+    async fn device(&self, id: DeviceId, now: UnixMs) -> Stored<Option<Device>> {
+        self.inner.device(id, now).await
+    }
+    async fn devices(&self, user: UserId, now: UnixMs, window: Window<DeviceId>) -> Stored<Vec<Device>> {
+        self.inner.devices(user, now, window).await
+    }
+    async fn change_device(&self, id: DeviceId, change: &DeviceChange) -> Stored<()> {
+        self.inner.change_device(id, change).await
+    }
+    async fn device_seen(&self, id: DeviceId, address: Option<IpAddr>, now: UnixMs) -> Stored<()> {
+        self.inner.device_seen(id, address, now).await
     }
     async fn add_key(&self, key: &ApiKey) -> Stored<()> {
         self.inner.add_key(key).await

@@ -1,16 +1,20 @@
 //! People: users, log-ins, API keys.
 
-use crate::dialect::Conn;
+use crate::dialect::{Conn, Row};
 use crate::rows::{Columns, Id, KEY_COLUMNS, USER_COLUMNS, blob, key, list_text, user};
-use crate::sql::{Rows, Value, sql, values};
-use crate::store::{Failed, Store, failed};
+use crate::sql::{Rows, Sql, Value, sql, values};
+use crate::store::{Failed, Store};
 use crate::users::MAY_ACT;
 use async_trait::async_trait;
 use hub_engine::ports::{Accounts, Stored, Window};
-use hub_engine::records::{ApiKey, RefreshToken, Rotation, User};
+use hub_engine::records::{ApiKey, Device, DeviceChange, RefreshToken, Rotation, User};
 use mesh_core::permission::Role;
-use mesh_core::{ApiKeyId, Digest, LoginId, UnixMs, UserId};
+use mesh_core::{ApiKeyId, DeviceId, Digest, LoginId, UnixMs, UserId};
+use std::net::IpAddr;
 
+const DEVICE_COLUMNS: &str = "id, \"user\", name, user_agent, first_address, address, last_seen_at, trusted";
+/// The log-ins with a token that can still be used at `$2`.
+const LIVING: &str = "SELECT login FROM refresh_tokens WHERE used_at IS NULL AND NOT ended AND expires_at > $2";
 const REFRESH_COLUMNS: &str = "mac, login, \"user\", expires_at";
 
 #[async_trait]
@@ -59,8 +63,22 @@ impl Accounts for Store {
         .await
     }
 
-    async fn add_refresh(&self, token: &RefreshToken) -> Stored<()> {
-        self.insert("accounts.add_refresh", "refresh_tokens", REFRESH_COLUMNS, refresh_row(token)).await
+    async fn add_login(&self, device: &Device, token: &RefreshToken) -> Stored<()> {
+        self.write("accounts.add_login", (device.clone(), token.clone()), |conn, (d, token)| {
+            Box::pin(async move {
+                let ended = format!("DELETE FROM refresh_tokens WHERE \"user\" = $1 AND login NOT IN ({LIVING} AND \"user\" = $1)");
+                conn.execute(&sql(ended).bind(d.user.blob()).bind(d.last_seen_at)).await?;
+                let gone = "DELETE FROM devices WHERE \"user\" = $1 AND id NOT IN (SELECT login FROM refresh_tokens WHERE \"user\" = $1)";
+                conn.execute(&sql(gone).bind(d.user.blob())).await?;
+                let (first, last) = (d.first_address.map(|a| a.to_string()), d.address.map(|a| a.to_string()));
+                let row =
+                    values![d.id.blob(), d.user.blob(), d.name.as_str(), d.user_agent.as_deref(), first, last, d.last_seen_at, d.trusted];
+                conn.insert("devices", DEVICE_COLUMNS, &Rows::of([row]), "").await?;
+                conn.insert("refresh_tokens", REFRESH_COLUMNS, &Rows::of([refresh_row(token)]), "").await?;
+                Ok(())
+            })
+        })
+        .await
     }
 
     async fn rotate_refresh(&self, old: &Digest, new_mac: &Digest, new_expires_at: UnixMs, now: UnixMs) -> Stored<Rotation> {
@@ -97,10 +115,30 @@ impl Accounts for Store {
         self.write("accounts.end_login", login, |conn, login| Box::pin(end_login(conn, *login))).await
     }
 
-    async fn login_lives(&self, login: LoginId, now: UnixMs) -> Stored<bool> {
-        let q = sql("SELECT 1 FROM refresh_tokens WHERE login = $1 AND used_at IS NULL AND NOT ended AND expires_at > $2 LIMIT 1");
-        let row = self.read.row(q.bind(login.blob()).bind(now), |_| Ok(())).await.map_err(failed("accounts.login_lives"))?;
-        Ok(row.is_some())
+    async fn device(&self, id: DeviceId, now: UnixMs) -> Stored<Option<Device>> {
+        let q = sql(format!("SELECT {DEVICE_COLUMNS} FROM devices d WHERE id = $1 AND EXISTS ({LIVING} AND login = d.id)"));
+        self.one("accounts.device", q.bind(id.blob()).bind(now), device).await
+    }
+
+    async fn devices(&self, user: UserId, now: UnixMs, window: Window<DeviceId>) -> Stored<Vec<Device>> {
+        let narrow = |q: Sql| {
+            let mut q = q.bind(user.blob()).bind(now);
+            q.text.to_mut().push_str(&format!(" AND \"user\" = $1 AND EXISTS ({LIVING} AND login = d.id)"));
+            q
+        };
+        self.page("accounts.devices", (DEVICE_COLUMNS, "devices d"), narrow, window, device).await
+    }
+
+    async fn change_device(&self, id: DeviceId, change: &DeviceChange) -> Stored<()> {
+        let q = sql("UPDATE devices SET name = COALESCE($1, name), trusted = COALESCE($2, trusted) WHERE id = $3");
+        let q = q.bind(change.name.as_deref()).bind(change.trusted).bind(id.blob());
+        self.execute("accounts.change_device", q).await.map(drop)
+    }
+
+    async fn device_seen(&self, id: DeviceId, address: Option<IpAddr>, now: UnixMs) -> Stored<()> {
+        let q = sql("UPDATE devices SET address = $1, last_seen_at = $2 WHERE id = $3");
+        let q = q.bind(address.map(|a| a.to_string())).bind(now).bind(id.blob());
+        self.execute("accounts.device_seen", q).await.map(drop)
     }
 
     async fn add_key(&self, k: &ApiKey) -> Stored<()> {
@@ -141,6 +179,20 @@ pub(crate) fn key_row(k: &ApiKey) -> [Value<'_>; 9] {
         k.expires_at,
         k.last_used_at,
     ]
+}
+
+fn device(row: &Row) -> Result<Device, Failed> {
+    let c = &mut Columns::of(row);
+    Ok(Device {
+        id: c.id()?,
+        user: c.id()?,
+        name: c.get()?,
+        user_agent: c.get()?,
+        first_address: c.word_or_null(|text| text.parse().ok())?,
+        address: c.word_or_null(|text| text.parse().ok())?,
+        last_seen_at: c.get()?,
+        trusted: c.get()?,
+    })
 }
 
 fn refresh_row(t: &RefreshToken) -> [Value<'_>; 4] {

@@ -30,7 +30,7 @@ macro_rules! id {
         }
     )*};
 }
-id!(ApiKeyId, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, SpoolId, TaskId, UserId);
+id!(ApiKeyId, DeviceId, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, SpoolId, TaskId, UserId);
 
 /// Ids as values of a list.
 pub(crate) fn all<'i, I: Id + 'i>(ids: impl IntoIterator<Item = &'i I>) -> Vec<Value<'static>> {
@@ -311,7 +311,7 @@ pub(crate) fn key(row: &Row) -> Result<ApiKey, Failed> {
 /// The nodes come as hex, separated by commas, in the order of their attachment.
 pub(crate) fn session_columns(dialect: Dialect) -> String {
     format!(
-        "id, owner, name, created_at, expires_at, ttl_ms, closed_at, expired_at, purged_at, \
+        "id, owner, name, created_at, expires_at, ttl_ms, closed_at, expired_at, purged_at, device, \
          (SELECT string_agg({}, ',' ORDER BY position, node) FROM session_nodes WHERE session = s.id)",
         dialect.hex("node")
     )
@@ -329,6 +329,7 @@ pub(crate) fn session(row: &Row) -> Result<Session, Failed> {
         closed_at: c.get()?,
         expired_at: c.get()?,
         purged_at: c.get()?,
+        device: c.id_or_null()?,
         nodes: match c.get::<Option<&str>>()? {
             None => vec![],
             Some(list) => list.split(',').map(node_of_hex).collect::<Result<_, _>>()?,

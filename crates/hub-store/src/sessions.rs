@@ -70,8 +70,8 @@ fn attach(id: SessionId, node: NodeId, now: UnixMs) -> Sql {
 }
 
 pub(crate) async fn insert(conn: &mut Conn, s: &Session) -> Result<(), Failed> {
-    let row = values![s.id.blob(), s.owner.blob(), s.name.as_str(), s.created_at, s.expires_at, s.ttl_ms, s.closed_at];
-    let columns = "id, owner, name, created_at, expires_at, ttl_ms, closed_at";
+    let row = values![s.id.blob(), s.owner.blob(), s.name.as_str(), s.created_at, s.expires_at, s.ttl_ms, s.closed_at, blob(s.device)];
+    let columns = "id, owner, name, created_at, expires_at, ttl_ms, closed_at, device";
     conn.insert("sessions", columns, &Rows::of([row]), "").await?;
     note(conn, s.id, (SessionAct::Created, &s.name), Some(s.owner), s.created_at).await?;
     for node in &s.nodes {

@@ -238,6 +238,8 @@ async fn remove(conn: &mut Conn, l: &Leaving) -> Result<Removal, Failed> {
 async fn end_credentials(conn: &mut Conn, user: UserId) -> Result<(), Failed> {
     conn.alone(sql("SELECT $1").bind(user.blob())).await?;
     conn.execute(&sql("DELETE FROM refresh_tokens WHERE \"user\" = $1").bind(user.blob())).await?;
+    // With the names and addresses by which a person could be told.
+    conn.execute(&sql("DELETE FROM devices WHERE \"user\" = $1").bind(user.blob())).await?;
     conn.execute(&sql("DELETE FROM api_keys WHERE \"user\" = $1").bind(user.blob())).await?;
     Ok(())
 }

@@ -14,6 +14,7 @@ use mesh_core::spec::INLINE_SPEC_BYTES;
 use mesh_core::task::{Action, AttemptNo, Event, step};
 use mesh_core::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const MAX_NOTICES: usize = 20;
@@ -42,6 +43,7 @@ struct State {
     removed_users: BTreeMap<UserId, (UserEntry, Leaving, bool)>,
     user_epochs: BTreeMap<UserId, u64>,
     refresh: BTreeMap<Digest, Refresh>,
+    devices: BTreeMap<DeviceId, Device>,
     keys: BTreeMap<ApiKeyId, ApiKey>,
     sessions: BTreeMap<SessionId, Session>,
     output_erased: BTreeSet<TaskId>,
@@ -70,6 +72,12 @@ impl MemoryStore {
     /// As it is now, apart from what comes: a back-up.
     pub fn copy(&self) -> Self {
         Self(Mutex::new(self.state().clone()))
+    }
+    /// As another hub would.
+    pub fn set_role(&self, id: UserId, role: mesh_core::permission::Role) {
+        if let Some(user) = self.state().users.get_mut(&id) {
+            user.role = role;
+        }
     }
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -108,6 +116,10 @@ impl State {
     fn raise_epoch(&mut self) -> u64 {
         self.registry_epoch += 1;
         self.registry_epoch
+    }
+    /// Log-ins with a token that can still be used.
+    fn living(&self, now: UnixMs) -> BTreeSet<LoginId> {
+        self.refresh.values().filter(|r| !r.used && !r.ended && r.token.expires_at > now).map(|r| r.token.login).collect()
     }
     fn end_login(&mut self, login: LoginId) {
         self.refresh.values_mut().filter(|r| r.token.login == login).for_each(|r| r.ended = true);
@@ -497,9 +509,15 @@ impl Accounts for MemoryStore {
         Ok(())
     }
 
-    async fn add_refresh(&self, token: &RefreshToken) -> Stored<()> {
+    async fn add_login(&self, device: &Device, token: &RefreshToken) -> Stored<()> {
+        let mut state = self.state();
+        let (user, now) = (device.user, device.last_seen_at);
+        let living = state.living(now);
+        state.refresh.retain(|_, r| r.token.user != user || living.contains(&r.token.login));
+        state.devices.retain(|id, d| d.user != user || living.contains(&LoginId::from(*id)));
+        add(&mut state.devices, "accounts.add_login", device.id, device.clone())?;
         let new = Refresh { token: token.clone(), used: false, ended: false };
-        add(&mut self.state().refresh, "accounts.add_refresh", token.mac, new)
+        add(&mut state.refresh, "accounts.add_login", token.mac, new)
     }
     async fn rotate_refresh(&self, old: &Digest, new_mac: &Digest, new_expires_at: UnixMs, now: UnixMs) -> Stored<Rotation> {
         let mut state = self.state();
@@ -521,8 +539,27 @@ impl Accounts for MemoryStore {
         self.state().end_login(login);
         Ok(())
     }
-    async fn login_lives(&self, login: LoginId, now: UnixMs) -> Stored<bool> {
-        Ok(self.state().refresh.values().any(|r| r.token.login == login && !r.used && !r.ended && r.token.expires_at > now))
+    async fn device(&self, id: DeviceId, now: UnixMs) -> Stored<Option<Device>> {
+        let state = self.state();
+        Ok(state.devices.get(&id).filter(|_| state.living(now).contains(&id.into())).cloned())
+    }
+    async fn devices(&self, user: UserId, now: UnixMs, window: Window<DeviceId>) -> Stored<Vec<Device>> {
+        let state = self.state();
+        let living = state.living(now);
+        Ok(page(&state.devices, window, |d| d.user == user && living.contains(&d.id.into())))
+    }
+    async fn change_device(&self, id: DeviceId, change: &DeviceChange) -> Stored<()> {
+        if let Some(device) = self.state().devices.get_mut(&id) {
+            device.name = change.name.clone().unwrap_or_else(|| device.name.clone());
+            device.trusted = change.trusted.or(device.trusted);
+        }
+        Ok(())
+    }
+    async fn device_seen(&self, id: DeviceId, address: Option<IpAddr>, now: UnixMs) -> Stored<()> {
+        if let Some(device) = self.state().devices.get_mut(&id) {
+            (device.address, device.last_seen_at) = (address, now);
+        }
+        Ok(())
     }
 
     async fn add_key(&self, key: &ApiKey) -> Stored<()> {

@@ -62,6 +62,7 @@ ids! {
     /// A one-time permission to enrol one machine.
     InviteId = "inv", "invite";
     ApiKeyId = "key", "API key";
+    /// A log-in as its person sees it: the same bytes as its [`LoginId`].
     DeviceId = "dev", "device";
     /// What somebody may do with something that is not theirs.
     GrantId = "grant", "grant";
@@ -77,9 +78,34 @@ ids! {
     LoginId = "login", "log-in";
 }
 
+impl From<LoginId> for DeviceId {
+    fn from(login: LoginId) -> Self {
+        Self(login.0)
+    }
+}
+impl From<DeviceId> for LoginId {
+    fn from(device: DeviceId) -> Self {
+        Self(device.0)
+    }
+}
+impl DeviceId {
+    /// When the log-in was made, in milliseconds since the Unix epoch.
+    pub fn made_at(&self) -> crate::UnixMs {
+        self.as_bytes()[..6].iter().fold(0, |ms, b| ms << 8 | crate::UnixMs::from(*b))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_is_a_log_in() {
+        let login = LoginId::from_parts(1_790_000_000_123, [7; 10]);
+        let device = DeviceId::from(login);
+        assert_eq!((device.made_at(), LoginId::from(device)), (1_790_000_000_123, login));
+        assert!(device.to_string().starts_with("dev_") && login.to_string().ends_with(&device.to_string()[4..]));
+    }
 
     #[test]
     fn text_form_round_trips_and_is_unique() {

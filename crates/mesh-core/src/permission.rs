@@ -1,6 +1,6 @@
 //! Who may do what: roles, permissions, scopes of keys, and the one question [`allows`].
 
-use crate::{ApiKeyId, NodeId, SessionId, UserId};
+use crate::{ApiKeyId, DeviceId, NodeId, SessionId, UserId};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -263,11 +263,13 @@ pub struct Via {
     pub address: Option<IpAddr>,
     /// For logs and the audit.
     pub request_id: Option<Arc<str>>,
+    /// None: no log-in, but a key or a socket file.
+    pub device: Option<DeviceId>,
 }
 
 impl Default for Via {
     fn default() -> Self {
-        Self { door: "hub", address: None, request_id: None }
+        Self { door: "hub", address: None, request_id: None, device: None }
     }
 }
 

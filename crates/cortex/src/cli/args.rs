@@ -14,7 +14,7 @@ pub struct Cli {
 }
 
 const NOT_YET: &str = "Exit codes: 0 fine, 1 failed, 2 wrong usage or config (`cortex run --help` has its own).
-Not yet: shell, cp, file, approval, agent, workflow, bundle, tool, audit, device, policy, events, connect, mcp, doctor, completions.";
+Not yet: shell, cp, file, approval, agent, workflow, bundle, tool, audit, policy, events, connect, mcp, doctor, completions.";
 
 #[derive(Debug, Clone, Default, Args)]
 pub struct Global {
@@ -65,6 +65,9 @@ pub enum Command {
     /// What is shared with others
     #[command(subcommand)]
     Grant(GrantCommand),
+    /// Your log-ins, each a device
+    #[command(subcommand)]
+    Device(DeviceCommand),
     /// Check the way to the hub; name the hop that fails
     Doctor,
     #[command(flatten)]
@@ -102,8 +105,6 @@ pub enum Later {
     Audit(Anything),
     #[command(hide = true)]
     #[command(hide = true)]
-    Device(Anything),
-    #[command(hide = true)]
     Policy(Anything),
     #[command(hide = true)]
     Events(Anything),
@@ -128,7 +129,6 @@ impl Later {
             Self::Bundle(_) => "`cortex bundle` is not built.",
             Self::Tool(_) => "`cortex tool` is not built.",
             Self::Audit(_) => "`cortex audit` is not built.",
-            Self::Device(_) => "`cortex device` is not built.",
             Self::Policy(_) => "`cortex policy` is not built; on the machine itself use: cortex-node policy",
             Self::Events(_) => "`cortex events` is not built; one task is followed with: cortex task logs -f TASK",
             Self::Connect(_) => "`cortex connect` is not built.",
@@ -461,6 +461,7 @@ pub struct TaskLs {
 #[derive(Debug, Subcommand)]
 pub enum KeyCommand {
     /// Make a key; its secret is shown this once
+    #[command(visible_alias = "add")]
     New {
         name: String,
         /// What the key may do, such as tasks:dispatch or nodes:*; may be given several times
@@ -518,6 +519,25 @@ pub struct GrantAdd {
     pub expires_at: Option<String>,
 }
 
+#[derive(Debug, Subcommand)]
+pub enum DeviceCommand {
+    /// List the devices; a new one is one that nobody has trusted yet
+    Ls,
+    /// End a device's log-in, whoever uses it
+    Rm {
+        /// Id or name
+        device: String,
+    },
+    /// Mark a device as your own
+    Trust {
+        /// Id or name
+        device: String,
+        /// Take the mark away
+        #[arg(long)]
+        off: bool,
+    },
+}
+
 fn slot(text: &str) -> Result<(String, u32), String> {
     let pair = text.split_once('=').filter(|(kind, _)| !kind.is_empty());
     pair.and_then(|(kind, n)| Some((kind.to_owned(), n.parse().ok()?))).ok_or_else(|| "write it as KIND=NUMBER".to_owned())
@@ -571,6 +591,9 @@ mod tests {
             "cortex run --on-lost never -- y",
             "cortex login --password-stdin",
             "cortex key new k",
+            "cortex device",
+            "cortex device rm",
+            "cortex device trust",
             "cortex nonsense",
         ] {
             assert_eq!(parse(wrong).unwrap_err().exit_code(), 2, "{wrong}");
@@ -585,12 +608,28 @@ mod tests {
 
     #[test]
     fn what_is_not_built_takes_anything() {
-        for verb in "shell cp file approval agent workflow bundle tool audit user device policy events connect mcp completions".split(' ') {
+        for verb in "shell cp file approval agent workflow bundle tool audit policy events connect mcp completions".split(' ') {
             for rest in ["", " --help", " -x y --z=1 -- a"] {
                 let Ok(Command::Later(l)) = parse(&format!("cortex {verb}{rest}")) else { panic!("{verb}{rest}") };
                 assert!(l.sentence().contains(&format!("`cortex {verb}` is not built")), "{}", l.sentence());
             }
         }
+    }
+
+    /// Words that begin with @ name no file to read.
+    #[test]
+    fn an_at_sign_is_a_character_like_any_other() {
+        let Ok(Command::Run(r)) = parse("cortex run --node @n --env A=@/etc/passwd -- @/etc/passwd @@ @-") else { panic!() };
+        assert_eq!((r.node.as_deref(), &r.env[0].1[..]), (Some("@n"), "@/etc/passwd"));
+        assert_eq!(r.argv, ["@/etc/passwd", "@@", "@-"]);
+        let Ok(Command::Run(r)) = parse("cortex run --script @/etc/passwd") else { panic!() };
+        assert_eq!(r.script.as_deref(), Some("@/etc/passwd"));
+        let Ok(Command::Key(KeyCommand::New { name, scopes, .. })) = parse("cortex key add @/etc/passwd --scope @x") else { panic!() };
+        assert_eq!((&name[..], &scopes[..]), ("@/etc/passwd", &["@x".to_owned()][..]));
+        let Ok(Command::Device(DeviceCommand::Trust { device, off: true })) = parse("cortex device trust @d --off") else { panic!() };
+        assert_eq!(device, "@d");
+        let cli = Cli::try_parse_from(["cortex", "whoami", "--url", "@/etc/passwd", "--api-key", "@/etc/passwd"]).unwrap();
+        assert_eq!((cli.global.url.as_deref(), cli.global.api_key.as_deref()), (Some("@/etc/passwd"), Some("@/etc/passwd")));
     }
 
     #[test]

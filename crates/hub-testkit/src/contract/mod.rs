@@ -113,6 +113,19 @@ pub mod sample {
         User { id: user_id(n), username: name.into(), role: Role::Developer, password_hash: format!("$argon2id${n}"), created_at: T0 }
     }
 
+    pub fn device(login: u16, user: u16) -> Device {
+        Device {
+            id: login_id(login).into(),
+            user: user_id(user),
+            name: format!("büro {login}"),
+            user_agent: Some("curl/8.5.0".into()),
+            first_address: Some([192, 0, 2, 1].into()),
+            address: Some([192, 0, 2, 1].into()),
+            last_seen_at: T0,
+            trusted: None,
+        }
+    }
+
     pub fn session(n: u16, owner: u16) -> Session {
         Session {
             id: session_id(n),
@@ -124,6 +137,7 @@ pub mod sample {
             closed_at: None,
             expired_at: None,
             purged_at: None,
+            device: (n % 2 == 1).then(|| DeviceId::from(login_id(n))),
             nodes: vec![],
         }
     }

@@ -1,4 +1,4 @@
-use super::sample::{entry_id, invite, invite_id, key_id, login_id, node, node_id, session, session_id, user, user_id};
+use super::sample::{device, entry_id, invite, invite_id, key_id, login_id, node, node_id, session, session_id, user, user_id};
 use super::{T0, all, window};
 use hub_engine::ports::{Accounts, AgentState, NodeDirectory, Sessions, Users};
 use hub_engine::records::*;
@@ -27,8 +27,12 @@ fn bare(n: u16, name: &str, role: Role) -> User {
 fn link(mac: u8, expires_at: i64) -> UserInvite {
     UserInvite { mac: [mac; 32], expires_at }
 }
-fn refresh(mac: u8, user: u16) -> RefreshToken {
-    RefreshToken { mac: [mac; 32], login: login_id(mac.into()), user: user_id(user), expires_at: T0 + 100 }
+async fn log_in<S: Accounts + ?Sized>(store: &S, n: u16, user: u16) {
+    let token = RefreshToken { mac: [n as u8; 32], login: login_id(n), user: user_id(user), expires_at: T0 + 100 };
+    store.add_login(&device(n, user), &token).await.unwrap();
+}
+async fn lives<S: Accounts + ?Sized>(store: &S, login: u16) -> bool {
+    store.device(login_id(login).into(), T0).await.unwrap().is_some()
 }
 fn key(n: u16, user: u16) -> ApiKey {
     ApiKey {
@@ -103,20 +107,20 @@ async fn changing<S: Accounts + Users + NodeDirectory + ?Sized>(store: &S) {
     assert!(matches!(change(2, role).await, UserChanged::Done { now, .. } if now.role == Role::Viewer));
     assert_eq!(store.changed_since(epoch).await.unwrap().users, [user_id(2)], "other hubs notice");
 
-    store.add_refresh(&refresh(1, 2)).await.unwrap();
-    store.add_refresh(&refresh(2, 1)).await.unwrap();
+    log_in(store, 1, 2).await;
+    log_in(store, 2, 1).await;
     store.add_key(&key(1, 2)).await.unwrap();
     let off = |disabled| UserChange { disabled: Some(disabled), ..Default::default() };
     change(2, off(true)).await;
     change(3, off(true)).await;
     assert_eq!(standing(store, 2).await, Some(Standing::Disabled));
     assert_eq!(store.user(user_id(2)).await.unwrap(), None);
-    assert!(!store.login_lives(login_id(1), T0).await.unwrap() && store.login_lives(login_id(2), T0).await.unwrap());
+    assert!(!lives(store, 1).await && lives(store, 2).await);
     assert_eq!(store.accept_invite(&[1; 32], "x", T0).await.unwrap(), None, "nor does their link work");
     change(2, off(false)).await;
     change(3, off(false)).await;
     assert_eq!(standing(store, 2).await, Some(Standing::Active));
-    assert!(!store.login_lives(login_id(1), T0).await.unwrap(), "what has ended stays so");
+    assert!(!lives(store, 1).await, "what has ended stays so");
     assert!(store.key(key_id(1)).await.unwrap().is_some());
     assert!(store.accept_invite(&[1; 32], "x", T0).await.unwrap().is_some());
 }
@@ -176,7 +180,7 @@ where
         store.claim_invite(invite_id(n), &node(n, n as u8), T0, 1).await.unwrap();
         store.add_session(&session(n, 1)).await.unwrap();
         store.put_state(&state(n, if n < 3 { "a" } else { "b" }, 1), 9).await.unwrap();
-        store.add_refresh(&refresh(n as u8, 1)).await.unwrap();
+        log_in(store, n, 1).await;
         store.add_key(&key(n, 1)).await.unwrap();
     }
     store.add_invite(&invite(6)).await.unwrap();
@@ -193,7 +197,7 @@ where
     assert_eq!((entry.username.as_deref(), entry.standing), (Some("bob"), Standing::Removed { at: T0 + 5 }));
     assert_eq!(store.entry_named("bob").await.unwrap(), None);
     assert!(store.create_user(&person(7, "Bob", Role::Guest), None).await.unwrap(), "the name is free again");
-    assert!(!store.login_lives(login_id(1), T0).await.unwrap());
+    assert!(!lives(store, 1).await);
     assert_eq!(store.rotate_refresh(&[1; 32], &[99; 32], T0 + 9, T0).await.unwrap(), Rotation::Unknown);
     assert_eq!(store.key_by_mac(&[1; 32]).await.unwrap(), None);
     assert_eq!(store.invite(invite_id(6)).await.unwrap().unwrap().revoked_at, Some(T0 + 5));
@@ -218,12 +222,12 @@ where
     // What was on its way when they left.
     store.add_session(&session(8, 1)).await.unwrap();
     store.add_invite(&invite(8)).await.unwrap();
-    store.add_refresh(&refresh(50, 1)).await.unwrap();
+    log_in(store, 50, 1).await;
     store.add_key(&key(50, 1)).await.unwrap();
     assert!(!store.hand_over(user_id(1), 2).await.unwrap());
     assert_eq!(Sessions::session(store, session_id(8)).await.unwrap().unwrap().owner, user_id(2));
     assert!(store.invite(invite_id(8)).await.unwrap().unwrap().revoked_at.is_some());
-    assert!(!store.login_lives(login_id(50), T0).await.unwrap());
+    assert!(!lives(store, 50).await);
     assert_eq!(store.key(key_id(50)).await.unwrap(), None);
     assert!(store.hand_over(user_id(1), 2).await.unwrap());
     assert!(store.key(key_id(6)).await.unwrap().is_some(), "others keep theirs");

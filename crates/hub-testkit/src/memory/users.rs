@@ -34,6 +34,7 @@ impl State {
     }
     fn end_credentials(&mut self, id: UserId) {
         self.refresh.retain(|_, r| r.token.user != id);
+        self.devices.retain(|_, d| d.user != id);
         self.keys.retain(|_, k| k.user != id);
     }
     fn revoke_invites(&mut self, owner: UserId, at: UnixMs) {
@@ -129,6 +130,7 @@ impl Users for MemoryStore {
         let entry = UserEntry { username, standing: Standing::Removed { at: l.at }, ..before };
         state.removed_users.insert(l.user, (entry, l.clone(), false));
         state.end_credentials(l.user);
+        state.grants.retain(|_, g| g.subject != Subject::User(l.user));
         state.revoke_invites(l.user, l.at);
         Ok(Removal::Done)
     }

@@ -5,6 +5,7 @@ use argon2::{Algorithm, Argon2, Block, Params, Version};
 use async_trait::async_trait;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD_NO_PAD as B64;
+use hub_engine::Error;
 use hub_engine::ports::{Passwords, StoreError, Stored};
 use mesh_process::entropy;
 use std::sync::Arc;
@@ -13,8 +14,13 @@ use tokio::sync::Semaphore;
 /// Each takes 19 MiB and a core.
 const AT_ONCE: usize = 2;
 
+/// So many more may wait: about as long as a caller is patient. Others are told to come again.
+const WAITING: usize = 64;
+
 pub struct Argon2Passwords {
     gate: Arc<Semaphore>,
+    /// A place for each that computes or waits.
+    queue: Arc<Semaphore>,
     /// Compared with when the user is unknown, so that the answer takes as long.
     dummy: String,
 }
@@ -22,18 +28,23 @@ pub struct Argon2Passwords {
 impl Argon2Passwords {
     pub fn new() -> Result<Self, StoreError> {
         let dummy = hash(b"nobody has this password")?;
-        Ok(Self { gate: Arc::new(Semaphore::new(AT_ONCE)), dummy })
+        let places = |n| Arc::new(Semaphore::new(n));
+        Ok(Self { gate: places(AT_ONCE), queue: places(AT_ONCE + WAITING), dummy })
     }
 
-    /// Its place is the work's own: who hangs up makes no room for another while it still computes.
-    async fn in_turn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Stored<T> {
-        let failed = |e: Box<dyn std::error::Error + Send + Sync>| StoreError::new("hash a password", e);
-        let place = self.gate.clone().acquire_owned().await.map_err(|e| failed(e.into()))?;
-        let work = move || {
-            let _place = place;
-            work()
+    /// Works off the async threads, in turn. The work keeps its place to its end: its caller may leave before.
+    async fn in_turn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> hub_engine::Result<T> {
+        let failed = |e: String| StoreError::new("hash a password", e);
+        let Ok(place) = self.queue.clone().try_acquire_owned() else {
+            return Err(Error::Unavailable { code: "busy", detail: "too many log in at once; try again in a second".into() });
         };
-        tokio::task::spawn_blocking(work).await.map_err(|e| failed(e.into()))
+        let turn = self.gate.clone().acquire_owned().await.map_err(|e| failed(e.to_string()))?;
+        let work = move || {
+            let done = work();
+            drop((place, turn));
+            done
+        };
+        Ok(tokio::task::spawn_blocking(work).await.map_err(|e| failed(e.to_string()))?)
     }
 }
 
@@ -71,10 +82,10 @@ fn fits(password: &[u8], phc: &str) -> bool {
 
 #[async_trait]
 impl Passwords for Argon2Passwords {
-    async fn hash(&self, password: String) -> Stored<String> {
-        self.in_turn(move || hash(password.as_bytes())).await?
+    async fn hash(&self, password: String) -> hub_engine::Result<String> {
+        Ok(self.in_turn(move || hash(password.as_bytes())).await??)
     }
-    async fn verify(&self, password: String, stored: Option<String>) -> Stored<bool> {
+    async fn verify(&self, password: String, stored: Option<String>) -> hub_engine::Result<bool> {
         let known = stored.is_some();
         let phc = stored.unwrap_or_else(|| self.dummy.clone());
         let fits = self.in_turn(move || fits(password.as_bytes(), &phc)).await?;
@@ -99,16 +110,53 @@ mod tests {
         }
     }
 
+    /// An unknown name costs what a wrong password does, and no shorter way leads out.
     #[tokio::test]
-    async fn who_hangs_up_makes_no_room_for_another() {
+    async fn nobody_costs_as_much_as_somebody() {
         let p = Argon2Passwords::new().unwrap();
-        let (go, wait) = std::sync::mpsc::sync_channel::<()>(0);
-        {
-            let mut work = Box::pin(p.in_turn(move || wait.recv().is_ok()));
-            assert!(futures::poll!(&mut work).is_pending());
+        let cost = |phc: &str| phc.rsplitn(3, '$').last().map(str::to_owned);
+        assert_eq!(cost(&p.dummy), cost(&hash(b"somebody's own password").unwrap()));
+        // It is computed in turn like any other: with every turn taken, it waits.
+        let turns = p.gate.clone().acquire_many_owned(AT_ONCE as u32).await.unwrap();
+        let mut nobody = std::pin::pin!(p.verify("x".into(), None));
+        assert!(futures::poll!(&mut nobody).is_pending());
+        drop(turns);
+        assert!(!nobody.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_thousand_at_once_wait_in_a_short_queue() {
+        let p = Argon2Passwords::new().unwrap();
+        let turns = p.gate.clone().acquire_many_owned(AT_ONCE as u32).await.unwrap();
+        let all: Vec<_> = (0..1000).map(|_| Box::pin(p.verify("x".into(), None))).collect();
+        let mut waiting = vec![];
+        let mut busy = 0;
+        for mut one in all {
+            match futures::poll!(&mut one) {
+                std::task::Poll::Pending => waiting.push(one),
+                std::task::Poll::Ready(Err(Error::Unavailable { code: "busy", .. })) => busy += 1,
+                std::task::Poll::Ready(other) => panic!("{other:?}"),
+            }
         }
-        assert_eq!(p.gate.available_permits(), AT_ONCE - 1, "it computes on");
-        drop(go);
+        assert_eq!((waiting.len(), busy), (AT_ONCE + WAITING, 1000 - AT_ONCE - WAITING));
+        // Who leaves gives the place back.
+        drop(waiting);
+        drop(turns);
+        assert_eq!((p.queue.available_permits(), p.gate.available_permits()), (AT_ONCE + WAITING, AT_ONCE));
+        assert!(!p.verify("x".into(), None).await.unwrap());
+    }
+
+    /// Who leaves while it is computed frees neither memory nor a core: the turn ends with the work.
+    #[tokio::test]
+    async fn a_caller_that_leaves_keeps_the_turn_until_the_end() {
+        let p = Argon2Passwords::new().unwrap();
+        let (go, wait) = std::sync::mpsc::sync_channel::<()>(1);
+        {
+            let mut leaving = std::pin::pin!(p.in_turn(move || wait.recv()));
+            assert!(futures::poll!(&mut leaving).is_pending());
+        }
+        assert_eq!((p.gate.available_permits(), p.queue.available_permits()), (AT_ONCE - 1, AT_ONCE + WAITING - 1));
+        go.send(()).unwrap();
         let _all = p.gate.acquire_many(AT_ONCE as u32).await.unwrap();
     }
 

@@ -11,11 +11,13 @@ pub struct LoginRequest {
     #[serde(default)]
     pub device_name: Option<String>,
 }
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RefreshRequest {
-    pub refresh_token: String,
+    /// A page leaves it out: the one in its cookie counts
+    #[serde(default)]
+    pub refresh_token: Option<String>,
 }
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -24,6 +26,22 @@ pub struct TokenReply {
     pub refresh_token: String,
     pub expires_in: u64,
     pub token_type: String,
+}
+/// For a page: its tokens are in the cookie.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct CookieReply {
+    /// To be sent as `X-CSRF-Token` by each call that is not GET or HEAD. It stays while the log-in does.
+    pub csrf_token: String,
+    /// Seconds until it has to be renewed.
+    pub expires_in: u64,
+}
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(untagged)]
+pub enum LoginReply {
+    Tokens(TokenReply),
+    Cookie(CookieReply),
 }
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -101,6 +119,41 @@ pub struct MeReply {
     pub user: SelfView,
     pub role: String,
     pub permissions: Vec<String>,
+    /// Only for a page that is logged in by cookie.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
+    pub csrf_token: Option<String>,
+}
+
+/// A log-in that has not ended.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct DeviceView {
+    pub id: String,
+    pub name: String,
+    pub trusted: bool,
+    /// Nobody has said yet whether it is trusted.
+    pub new: bool,
+    /// It is the one that asks.
+    pub current: bool,
+    pub first_seen_at: String,
+    /// At most a minute behind.
+    pub last_seen_at: String,
+    /// Where it was used from last; null for the hub's own machine, by its control socket.
+    pub address: Option<String>,
+    /// Where it logged in from.
+    pub first_address: Option<String>,
+    /// What its program called itself, shortened.
+    pub user_agent: Option<String>,
+}
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct DevicePatch {
+    #[serde(default)]
+    pub name: Option<String>,
+    #[serde(default)]
+    pub trusted: Option<bool>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -1,5 +1,6 @@
 //! One file per noun. [`perform`] decides which one it is.
 
+mod device;
 mod doctor;
 mod grant;
 mod input;
@@ -75,6 +76,7 @@ pub async fn perform(cli: Cli, io: &mut Io<'_>) -> u8 {
         Command::User(command) => user::perform(command, &mut context).await,
         Command::Key(command) => key::perform(command, &mut context).await,
         Command::Grant(command) => grant::perform(command, &mut context).await,
+        Command::Device(command) => device::perform(command, &mut context).await,
         Command::Doctor | Command::Later(_) => Ok(()),
     };
     renewing.settle(SETTLE).await;

@@ -3,9 +3,9 @@
 
 use super::App;
 use super::body::Query;
+use super::origin;
 use super::problem::{Answer, Refusal};
 use super::who::Who;
-use crate::config::host_of;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, Uri, header};
@@ -71,11 +71,8 @@ pub async fn get(State(app): State<App>, who: Who, Query(q): Query<EventsQuery>,
 
 /// Judges a request for events and opens the reader.
 pub fn open(app: &App, who: Who, q: &EventsQuery, uri: &Uri, headers: &HeaderMap) -> Answer<Reader> {
-    let host = headers.get(header::HOST).and_then(|v| v.to_str().ok()).or(uri.authority().map(|a| a.as_str()));
-    for origin in headers.get_all(header::ORIGIN) {
-        if !origin.to_str().is_ok_and(|o| is_own_origin(o, &app.facts.public_url, host)) {
-            return Err(Refusal::new(StatusCode::FORBIDDEN, "foreign_origin", "a page of another origin may not read this hub's events"));
-        }
+    if origin::given(headers, uri, &app.facts.public_url) == origin::Given::Foreign {
+        return Err(Refusal::new(StatusCode::FORBIDDEN, "foreign_origin", "a page of another origin may not read this hub's events"));
     }
     let topics = q.topics.as_deref().map(topics).transpose()?;
     // What a reader comes back with is newer than what its first address named.
@@ -94,37 +91,6 @@ fn topics(text: &str) -> Answer<Vec<Topic>> {
         Topic::parse(t).ok_or_else(|| Refusal::bad_request("bad_topic", format!("there is no topic {t:?}; there is {}", known())))
     };
     text.split(',').map(|t| one(t.trim())).collect()
-}
-
-/// Is a page of this origin this hub's own? `host` is what the request calls the hub.
-fn is_own_origin(origin: &str, public_url: &str, host: Option<&str>) -> bool {
-    let Some(origin) = Origin::of(origin) else { return false };
-    Origin::of(public_url).is_some_and(|own| own == origin)
-        // Behind a proxy the scheme of the request is not known.
-        || host.and_then(|h| Origin::of(&format!("{}://{h}", origin.scheme))).is_some_and(|own| own == origin)
-}
-
-#[derive(PartialEq)]
-struct Origin {
-    scheme: String,
-    host: String,
-    port: String,
-}
-
-impl Origin {
-    fn of(url: &str) -> Option<Self> {
-        let url = url.to_ascii_lowercase();
-        let (scheme, rest) = url.split_once("://")?;
-        let default = match scheme {
-            "http" => "80",
-            "https" => "443",
-            _ => return None,
-        };
-        let host = host_of(&url)?.to_owned();
-        let after = rest.split('/').next()?.strip_prefix(host.as_str())?;
-        let port = if after.is_empty() { default } else { after.strip_prefix(':')? };
-        Some(Self { scheme: scheme.to_owned(), port: port.to_owned(), host })
-    }
 }
 
 /// One stream of events with its owner's rights.
@@ -177,8 +143,8 @@ fn look_every(feed: &Feed) -> Duration {
 impl Reader {
     pub fn new(feed: Feed, accounts: Arc<Accounts>, clock: SharedClock) -> Self {
         let now = Instant::now();
-        let look_at = now + look_every(&feed);
-        Self { feed, accounts, clock, look_at, quiet_at: now + COMMENT_EVERY, _counted: Counted::new("sse") }
+        // Who it is was found out before the feed was open: what was changed since is looked up first.
+        Self { feed, accounts, clock, look_at: now, quiet_at: now + COMMENT_EVERY, _counted: Counted::new("sse") }
     }
 
     /// Counts the reader among those of another door.
@@ -346,30 +312,6 @@ fn task(t: &TaskNews) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn origins() {
-        let own = |o: &str| is_own_origin(o, "https://hub.example.org/base", Some("127.0.0.1:8080"));
-        for good in ["https://hub.example.org", "https://HUB.example.org:443", "http://127.0.0.1:8080", "https://127.0.0.1:8080"] {
-            assert!(own(good), "{good}");
-        }
-        for bad in [
-            "null",
-            "",
-            "http://hub.example.org",
-            "https://hub.example.org:8443",
-            "https://hub.example.org.evil.net",
-            "https://evil.net/hub.example.org",
-            "http://127.0.0.1",
-            "http://127.0.0.1:8081",
-            "http://127.0.0.1:8080@evil.net",
-            "file://127.0.0.1:8080",
-        ] {
-            assert!(!own(bad), "{bad}");
-        }
-        assert!(is_own_origin("http://[::1]:80", "http://x", Some("[::1]")));
-        assert!(!is_own_origin("http://a", "http://x", None));
-    }
 
     #[test]
     fn topics_are_known_words() {

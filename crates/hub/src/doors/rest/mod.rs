@@ -2,6 +2,8 @@
 
 mod accounts;
 mod body;
+mod cookie;
+mod devices;
 mod docs;
 mod downloads;
 pub(super) mod events;
@@ -12,6 +14,7 @@ mod memory;
 mod messages;
 mod nodes;
 mod openapi;
+mod origin;
 mod output;
 mod page;
 mod problem;
@@ -147,6 +150,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(accounts::remove_key))
         .routes(routes!(grants::list, grants::create))
         .routes(routes!(grants::remove))
+        .routes(routes!(devices::list))
+        .routes(routes!(devices::change, devices::remove))
         .routes(routes!(invites::list, invites::create))
         .routes(routes!(invites::revoke))
         .routes(routes!(nodes::list))

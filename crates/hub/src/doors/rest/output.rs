@@ -23,6 +23,7 @@ use mesh_wire::rest::{AttemptEvent, EndEvent, GapEvent, OutputEvent, StreamEnd};
 use serde::Deserialize;
 use std::collections::VecDeque;
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use utoipa::IntoParams;
 
@@ -46,7 +47,7 @@ pub struct OutputQuery {
 
 /// The output of a task
 ///
-/// Raw bytes, or with `Accept: text/event-stream` events `output`, `gap`, `end`, `stopping` and `rights` whose data are OutputEvent, GapEvent, EndEvent and StreamEnd.
+/// Raw bytes, or with `Accept: text/event-stream` events `output`, `gap`, `end`, `stopping` and `denied` whose data are OutputEvent, GapEvent, EndEvent and StreamEnd.
 #[utoipa::path(
     get, path = "/tasks/{id}/output", tag = "tasks", operation_id = "output",
     params(OutputQuery, ("last-event-id" = Option<String>, Header, description = "Event streams: the id of the last event that was seen")),
@@ -65,10 +66,13 @@ pub async fn get(
         Some("stderr") => Some(Stream::Stderr),
         Some(other) => return Err(Refusal::bad_request("bad_query", format!("stream is stdout, stderr or all, not {other:?}"))),
     };
+    let mut rights = app.events.rights();
+    // Who it is was found out before: what was changed since is looked up.
+    rights.mark_changed();
     let task = app.tasks.get_narrow(who.caller(), id).await?;
     let watch = app.tasks.watchers.subscribe(id);
     let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    let follower = Follower::new(app, who.authenticated, task, watch);
+    let follower = Follower::new(app, (who.authenticated, rights), task, watch);
     if accept.contains("text/event-stream") {
         if q.from_byte.is_some() || q.follow.is_some() {
             return Err(Refusal::bad_request("bad_query", "an event stream takes from_seq, and always follows"));
@@ -115,7 +119,9 @@ impl Place {
 struct Follower {
     app: App,
     who: Authenticated,
-    /// When the reader's rights are looked up again.
+    /// Somebody's rights were changed.
+    rights: watch::Receiver<u64>,
+    /// When the reader's rights are looked up again whatever happens.
     look_at: Instant,
     id: TaskId,
     /// Narrow: it is read again at each wake.
@@ -135,35 +141,38 @@ enum Next {
     End,
     /// The hub is stopping, or the store failed: the reader comes again.
     Broken,
-    /// The reader may not read it any more.
-    Forbidden,
+    /// The reader may not read this any more, and why.
+    Denied(String),
 }
 
 impl Follower {
-    fn new(app: App, who: Authenticated, task: Task, watch: Watch) -> Self {
+    fn new(app: App, (who, rights): (Authenticated, watch::Receiver<u64>), task: Task, watch: Watch) -> Self {
         let attempt = task.progress.attempt.as_ref().map(|a| a.no);
-        Self { id: task.id, app, who, look_at: Instant::now() + GRANTED_EVERY, task, attempt, watch }
+        Self { id: task.id, app, who, rights, look_at: Instant::now() + GRANTED_EVERY, task, attempt, watch }
     }
 
-    /// Looks the reader's rights up again, when it is time.
+    /// Looks the reader's rights up again, when it is time for that; an error when they have ended.
     async fn look(&mut self) -> Result<(), hub_engine::Error> {
-        if Instant::now() >= self.look_at {
-            self.who = self.app.accounts.still(&self.who).await?;
-            self.app.tasks.get_narrow(&self.who.caller, self.id).await?;
-            self.look_at = Instant::now() + GRANTED_EVERY;
+        let changed = self.rights.has_changed().unwrap_or(false);
+        if !changed && Instant::now() < self.look_at {
+            return Ok(());
         }
-        Ok(())
+        self.rights.mark_unchanged();
+        self.look_at = Instant::now() + GRANTED_EVERY;
+        self.who = self.app.accounts.still(&self.who).await?;
+        self.app.tasks.get_narrow(&self.who.caller, self.id).await.map(drop)
     }
 
     /// Frames after `seq`; waits for them when `follow` is set.
     async fn next(&mut self, seq: u64, follow: bool) -> Next {
+        let quiet_at = Instant::now() + COMMENT_EVERY;
         loop {
-            self.watch.seen();
             match self.look().await {
                 Ok(()) => {}
                 Err(hub_engine::Error::Store(_)) => return Next::Broken,
-                Err(_) => return Next::Forbidden,
+                Err(e) => return Next::Denied(e.to_string()),
             }
+            self.watch.seen();
             // State first: what was final before an empty read has no more output.
             match self.app.tasks.journal.narrow(self.id).await {
                 Ok(Some(task)) => self.task = task,
@@ -190,12 +199,10 @@ impl Follower {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Next::Broken,
-                changed = tokio::time::timeout(COMMENT_EVERY, self.watch.changed()) => {
-                    if changed.is_err() {
-                        return Next::Quiet;
-                    }
-                }
+                _ = self.rights.changed() => self.rights.mark_changed(),
                 () = tokio::time::sleep_until(self.look_at) => {}
+                () = self.watch.changed() => {}
+                () = tokio::time::sleep_until(quiet_at) => return Next::Quiet,
             }
         }
     }
@@ -223,7 +230,7 @@ fn raw(follower: Follower, only: Option<Stream>, from_byte: u64, follow: bool) -
                 Next::End => return None,
                 // A cut body tells the reader that this was not the end.
                 Next::Broken => return Some((Err(std::io::Error::other("the hub is stopping")), (follower, seq, skip))),
-                Next::Forbidden => return Some((Err(std::io::Error::other("the reader's rights have ended")), (follower, seq, skip))),
+                Next::Denied(why) => return Some((Err(std::io::Error::other(why)), (follower, seq, skip))),
             }
         }
     });
@@ -291,10 +298,9 @@ impl Events {
                     self.ready.push_back(event("stopping", None, &StreamEnd { code: "stopping".into(), detail: detail.into() }));
                 }
             }
-            Next::Forbidden => {
+            Next::Denied(detail) => {
                 self.done = true;
-                let detail = "the user, log-in or key is gone, or may not read this task any more";
-                self.ready.push_back(event("rights", None, &StreamEnd { code: "rights".into(), detail: detail.into() }));
+                self.ready.push_back(event("denied", None, &StreamEnd { code: "rights".into(), detail }));
             }
             Next::End => {
                 self.done = true;

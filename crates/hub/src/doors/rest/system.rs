@@ -118,7 +118,6 @@ pub async fn skills(State(app): State<App>, who: Who) -> Answer<Json<Page<SkillV
 
 /// First parts of paths below `/api/v1` that the contract names and that are not built yet.
 const NOT_YET: &[&str] = &[
-    "devices",
     "policies",
     "approvals",
     "audit",

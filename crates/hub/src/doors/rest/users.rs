@@ -1,15 +1,16 @@
 //! People: added or invited, changed, removed.
 
 use super::App;
-use super::accounts::{self, LoginQuery};
+use super::accounts::{LoginQuery, handed, login_from};
 use super::body::{Body, Creating, PathId, Query};
 use super::page::{PlainList, page, window};
 use super::problem::{Answer, Refusal};
+use super::requests::Asked;
 use super::views;
 use super::who::{ADMIN, Who};
-use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::{Extension, Json};
 use hub_engine::leaving::Will;
 use hub_engine::users::{Change, Told};
 use mesh_core::UserId;
@@ -125,16 +126,23 @@ pub async fn remove(State(app): State<App>, who: Who, PathId(id): PathId<UserId>
     security(()), params(LoginQuery),
     request_body = AcceptRequest,
     responses(
-        (status = 200, description = "Logged in", body = TokenReply),
+        (status = 200, description = "Logged in", body = LoginReply),
+        (status = 403, description = "`cookie=true` from a page of another origin (`foreign_origin`)"),
         (status = 401, description = "The invite is unknown, was used or has expired"),
         (status = 422, description = "Not 12 to 256 characters (`bad_password`); the invite can still be used"),
-        (status = 501, description = "`cookie=true` is not built yet"),
     ),
 )]
-pub async fn accept(State(app): State<App>, q: Query<LoginQuery>, Body(r): Body<AcceptRequest>) -> Answer<Json<TokenReply>> {
-    let username = app.users.accept(&r.token, r.password.clone()).await?;
-    let login = LoginRequest { username, password: r.password, device_name: r.device_name };
-    accounts::login(State(app), q, Body(login)).await
+pub async fn accept(
+    State(app): State<App>,
+    Extension(asked): Extension<Asked>,
+    Query(q): Query<LoginQuery>,
+    uri: Uri,
+    headers: HeaderMap,
+    Body(r): Body<AcceptRequest>,
+) -> Answer<(HeaderMap, Json<LoginReply>)> {
+    let by_cookie = q.by_cookie(&app, &headers, &uri)?;
+    let given = app.users.accept(&r.token, r.password, login_from(&asked, &headers, r.device_name)).await?;
+    Ok(handed(&app, given, by_cookie))
 }
 
 fn told(app: &App, told: Told) -> UserView {

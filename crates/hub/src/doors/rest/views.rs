@@ -7,6 +7,7 @@ use hub_engine::records::*;
 use hub_engine::retention::Limits;
 use hub_engine::stats::{Sample, Stats};
 use hub_engine::tasks::TaskDetail;
+use mesh_core::DeviceId;
 use mesh_core::placement::Waiting;
 use mesh_core::spec::{Program, Spec};
 use mesh_core::task::{AttemptNo, OnLost, ReasonCode, TaskState, Terms};
@@ -43,6 +44,22 @@ pub fn user(u: UserEntry, now: i64) -> UserView {
             _ => None,
         },
         invite_url: None,
+    }
+}
+
+/// `own` is the one that asks.
+pub fn device(d: Device, own: Option<DeviceId>) -> DeviceView {
+    DeviceView {
+        id: d.id.to_string(),
+        name: d.name,
+        trusted: d.trusted == Some(true),
+        new: d.trusted.is_none(),
+        current: own == Some(d.id),
+        first_seen_at: rfc3339(d.id.made_at()),
+        last_seen_at: rfc3339(d.last_seen_at.max(d.id.made_at())),
+        address: d.address.map(|a| a.to_string()),
+        first_address: d.first_address.map(|a| a.to_string()),
+        user_agent: d.user_agent,
     }
 }
 
@@ -123,7 +140,7 @@ pub fn session(s: Session) -> SessionView {
         attached_node_ids: s.nodes.iter().map(ToString::to_string).collect(),
         created_at: rfc3339(s.created_at),
         expires_at: rfc3339(s.expires_at),
-        device_id: None,
+        device_id: s.device.map(|d| d.to_string()),
         purged_at: s.purged_at.map(rfc3339),
     }
 }

@@ -1,6 +1,7 @@
-//! Who is calling: a bearer token, or the hub's own uid on the control socket.
+//! Who is calling: a bearer token, a page's cookie, or the hub's own uid on the control socket.
 
 use super::App;
+use super::cookie::{self, Cookie};
 use super::problem::Refusal;
 use super::requests::Asked;
 use axum::extract::FromRequestParts;
@@ -10,6 +11,7 @@ use hub_engine::Error;
 use hub_engine::accounts::Authenticated;
 use hub_engine::throttle::Principal;
 use mesh_core::permission::{Caller, Via};
+use std::net::IpAddr;
 
 /// The name of the first user.
 pub const ADMIN: &str = "admin";
@@ -26,6 +28,8 @@ pub enum Door {
 pub struct Who {
     pub authenticated: Authenticated,
     pub asked: Asked,
+    /// It is a page with a cookie.
+    pub by_cookie: bool,
 }
 
 impl Who {
@@ -40,7 +44,10 @@ impl FromRequestParts<App> for Who {
         let socket = parts.extensions.get::<Door>() == Some(&Door::Socket);
         let door = if socket { "socket" } else { "rest" };
         let asked = parts.extensions.get::<Asked>().cloned().ok_or_else(|| Error::Unauthenticated("the request came by no door"))?;
-        let who = identify(parts, app, socket).await;
+        // What a browser sends by itself counts least.
+        let cookie = Cookie::of(&parts.headers).filter(|_| !socket && !parts.headers.contains_key(header::AUTHORIZATION));
+        let by_cookie = cookie.is_some();
+        let who = identify(parts, app, socket, cookie, asked.address).await;
         let principal = match &who {
             _ if socket => None,
             Ok(who) => Principal::of(&who.caller),
@@ -49,24 +56,39 @@ impl FromRequestParts<App> for Who {
         };
         principal.map_or(Ok(()), |p| app.rates.admit(p))?;
         let mut authenticated = who?;
+        if let Some(login) = authenticated.login.filter(|_| by_cookie) {
+            cookie::permit(app, login, &parts.method, &parts.uri, &parts.headers)?;
+        }
         if let Some(user) = authenticated.caller.user() {
             tracing::Span::current().record("user", tracing::field::display(user));
         }
+        let device = authenticated.login.map(Into::into);
         if let Caller::Person(person) = &mut authenticated.caller {
-            person.via = Via { door, address: asked.address, request_id: Some(asked.request_id.clone()) };
+            person.via = Via { door, address: asked.address, request_id: Some(asked.request_id.clone()), device };
         }
-        Ok(Self { authenticated, asked })
+        Ok(Self { authenticated, asked, by_cookie })
     }
 }
 
-async fn identify(parts: &Parts, app: &App, socket: bool) -> Result<Authenticated, Error> {
-    match parts.headers.get(header::AUTHORIZATION) {
-        Some(value) => {
+async fn identify(
+    parts: &Parts,
+    app: &App,
+    socket: bool,
+    cookie: Option<Cookie<'_>>,
+    address: Option<IpAddr>,
+) -> Result<Authenticated, Error> {
+    match (parts.headers.get(header::AUTHORIZATION), cookie) {
+        (Some(value), _) => {
             let token = value.to_str().ok().and_then(|v| v.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
             let (_, token) = token.ok_or(Error::Unauthenticated("use the header Authorization: Bearer <token or API key>"))?;
-            app.accounts.authenticate(token.trim()).await
+            app.accounts.authenticate(token.trim(), address).await
         }
-        None if socket => app.accounts.local_admin().await,
-        None => Err(Error::Unauthenticated("log in, or give an API key: Authorization: Bearer <token or API key>")),
+        (None, Some(cookie)) => {
+            let found = app.accounts.authenticate(cookie.access, address).await?;
+            // An API key in it is no log-in.
+            if found.login.is_some() { Ok(found) } else { Err(Error::Unauthenticated("this cookie is no log-in; log in again")) }
+        }
+        (None, None) if socket => app.accounts.local_admin().await,
+        (None, None) => Err(Error::Unauthenticated("log in, or give an API key: Authorization: Bearer <token or API key>")),
     }
 }
