@@ -30,7 +30,7 @@ macro_rules! id {
         }
     )*};
 }
-id!(ApiKeyId, EntryId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, SpoolId, TaskId, UserId);
+id!(ApiKeyId, AuditId, ChainId, EntryId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, SpoolId, TaskId, UserId);
 
 /// Ids as values of a list.
 pub(crate) fn all<'i, I: Id + 'i>(ids: impl IntoIterator<Item = &'i I>) -> Vec<Value<'static>> {

@@ -1,5 +1,6 @@
 //! The ports in memory: one mutex, ordered maps, no waiting. The same calls give the same answers.
 
+mod audit;
 mod content;
 
 use async_trait::async_trait;
@@ -45,6 +46,7 @@ struct State {
     messages: BTreeMap<MessageId, Message>,
     state: BTreeMap<(String, String), StateEntry>,
     made: BTreeMap<Digest, (Known, UnixMs)>,
+    audit: audit::Rows,
 }
 
 #[derive(Debug, Clone)]

@@ -1,9 +1,9 @@
 //! The command line of `cortex-hub`.
 
-use crate::backup;
 use crate::config::{Config, Flags};
 use crate::keys::Keys;
 use crate::serve::Hub;
+use crate::{audit, backup};
 use clap::{Args, Parser, Subcommand};
 use mesh_process::{Clock, SystemClock, signals, telemetry};
 use std::io::Write;
@@ -82,7 +82,12 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         passphrase_file: Option<PathBuf>,
     },
-    /// Not built yet: admin, audit
+    /// The audit log
+    Audit {
+        #[command(subcommand)]
+        command: AuditCommand,
+    },
+    /// Not built yet: admin
     #[command(external_subcommand)]
     Other(Vec<String>),
 }
@@ -91,6 +96,17 @@ enum Command {
 enum ConfigCommand {
     /// Say whether the settings can be used
     Check,
+}
+
+#[derive(Subcommand)]
+enum AuditCommand {
+    /// Check an export of the log, by itself: that nothing in it was changed, removed, reordered or cut off
+    Verify {
+        file: PathBuf,
+        /// The public key that must have signed it, as `ca show` prints it
+        #[arg(long, value_name = "HEX")]
+        key: Option<String>,
+    },
 }
 
 #[derive(Subcommand)]
@@ -104,7 +120,7 @@ enum CaCommand {
 /// Wrong usage or settings.
 const USAGE: u8 = 2;
 /// What the contract names and is not built.
-const PROMISED: &[&str] = &["admin", "audit"];
+const PROMISED: &[&str] = &["admin"];
 
 pub async fn run() -> ExitCode {
     let cli = Cli::parse();
@@ -125,6 +141,16 @@ pub async fn run() -> ExitCode {
         },
         Command::Ca { command: CaCommand::Show } => show_ca(&flags),
         Command::Ca { command: CaCommand::Rotate } => usage(&"not yet: ca rotate is not built"),
+        Command::Audit { command: AuditCommand::Verify { file, key } } => match audit::verify_file(&file, key.as_deref()) {
+            Ok(lines) => {
+                lines.iter().for_each(|line| println!("{line}"));
+                ExitCode::SUCCESS
+            }
+            Err(e) => {
+                eprintln!("cortex-hub: {e:#}");
+                ExitCode::FAILURE
+            }
+        },
         Command::Openapi => match writeln!(std::io::stdout(), "{:#}", crate::doors::rest::document()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
@@ -189,6 +215,7 @@ fn show_ca(flags: &Flags) -> ExitCode {
     match Keys::open(&config.data_dir, SystemClock::new().now_ms()) {
         Ok(keys) => {
             println!("hub   {}\npin   {}", keys.hub, keys.pin());
+            keys.task_keys().iter().for_each(|key| println!("sign  {}", hex::encode(key)));
             ExitCode::SUCCESS
         }
         Err(e) => {

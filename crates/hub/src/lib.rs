@@ -3,6 +3,7 @@
 //! It does *not* know SQL, state transitions or placement: a door unpacks, calls one function of
 //! `hub-engine`, and packs the answer.
 
+pub mod audit;
 mod backup;
 pub mod cli;
 pub mod config;

@@ -4,6 +4,7 @@
 //! that has nothing to tell is null; the few that may be absent instead say `nullable = false`.
 
 mod accounts;
+mod audit;
 mod events;
 mod nodes;
 mod sessions;
@@ -12,6 +13,7 @@ mod system;
 mod tasks;
 
 pub use accounts::*;
+pub use audit::*;
 pub use events::*;
 pub use nodes::*;
 pub use sessions::*;

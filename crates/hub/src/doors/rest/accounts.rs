@@ -71,7 +71,7 @@ fn tokens(t: Tokens) -> TokenReply {
 #[utoipa::path(post, path = "/auth/logout", tag = "auth", responses((status = 204, description = "Ended")))]
 pub async fn logout(State(app): State<App>, who: Who) -> Answer<StatusCode> {
     if let Some(login) = who.authenticated.login {
-        app.accounts.logout(login).await?;
+        app.accounts.logout(who.caller(), login).await?;
     }
     Ok(StatusCode::NO_CONTENT)
 }

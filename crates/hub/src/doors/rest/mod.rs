@@ -1,6 +1,7 @@
 //! REST, `/api/v1`.
 
 mod accounts;
+mod audit;
 mod body;
 mod docs;
 mod downloads;
@@ -37,6 +38,7 @@ use axum::extract::Request;
 use axum::middleware;
 use axum::response::{IntoResponse, Redirect, Response};
 use hub_engine::accounts::Accounts;
+use hub_engine::audit::Log;
 use hub_engine::events::Events;
 use hub_engine::expiry::Expiry;
 use hub_engine::idempotency::Idempotency;
@@ -61,6 +63,7 @@ use utoipa_axum::routes;
 /// What the handlers need. Each field is one engine service or one fact about this process.
 pub struct RestState {
     pub accounts: Arc<Accounts>,
+    pub audit: Arc<Log>,
     pub nodes: Arc<Nodes>,
     pub manage: Arc<Management>,
     pub sessions: Arc<Sessions>,
@@ -134,6 +137,11 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(system::info))
         .routes(routes!(system::stats))
         .routes(routes!(system::restored))
+        .routes(routes!(audit::all))
+        .routes(routes!(audit::export))
+        .routes(routes!(audit::verify))
+        .routes(routes!(audit::of_user))
+        .routes(routes!(audit::of_session))
         .routes(routes!(downloads::list))
         .routes(routes!(downloads::binary))
         .routes(routes!(sessions::list, sessions::create))

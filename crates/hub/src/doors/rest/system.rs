@@ -123,7 +123,6 @@ const NOT_YET: &[&str] = &[
     "devices",
     "policies",
     "approvals",
-    "audit",
     "agents",
     "workflows",
     "bundles",

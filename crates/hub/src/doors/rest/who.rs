@@ -36,7 +36,7 @@ impl FromRequestParts<App> for Who {
     type Rejection = Refusal;
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
         let socket = parts.extensions.get::<Door>() == Some(&Door::Socket);
-        let door = if socket { "socket" } else { "rest" };
+        let door = name(socket);
         let mut authenticated = match parts.headers.get(header::AUTHORIZATION) {
             Some(value) => {
                 let token = value.to_str().ok().and_then(|v| v.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
@@ -55,6 +55,11 @@ impl FromRequestParts<App> for Who {
         }
         Ok(Self { authenticated, asked })
     }
+}
+
+/// A door's name for those who ask what came by it.
+pub(super) fn name(socket: bool) -> &'static str {
+    if socket { "socket" } else { "rest" }
 }
 
 fn unauthenticated(detail: &'static str) -> Refusal {
