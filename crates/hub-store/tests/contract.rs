@@ -45,7 +45,7 @@ macro_rules! joint_suites {
         }
     )*};
 }
-joint_suites!(idempotency, journal_and_output, nodes_and_sessions, sessions_and_tasks, memory, messages, purges, retention, gauges);
+joint_suites!(audit, idempotency, journal_and_output, nodes_and_sessions, sessions_and_tasks, memory, messages, purges, retention, gauges);
 
 #[tokio::test]
 async fn room_that_was_given_back_counts_as_free_though_the_file_stays() {

@@ -75,7 +75,7 @@ macro_rules! joint_suites {
         }
     )*};
 }
-joint_suites!(idempotency, journal_and_output, nodes_and_sessions, sessions_and_tasks, memory, messages, purges, retention, gauges);
+joint_suites!(audit, idempotency, journal_and_output, nodes_and_sessions, sessions_and_tasks, memory, messages, purges, retention, gauges);
 
 fn ended(code: i32) -> Event {
     Event::Ended { attempt: attempt(1), outcome: Outcome::Exited(code) }

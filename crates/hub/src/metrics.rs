@@ -57,6 +57,8 @@ pub const NAMES: &[(&str, Kind, &str)] = &[
     ("cortex_http_connections_cut_total", Counter, "Connections that were ended for keeping the hub waiting."),
     ("cortex_event_streams", Gauge, "Readers of live events."),
     ("cortex_auth_failures_total", Counter, "Credentials that were missing or not good."),
+    ("cortex_audit_suppressed_total", Counter, "Audit entries of calls that changed nothing, counted and not kept one by one."),
+    ("cortex_audit_lost_total", Counter, "Audit entries that could not be written."),
     ("cortex_tasks_accepted_total", Counter, "Tasks that were accepted."),
     ("cortex_tasks_finished_total", Counter, "Tasks that came to their final state."),
     ("cortex_tasks_waiting", Gauge, "Tasks that wait for a node."),

@@ -131,7 +131,8 @@ impl Hub {
             work: work.clone(),
             bounds: Default::default(),
         });
-        audit.start(&crate::audit::identity(&dir)?, meta.incarnation).await.context("the audit log")?;
+        let restored = store.restored().await?.is_some();
+        audit.start(&crate::audit::identity(&dir)?, meta.incarnation, restored).await.context("the audit log")?;
         let services = Services::build(&config, &store, &keys, &clock, meta.incarnation, (&work, &doors), events)?;
         let made_password = first_admin(&services.accounts, &config, &dir).await?;
         // What ended while the hub was away has ended before anybody can ask.

@@ -2,6 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 /// Run commands on your machines, through a cortex hub.
 #[derive(Debug, Parser)]
@@ -14,7 +15,7 @@ pub struct Cli {
 }
 
 const NOT_YET: &str = "Exit codes: 0 fine, 1 failed, 2 wrong usage or config (`cortex run --help` has its own).
-Not yet: shell, cp, file, approval, agent, workflow, bundle, tool, audit, user, grant, device, policy, events, connect, mcp, doctor, completions.";
+Not yet: shell, cp, file, approval, agent, workflow, bundle, tool, user, grant, device, policy, events, connect, mcp, doctor, completions.";
 
 #[derive(Debug, Clone, Default, Args)]
 pub struct Global {
@@ -59,6 +60,9 @@ pub enum Command {
     /// API keys for programs
     #[command(subcommand)]
     Key(KeyCommand),
+    /// What was done, by whom and how it ended
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Check the way to the hub; name the hop that fails
     Doctor,
     #[command(flatten)]
@@ -93,8 +97,6 @@ pub enum Later {
     #[command(hide = true)]
     Tool(Anything),
     #[command(hide = true)]
-    Audit(Anything),
-    #[command(hide = true)]
     User(Anything),
     #[command(hide = true)]
     Grant(Anything),
@@ -124,7 +126,6 @@ impl Later {
             Self::Workflow(_) => "`cortex workflow` is not built.",
             Self::Bundle(_) => "`cortex bundle` is not built.",
             Self::Tool(_) => "`cortex tool` is not built.",
-            Self::Audit(_) => "`cortex audit` is not built.",
             Self::User(_) => "`cortex user` is not built; on the hub's machine use: cortex-hub admin create-user",
             Self::Grant(_) => "`cortex grant` is not built.",
             Self::Device(_) => "`cortex device` is not built.",
@@ -410,6 +411,49 @@ pub enum KeyCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub enum AuditCommand {
+    /// List entries, newest first
+    Ls(AuditLs),
+    /// Write the whole log as JSON lines with the hub's signature; check it with: cortex-hub audit verify FILE
+    Export {
+        /// A new file, or - for standard output
+        file: PathBuf,
+    },
+    /// Let the hub check its log
+    Verify,
+}
+
+#[derive(Debug, Args)]
+pub struct AuditLs {
+    /// Such as node_lifecycle or authorization_denied
+    #[arg(long = "type", value_name = "TYPE")]
+    pub kind: Option<String>,
+    /// The id of who did it
+    #[arg(long, value_name = "USER")]
+    pub user: Option<String>,
+    /// Id or name
+    #[arg(long, value_name = "SESSION")]
+    pub session: Option<String>,
+    /// The id of what it was done to
+    #[arg(long, value_name = "ID")]
+    pub resource: Option<String>,
+    /// ok, denied or failed
+    #[arg(long, value_name = "OUTCOME")]
+    pub outcome: Option<String>,
+    /// rest, socket, node or hub
+    #[arg(long, value_name = "DOOR")]
+    pub door: Option<String>,
+    /// From this time on, in RFC 3339
+    #[arg(long, value_name = "TIME")]
+    pub since: Option<String>,
+    /// Before this time, in RFC 3339
+    #[arg(long, value_name = "TIME")]
+    pub until: Option<String>,
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=500))]
+    pub limit: u32,
+}
+
 fn slot(text: &str) -> Result<(String, u32), String> {
     let pair = text.split_once('=').filter(|(kind, _)| !kind.is_empty());
     pair.and_then(|(kind, n)| Some((kind.to_owned(), n.parse().ok()?))).ok_or_else(|| "write it as KIND=NUMBER".to_owned())
@@ -463,6 +507,9 @@ mod tests {
             "cortex run --on-lost never -- y",
             "cortex login --password-stdin",
             "cortex key new k",
+            "cortex audit",
+            "cortex audit export",
+            "cortex audit ls --limit 0",
             "cortex nonsense",
         ] {
             assert_eq!(parse(wrong).unwrap_err().exit_code(), 2, "{wrong}");
@@ -477,9 +524,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_takes_anything() {
-        for verb in
-            "shell cp file approval agent workflow bundle tool audit user grant device policy events connect mcp completions".split(' ')
-        {
+        for verb in "shell cp file approval agent workflow bundle tool user grant device policy events connect mcp completions".split(' ') {
             for rest in ["", " --help", " -x y --z=1 -- a"] {
                 let Ok(Command::Later(l)) = parse(&format!("cortex {verb}{rest}")) else { panic!("{verb}{rest}") };
                 assert!(l.sentence().contains(&format!("`cortex {verb}` is not built")), "{}", l.sentence());

@@ -22,7 +22,7 @@ pub const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
 /// Entries of calls that changed nothing are bounded, so that calls which are refused cannot fill the disk:
 /// so many a minute for each user and outcome, all strangers together, and for refused reads. The rest is
 /// counted, and the count is an entry.
-const LEFT_A_MINUTE: u32 = 30;
+const LEFT_A_MINUTE: u32 = 60;
 const STRANGERS_A_MINUTE: u32 = 120;
 const READS_A_MINUTE: u32 = 1;
 
@@ -100,9 +100,8 @@ impl Log {
 
     /// Goes on with this process's chain, or begins it. After a restore its first entry says where the
     /// others ended. An error in what was there is told by the log, and stays to be found by a verification.
-    pub async fn start(&self, identity: &[u8; 16], incarnation: u32) -> Result<()> {
+    pub async fn start(&self, identity: &[u8; 16], incarnation: u32, restored: bool) -> Result<()> {
         let chain = Self::chain_of(identity, incarnation);
-        let restored = self.store_was_restored(incarnation).await?;
         let action = if restored { Action::HubRestore } else { Action::AuditBegin };
         let mut first = Entry::of_hub(action, self.clock.now_ms()).with("incarnation", incarnation);
         first.resource = chain.into();
@@ -118,11 +117,6 @@ impl Log {
             }
         }
         Ok(())
-    }
-
-    async fn store_was_restored(&self, incarnation: u32) -> Stored<bool> {
-        // The first one of a store is 1, and only restores raise it.
-        Ok(incarnation > 1 && !self.store.heads().await?.is_empty())
     }
 
     /// The newest checkpoint outside the database.
@@ -241,13 +235,13 @@ mod tests {
         let entry = |user, outcome, action| Entry { user, outcome, ..Entry::of_hub(action, 0) };
         let refused = entry(Some(eve), Outcome::Denied, Action::TaskCancel);
         let admitted = |e: &Entry, n: u32| (0..n).filter(|_| bounds.admit(Some(e), 7).0).count();
-        assert_eq!(admitted(&refused, 10_000), 30);
+        assert_eq!(admitted(&refused, 10_000), 60);
         assert_eq!(admitted(&entry(None, Outcome::Denied, Action::Login), 10_000), 120);
         assert_eq!(admitted(&entry(Some(eve), Outcome::Denied, Action::Read), 50), 1);
         assert_eq!(admitted(&entry(Some(ada), Outcome::Denied, Action::TaskCancel), 1), 1, "another's flood is not hers");
         assert_eq!(admitted(&entry(Some(eve), Outcome::Ok, Action::TaskInput), 1), 1, "nor does one outcome hide another");
         let (_, held_back) = bounds.admit(None, 8);
-        assert_eq!(held_back, [(Whose::Stranger, 9880), (Whose::User(eve, Outcome::Denied), 9970), (Whose::Reads(eve), 49)]);
+        assert_eq!(held_back, [(Whose::Stranger, 9880), (Whose::User(eve, Outcome::Denied), 9940), (Whose::Reads(eve), 49)]);
         assert_eq!(bounds.admit(Some(&refused), 8), (true, vec![]), "told once");
     }
 

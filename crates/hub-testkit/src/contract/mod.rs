@@ -2,6 +2,7 @@
 //! store does not do what the port's documentation says.
 
 mod accounts;
+mod audit;
 mod bus;
 mod gauges;
 mod idempotency;
@@ -17,6 +18,7 @@ mod sessions;
 mod state;
 
 pub use accounts::accounts;
+pub use audit::audit;
 pub use bus::{BusPlan, HandClock, bus};
 pub use gauges::gauges;
 pub use idempotency::idempotency;

@@ -1,5 +1,6 @@
 //! One file per noun. [`perform`] decides which one it is.
 
+mod audit;
 mod doctor;
 mod input;
 mod key;
@@ -70,6 +71,7 @@ pub async fn perform(cli: Cli, io: &mut Io<'_>) -> u8 {
         Command::Node(command) => node::perform(command, &mut context).await,
         Command::Session(command) => session::perform(command, &mut context).await,
         Command::Task(command) => task::perform(command, &mut context).await,
+        Command::Audit(command) => audit::perform(command, &mut context).await,
         Command::Key(command) => key::perform(command, &mut context).await,
         Command::Doctor | Command::Later(_) => Ok(()),
     };
