@@ -37,9 +37,9 @@ async fn verified(hub: &Hub) -> Value {
 }
 
 /// Somebody with the database changes `from` and all rows behind it up to `to`, and makes their hashes anew.
-fn restamp(db: &Connection, from: u64, to: u64) {
+fn restamp(db: &Connection, from: i64, to: i64) {
     let chain: [u8; 16] = db.query_row("SELECT chain FROM audit LIMIT 1", [], |r| r.get(0)).unwrap();
-    let hash_of = |seq: u64| db.query_row("SELECT hash FROM audit WHERE seq = ?1", [seq], |r| r.get::<_, [u8; 32]>(0)).unwrap();
+    let hash_of = |seq: i64| db.query_row("SELECT hash FROM audit WHERE seq = ?1", [seq], |r| r.get::<_, [u8; 32]>(0)).unwrap();
     let mut prev = hash_of(from - 1);
     for seq in from..=to {
         let q = "SELECT id, at, kind, action, user, key, agent, door, resource_kind, resource_id, outcome, session, person_digest, detail_digest \
@@ -48,7 +48,7 @@ fn restamp(db: &Connection, from: u64, to: u64) {
             let id = |n: usize| r.get::<_, Option<[u8; 16]>>(n);
             Ok(Row {
                 chain: ChainId::from_bytes(chain),
-                seq,
+                seq: seq as u64,
                 id: AuditId::from_bytes(r.get(0)?),
                 at: r.get(1)?,
                 kind: r.get(2)?,
@@ -115,7 +115,7 @@ async fn whatever_is_changed_in_the_database_is_found() {
         ("a checkpoint of other rows", signed, "UPDATE audit_checkpoints SET hash = key"),
     ];
     for (what, seq, change) in changes {
-        let base: u64 = db.query_row("SELECT MAX(seq) FROM audit", [], |r| r.get(0)).unwrap();
+        let base = db.query_row("SELECT MAX(seq) FROM audit", [], |r| r.get::<_, i64>(0)).unwrap() as u64;
         db.execute_batch("CREATE TABLE kept AS SELECT * FROM audit; CREATE TABLE kept_checkpoints AS SELECT * FROM audit_checkpoints")
             .unwrap();
         db.execute_batch(&format!("BEGIN IMMEDIATE; {change}; COMMIT")).unwrap();
@@ -156,11 +156,11 @@ async fn what_was_signed_cannot_be_made_anew() {
     let changes: [(&str, Change); 6] = [
         ("rows with new hashes", |db, rows, _| {
             db.execute_batch("UPDATE audit SET outcome = 'denied' WHERE seq = 10").unwrap();
-            restamp(db, 10, rows);
+            restamp(db, 10, rows as i64);
         }),
         ("rows with new hashes, and no checkpoints in the database", |db, rows, _| {
             db.execute_batch("UPDATE audit SET outcome = 'denied' WHERE seq = 10; DELETE FROM audit_checkpoints").unwrap();
-            restamp(db, 10, rows);
+            restamp(db, 10, rows as i64);
         }),
         ("a tail that was cut off", |db, rows, _| {
             db.execute_batch(&format!("DELETE FROM audit WHERE seq > {rows} - 5; DELETE FROM audit_checkpoints WHERE seq > {rows} - 5"))

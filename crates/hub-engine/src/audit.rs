@@ -109,7 +109,8 @@ pub struct Entry {
     pub session: Option<SessionId>,
     pub outcome: Outcome,
     pub detail: BTreeMap<String, String>,
-    salts: [Salt; 2],
+    /// For the two parts that can be erased.
+    pub salts: [Salt; 2],
 }
 
 impl Entry {
