@@ -143,7 +143,7 @@ async fn an_entry_says_who_what_where_and_how_it_ended() {
     let read = &entries(&hub, "&outcome=denied").await[0];
     assert_eq!(
         (&read["type"], &read["action"], &read["actor"]["key_id"]),
-        (&json!("authorization_denied"), &json!("access.read"), &key["id"])
+        (&json!("authorization_denied"), &json!("audit.read"), &key["id"])
     );
     let readings = entries(&hub, "&type=system_changed").await;
     assert!(actions(&readings).iter().filter(|a| *a == "audit.read").count() >= 6, "each reading is one");

@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
 const FOLDER: &str = "audit";
 const IDENTITY: &str = "identity";
 const LINES: &str = ".jsonl";
+/// How the last line of an export begins, and no other one.
+const END: &[u8] = b"{\"checkpoint\":";
 /// The longest line that anybody writes is far below.
 const MAX_LINE: u64 = 1 << 20;
 
@@ -226,8 +228,8 @@ pub fn verify_file(file: &Path, pinned: Option<&str>) -> Result<Vec<String>> {
         if lines.by_ref().take(MAX_LINE).read_until(b'\n', &mut text).with_context(|| file.display().to_string())? == 0 {
             bail!("the file is cut off: it does not end with a signed checkpoint ({rows} rows)");
         }
-        if let Ok(end) = serde_json::from_slice::<AuditExportEnd>(&text) {
-            break end;
+        if text.starts_with(END) {
+            break serde_json::from_slice::<AuditExportEnd>(&text).context("the checkpoint at the end cannot be read")?;
         }
         let entry: AuditEntry = serde_json::from_slice(&text).with_context(|| format!("line {n} is not an audit entry"))?;
         let (seq, chain) = (entry.seq, entry.chain.clone());
