@@ -242,7 +242,7 @@ async fn whatever_is_changed_in_an_export_is_found() {
     let cases = [
         ("nothing at all", String::new(), "cut off"),
         ("no end", joined(own(&lines[..n - 1])), "cut off"),
-        ("half a line", export[..export.len() - 9].to_owned(), "not an audit entry"),
+        ("half a line", export[..export.len() - 9].to_owned(), "cannot be read"),
         (
             "a tail that is cut off, with the end",
             joined([own(&lines[..n - 4]), own(&lines[n - 1..])].concat()),

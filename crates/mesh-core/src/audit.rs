@@ -291,7 +291,8 @@ mod tests {
         let next = follow(&head, &good).unwrap();
         assert_eq!(follow(&next, &row(&next)).unwrap().seq, 2);
         assert_eq!(follow(&head, &Row { person: None, detail: None, ..good.clone() }), Ok(next));
-        let changes: Vec<(Flaw, fn(&mut Row))> = vec![
+        type Change = fn(&mut Row);
+        let changes: [(Flaw, Change); 20] = [
             (Flaw::Order, |r| r.seq = 2),
             (Flaw::Order, |r| r.chain = ChainId::from_bytes([8; 16])),
             (Flaw::Link, |r| r.prev = [1; 32]),

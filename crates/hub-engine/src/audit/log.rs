@@ -47,10 +47,13 @@ pub struct Log {
 
 #[derive(Default)]
 pub struct Bounds {
-    minute: Mutex<(u64, BTreeMap<Whose, (u32, u64)>)>,
+    minute: Mutex<(u64, Counts)>,
     signed: AtomicU64,
     pub(super) one: tokio::sync::Mutex<()>,
 }
+
+/// How many were written, and how many were not.
+type Counts = BTreeMap<Whose, (u32, u64)>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Whose {

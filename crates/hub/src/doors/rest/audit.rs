@@ -78,7 +78,7 @@ pub async fn all(State(app): State<App>, who: Who, Query(q): Query<AuditQuery>) 
 }
 
 /// What a user did
-#[utoipa::path(get, path = "/audit/users/{id}", tag = "audit", params(AuditQuery), responses((status = 200, description = "A page", body = Page<AuditEntry>)))]
+#[utoipa::path(get, path = "/audit/users/{id}", tag = "audit", params(AuditQuery), responses((status = 200, description = "A page", body = Page<AuditEntry>), (status = 422, description = "It stands in the path and in the query")))]
 pub async fn of_user(
     State(app): State<App>,
     who: Who,
@@ -86,13 +86,13 @@ pub async fn of_user(
     Query(q): Query<AuditQuery>,
 ) -> Answer<Json<Page<AuditEntry>>> {
     if q.user.is_some() {
-        return Err(bad("the user stands in the path"));
+        return Err(Refusal::unprocessable("bad_query", "the user stands in the path"));
     }
     list(app, who, q, Some(id), None).await
 }
 
 /// What was done in a session
-#[utoipa::path(get, path = "/audit/sessions/{id}", tag = "audit", params(AuditQuery), responses((status = 200, description = "A page", body = Page<AuditEntry>)))]
+#[utoipa::path(get, path = "/audit/sessions/{id}", tag = "audit", params(AuditQuery), responses((status = 200, description = "A page", body = Page<AuditEntry>), (status = 422, description = "It stands in the path and in the query")))]
 pub async fn of_session(
     State(app): State<App>,
     who: Who,
@@ -100,7 +100,7 @@ pub async fn of_session(
     Query(q): Query<AuditQuery>,
 ) -> Answer<Json<Page<AuditEntry>>> {
     if q.session.is_some() {
-        return Err(bad("the session stands in the path"));
+        return Err(Refusal::unprocessable("bad_query", "the session stands in the path"));
     }
     list(app, who, q, None, Some(id)).await
 }
