@@ -294,6 +294,8 @@ async fn settings_and_folders() {
     let out = hub(&["serve"], &[("CORTEX_HTTP_ADDR", "0.0.0.0:0")]);
     assert!(out.status.code() == Some(2) && String::from_utf8_lossy(&out.stderr).contains("--insecure-http"), "{}", shown(&out));
     let out = hub(&["audit", "verify", "x"], &[]);
+    assert!(out.status.code() == Some(1) && String::from_utf8_lossy(&out.stderr).contains("x: No such file"), "{}", shown(&out));
+    let out = hub(&["admin", "create-user"], &[]);
     assert!(out.status.code() == Some(2) && String::from_utf8_lossy(&out.stderr).contains("not yet"), "{}", shown(&out));
 
     // A port that is taken, and a folder that is in use.

@@ -9,8 +9,10 @@ use bytes::{Bytes, BytesMut};
 use hub::keys::Keys;
 use hub::link::tls::Connection;
 use hub::link::{self, LinkContext};
+use hub_engine::audit::Log;
 use hub_engine::ports::Keyring;
 use hub_testkit::contract::sample;
+use hub_testkit::{MemoryStore, Nowhere};
 use mesh_core::task::AttemptNo;
 use mesh_core::{Digest, sha256};
 use mesh_process::{CancellationToken, Tasks};
@@ -96,10 +98,23 @@ impl AsyncWrite for Socket {
 pub type Port = mpsc::Sender<std::io::Result<Socket>>;
 
 /// Serves links as `cortex-hub` does, for as long as it lives.
-pub fn serve(hub: &Hub, keys: Arc<Keys>) -> Port {
+pub async fn serve(hub: &Hub, keys: Arc<Keys>) -> Port {
     let (port, incoming) = mpsc::channel(ACCEPTED);
+    let audit = Log {
+        // Not a part of what is simulated.
+        store: Arc::new(MemoryStore::new()),
+        witness: Arc::new(Nowhere),
+        keyring: keys.clone(),
+        keys: keys.task_keys(),
+        hub: keys.hub,
+        clock: hub.clock.clone(),
+        work: hub.life.tasks.clone(),
+        bounds: Default::default(),
+    };
+    audit.start(&[1; 16], 1, false).await.expect("memory");
     let context = LinkContext {
         keys,
+        audit: Arc::new(audit),
         nodes: hub.tasks.nodes.clone(),
         delivery: hub.delivery.clone(),
         clock: hub.clock.clone(),

@@ -195,7 +195,7 @@ impl Hub {
                 return hub.life.kill(&hub.world);
             }
             if let Some(c) = &hub.world.carrier {
-                let _ = hub.port.set(carry::serve(&hub, c.keys.clone()));
+                let _ = hub.port.set(carry::serve(&hub, c.keys.clone()).await);
             }
             hub.ready.store(true, Ordering::SeqCst);
             hub.world.note(format_args!("hub {} is ready", hub.life.no));

@@ -46,6 +46,23 @@ pub struct TaskFilter {
     pub cursor: Option<String>,
 }
 
+/// Which entries of the audit log a list shows. Ids, not names; times in RFC 3339.
+#[derive(Debug, Clone, Default)]
+pub struct AuditFilter {
+    pub kind: Option<String>,
+    pub user: Option<String>,
+    pub session: Option<String>,
+    pub resource: Option<String>,
+    pub outcome: Option<String>,
+    pub door: Option<String>,
+    pub since: Option<String>,
+    pub until: Option<String>,
+    /// From 1 to 500.
+    pub limit: Option<u32>,
+    /// Where the page before ended; belongs to the same filters.
+    pub cursor: Option<String>,
+}
+
 impl Client {
     /// Logs in. The reply's tokens are the caller's to keep; this client does not take them on.
     pub async fn login(&self, request: &LoginRequest) -> Result<TokenReply, Error> {
@@ -282,6 +299,33 @@ impl Client {
             .wait_at_most(None);
         let url = self.url().to_owned();
         Ok(self.send(&call).await?.bytes_stream().map(move |piece| piece.map_err(|e| Error::transport(&url, e))))
+    }
+
+    /// One page of the audit log, newest first.
+    pub async fn audit(&self, filter: &AuditFilter) -> Result<Page<AuditEntry>, Error> {
+        let call = self
+            .call(Method::GET, &["audit"])
+            .query("type", filter.kind.as_ref())
+            .query("user", filter.user.as_ref())
+            .query("session", filter.session.as_ref())
+            .query("resource", filter.resource.as_ref())
+            .query("outcome", filter.outcome.as_ref())
+            .query("door", filter.door.as_ref())
+            .query("since", filter.since.as_ref())
+            .query("until", filter.until.as_ref())
+            .query("limit", filter.limit)
+            .query("cursor", filter.cursor.as_ref());
+        self.fetch(call).await
+    }
+    /// All of the audit log, as JSON lines that end with a signed checkpoint.
+    pub async fn audit_export(&self) -> Result<impl futures::Stream<Item = Result<Bytes, Error>> + Send + use<>, Error> {
+        let call = self.call(Method::GET, &["audit", "export"]).accept("application/jsonl").wait_at_most(None);
+        let url = self.url().to_owned();
+        Ok(self.send(&call).await?.bytes_stream().map(move |piece| piece.map_err(|e| Error::transport(&url, e))))
+    }
+    /// Lets the hub check its audit log, which takes as long as that is.
+    pub async fn audit_verify(&self) -> Result<AuditVerification, Error> {
+        self.fetch(self.call(Method::GET, &["audit", "verify"]).wait_at_most(None)).await
     }
 
     pub async fn downloads(&self) -> Result<Downloads, Error> {

@@ -22,7 +22,7 @@ mod error;
 mod follow;
 pub mod sse;
 
-pub use calls::{OutputQuery, Stream, TaskFilter};
+pub use calls::{AuditFilter, OutputQuery, Stream, TaskFilter};
 pub use client::{Client, Credentials, TokenStore, Tokens};
 pub use error::Error;
 pub use follow::{Follow, OutputItem, Resume};

@@ -1,5 +1,6 @@
 //! The one choke point: every engine entry asks here first.
 
+use crate::audit;
 use crate::error::{Error, Result};
 use crate::records::Within;
 use mesh_core::UserId;
@@ -16,16 +17,17 @@ pub fn authorize(
     if allows(caller, permission, owner, thing) {
         return Ok(());
     }
+    audit::denied(caller, permission, Some(thing));
     if allows(caller, read, owner, thing) { Err(missing(permission)) } else { Err(Error::NotFound(what)) }
 }
 
 /// Permits an act that makes something of the caller's own; gives the person behind it. Where the caller
 /// can act with what was granted alone, the place decides that is named, later.
 pub fn authorize_own(caller: &Caller, permission: Permission) -> Result<UserId> {
-    let person = caller.as_person().ok_or_else(|| missing(permission))?;
+    let person = caller.as_person().ok_or_else(|| refused(caller, permission))?;
     match person.reach(permission) {
-        Reach::None => Err(missing(permission)),
-        Reach::Granted if !person.granted.has(permission) => Err(missing(permission)),
+        Reach::None => Err(refused(caller, permission)),
+        Reach::Granted if !person.granted.has(permission) => Err(refused(caller, permission)),
         _ => Ok(person.user),
     }
 }
@@ -57,7 +59,7 @@ pub fn visible(caller: &Caller, permission: Permission) -> Result<Option<Within>
     if reach == Reach::All {
         return Ok(None);
     }
-    let person = caller.as_person().filter(|_| reach != Reach::None).ok_or_else(|| missing(permission))?;
+    let person = caller.as_person().filter(|_| reach != Reach::None).ok_or_else(|| refused(caller, permission))?;
     // Who was granted a place to run something at sees what they run there.
     let runs = permission == Permission::TasksRead && person.granted.has(Permission::TasksDispatch);
     let mut within = Within { owner: (reach.is_to_own() || runs).then_some(person.user), ..Within::default() };
@@ -68,6 +70,11 @@ pub fn visible(caller: &Caller, permission: Permission) -> Result<Option<Within>
         within.agents = granted.agents.iter().filter(|(_, given)| given.has(permission)).map(|(name, _)| name.clone()).collect();
     }
     Ok(Some(within))
+}
+
+fn refused(caller: &Caller, permission: Permission) -> Error {
+    audit::denied(caller, permission, None);
+    missing(permission)
 }
 
 pub(crate) fn missing(permission: Permission) -> Error {

@@ -1,6 +1,7 @@
 //! People, their log-ins and their keys.
 
 use crate::access::authorize_own;
+use crate::audit::{self, Action};
 use crate::devices::LoginFrom;
 use crate::error::{Error, Result};
 use crate::events::{Events, Whose};
@@ -116,11 +117,15 @@ impl Accounts {
     /// Logs a person in who says a password; each wrong one is a try of the account and of the address it came from.
     pub async fn login(&self, username: &str, password: String, from: LoginFrom) -> Result<Tokens> {
         const WRONG: Error = Error::Unauthenticated("the user name or the password is wrong");
+        audit::asked(Action::Login);
         if password.len() > MAX_PASSWORD_BYTES {
             return Err(WRONG);
         }
         let attempt = self.throttle.admit(username, from.address)?;
         let user = self.store.user_named(username).await?;
+        if let Some(user) = &user {
+            audit::about(user.id);
+        }
         // An unknown name costs the same time as a wrong password.
         let hash = user.as_ref().map(|u| u.password_hash.clone());
         if !self.passwords.verify(password, hash).await? {
@@ -133,6 +138,7 @@ impl Accounts {
 
     /// Begins a log-in of somebody who has shown who they are.
     pub async fn begin_login(&self, user: UserId, from: LoginFrom) -> Result<Tokens> {
+        audit::by(user);
         let now = self.clock.now_ms();
         let login = LoginId::from_parts(now, entropy::bytes());
         let refresh = fresh_token(REFRESH_PREFIX);
@@ -145,6 +151,7 @@ impl Accounts {
 
     /// Gives new tokens for a refresh token that was not used before. A second use ends its family.
     pub async fn refresh(&self, token: &str, address: Option<IpAddr>) -> Result<Tokens> {
+        audit::asked(Action::Refresh);
         let now = self.clock.now_ms();
         let fresh = fresh_token(REFRESH_PREFIX);
         let (old, new) = (self.keyring.token_mac(token), self.keyring.token_mac(&fresh));
@@ -162,7 +169,13 @@ impl Accounts {
         }
     }
 
-    pub async fn logout(&self, login: LoginId) -> Result<()> {
+    pub async fn logout(&self, caller: &Caller, login: LoginId) -> Result<()> {
+        audit::doing(caller, Action::Logout);
+        audit::about(login);
+        self.end_login(login).await
+    }
+
+    pub(crate) async fn end_login(&self, login: LoginId) -> Result<()> {
         self.store.end_login(login).await?;
         self.events.rights_changed(Whose::Login(login));
         Ok(())
@@ -187,7 +200,7 @@ impl Accounts {
         if let Some(who) = self.recent.get(&mac, at, changes) {
             return Ok(who);
         }
-        let who = self.identify(token, &mac, address).await?;
+        let who = self.identify(token, &mac, address).await.inspect_err(|_| audit::asked(Action::Authenticate))?;
         self.recent.put(mac, Seen { who: who.clone(), at, changes });
         Ok(who)
     }
@@ -264,9 +277,11 @@ impl Accounts {
 
     /// Changes the caller's own password; every other log-in of theirs ends.
     pub async fn change_password(&self, who: &Authenticated, current: String, new: String) -> Result<()> {
+        audit::doing(&who.caller, Action::PasswordChange);
         let user = who.caller.in_person().ok_or_else(|| Error::Forbidden("a key cannot change a password; log in as the person".into()))?;
         check_password(&new)?;
         let user = self.store.user(user).await?.ok_or(Error::NotFound("user"))?;
+        audit::about(user.id);
         // Who has a token only must not find the password by it.
         let address = who.caller.as_person().and_then(|p| p.via.address);
         let attempt = self.throttle.admit(&user.username, address)?;
@@ -289,6 +304,7 @@ impl Accounts {
         keyed: Option<Keyed>,
     ) -> Result<NewKey> {
         const ADVICE: &str = "delete it and ask again under a new key";
+        audit::doing(caller, Action::KeyCreate);
         let user = caller.in_person().ok_or_else(|| Error::Forbidden("a key cannot make keys; log in as the person".into()))?;
         if let Some(made) = idempotency::before::<ApiKeyId>(keyed.as_ref()).await? {
             return idempotency::already(made, ADVICE);
@@ -314,6 +330,8 @@ impl Accounts {
             expires_at,
             last_used_at: None,
         };
+        audit::about(key.id);
+        audit::detail("scopes", scopes_text(&key));
         match keyed {
             None => self.store.add_key(&key).await?,
             Some(k) => {
@@ -331,6 +349,8 @@ impl Accounts {
     }
 
     pub async fn remove_key(&self, caller: &Caller, id: ApiKeyId) -> Result<()> {
+        audit::doing(caller, Action::KeyRemove);
+        audit::about(id);
         let key = self.store.key(id).await?.ok_or(Error::NotFound("API key"))?;
         if caller.user() != Some(key.user) && authorize_own(caller, Permission::SystemAdminister).is_err() {
             return Err(Error::NotFound("API key"));
@@ -344,6 +364,10 @@ impl Accounts {
         self.events.rights_changed(Whose::Key(id));
         Ok(())
     }
+}
+
+fn scopes_text(key: &ApiKey) -> String {
+    key.scopes.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
 }
 
 const MIN_PASSWORD_CHARS: usize = 12;

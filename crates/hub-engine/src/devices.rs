@@ -1,6 +1,7 @@
 //! Devices: the log-ins of a person, as they see them. Trust is a mark for the person; it gives no right.
 
 use crate::accounts::Accounts;
+use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::ports::Window;
 use crate::records::{Device, DeviceChange};
@@ -46,6 +47,8 @@ impl Accounts {
     }
 
     pub async fn change_device(&self, caller: &Caller, id: DeviceId, change: DeviceChange) -> Result<Device> {
+        audit::doing(caller, Action::DeviceChange);
+        audit::about(id);
         self.own_device(caller, id).await?;
         if let Some(label) = &change.name {
             name::check(label).map_err(|e| Error::invalid("bad_name", e))?;
@@ -56,8 +59,10 @@ impl Accounts {
 
     /// Ends the log-in: its tokens count no more, and what streams to it ends.
     pub async fn remove_device(&self, caller: &Caller, id: DeviceId) -> Result<()> {
+        audit::doing(caller, Action::DeviceRemove);
+        audit::about(id);
         self.own_device(caller, id).await?;
-        self.logout(id.into()).await
+        self.end_login(id.into()).await
     }
 
     async fn own_device(&self, caller: &Caller, id: DeviceId) -> Result<Device> {

@@ -1,6 +1,7 @@
 //! The end of sessions: those whose time has come are ended, with their tasks, and what was asked to be
 //! erased is erased. All of it is written down first, so that a hub that starts again goes on with it.
 
+use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::events::SessionNews;
 use crate::ports::Purges;
@@ -86,6 +87,8 @@ impl Expiry {
     /// Erases what an ended session held: memory, messages, activity, output and results of its tasks.
     /// Asking again is the same as once.
     pub async fn purge(self: &Arc<Self>, caller: &Caller, id: SessionId) -> Result<Session> {
+        audit::doing(caller, Action::SessionPurge);
+        audit::about(id);
         let session = self.sessions.permitted(caller, id, Permission::SessionsWrite).await?;
         self.tasks.not_restored()?;
         let (own, by) = (self.clone(), caller.user());
@@ -105,7 +108,7 @@ impl Expiry {
             own.sessions.events.session(session.id, session.owner, SessionNews::Purged);
             Ok(())
         };
-        self.tasks.work.complete("purge session", purge).await.ok_or_else(stopped)??;
+        self.tasks.work.complete("purge session", audit::carry(purge)).await.ok_or_else(stopped)??;
         self.sessions.get(caller, id).await
     }
 

@@ -2,6 +2,7 @@
 
 use crate::access::{authorize_own, authorize_owner, missing, reaches_all};
 use crate::accounts::Accounts;
+use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::events::Whose;
 use crate::idempotency::{self, Keyed};
@@ -49,6 +50,7 @@ pub enum On {
 impl Grants {
     /// Under a key that has made a grant before, that one.
     pub async fn create(self: &Arc<Self>, caller: &Caller, new: NewGrant, keyed: Option<Keyed>) -> Result<Grant> {
+        audit::doing(caller, Action::GrantCreate);
         let created_by = caller.user().ok_or_else(|| missing(Permission::SystemAdminister))?;
         let (resource, owner) = self.grantable(caller, new.resource).await?;
         let now = self.clock.now_ms();
@@ -70,6 +72,9 @@ impl Grants {
             return Err(Error::conflict("grants_full", detail));
         }
         let id = GrantId::from_parts(now, entropy::bytes());
+        audit::about(id);
+        audit::detail("subject", format_args!("{subject:?}"));
+        audit::detail("resource", format_args!("{resource:?}"));
         let grant = Grant { id, subject, resource, permissions, created_by, created_at: now, expires_at: new.expires_at };
         let own = self.clone();
         self.finish("create grant", async move {
@@ -95,6 +100,8 @@ impl Grants {
 
     /// For who made it, who owns what it is on, and admins.
     pub async fn remove(self: &Arc<Self>, caller: &Caller, id: GrantId) -> Result<()> {
+        audit::doing(caller, Action::GrantRemove);
+        audit::about(id);
         let grant = self.store.grant(id, self.clock.now_ms()).await?.ok_or(Error::NotFound("grant"))?;
         let owner = match &grant.resource {
             Resource::Node(id) => self.nodes.node(*id).await?.map(|n| n.owner),
@@ -120,7 +127,7 @@ impl Grants {
     }
 
     async fn finish<T: Send + 'static>(&self, what: &'static str, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
-        self.work.complete(what, work).await.ok_or_else(crate::tasks::stopped)?
+        self.work.complete(what, audit::carry(work)).await.ok_or_else(crate::tasks::stopped)?
     }
 
     /// Counts at once on this hub; another one reads it again within seconds.

@@ -4,6 +4,7 @@
 //! or daemon that ended, a link that broke, a node that was slow) says the same piece again, and it
 //! reaches the task once.
 
+use crate::audit::{self, Action};
 use crate::delivery::Delivery;
 use crate::error::{Error, Result};
 use crate::links::{Link, LinkCommand};
@@ -133,6 +134,8 @@ impl Inputs {
 impl TaskService {
     /// Hands a piece of input to the running task; gives the highest piece that its node has taken.
     pub async fn input(&self, caller: &Caller, id: TaskId, piece: Piece) -> Result<u64> {
+        audit::doing(caller, Action::TaskInput);
+        audit::about(id);
         let mut task = self.permitted_narrow(caller, id, Permission::TasksDispatch).await?;
         check(&piece)?;
         self.not_restored()?;

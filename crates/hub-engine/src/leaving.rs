@@ -4,9 +4,10 @@
 //! done in steps from that row, each as often as it takes: by whoever removed the person, and by a
 //! reconciler where that failed, the process ended, or something of theirs came a moment later.
 
+use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::manage::Management;
-use crate::ports::{Journal, Window};
+use crate::ports::{Audit, Journal, Window};
 use crate::records::{Leaving, Removal, Standing, Task, TaskFilter};
 use crate::tasks::{TaskService, stopped};
 use crate::users::{Users, administers, last_admin};
@@ -26,6 +27,7 @@ const LATE_MS: i64 = 300_000;
 pub struct Departures {
     pub users: Arc<Users>,
     pub journal: Arc<dyn Journal>,
+    pub audit: Arc<dyn Audit>,
     pub tasks: Arc<TaskService>,
     pub manage: Arc<Management>,
 }
@@ -44,11 +46,17 @@ pub struct Will {
 impl Departures {
     /// Removes a person. Of one who was removed before, what tells who they were can still be erased.
     pub async fn remove(self: &Arc<Self>, caller: &Caller, id: UserId, will: Will) -> Result<()> {
+        audit::doing(caller, Action::UserRemove);
+        audit::about(id);
+        audit::detail("purge", will.purge);
         administers(caller)?;
         let store = &self.users.store;
         let entry = store.user_entry(id).await?.ok_or(Error::NotFound("user"))?;
         if matches!(entry.standing, Standing::Removed { .. }) {
-            return if will.purge && store.erase_user(id).await? { Ok(()) } else { Err(Error::NotFound("user")) };
+            if !will.purge || !store.erase_user(id).await? {
+                return Err(Error::NotFound("user"));
+            }
+            return self.erase_tracks(id).await;
         }
         self.tasks.not_restored()?;
         let successor = will.transfer_to.or(caller.user()).filter(|to| *to != id).ok_or_else(|| {
@@ -73,9 +81,9 @@ impl Departures {
             if let Err(error) = own.settle(&leaving).await {
                 tracing::warn!(user = %id, %error, "not all that a removed user owned could be handed over; it is tried again");
             }
-            Ok(())
+            if leaving.purge { own.erase_tracks(id).await } else { Ok(()) }
         };
-        self.tasks.work.complete("remove user", remove).await.ok_or_else(stopped)?
+        self.tasks.work.complete("remove user", audit::carry(remove)).await.ok_or_else(stopped)?
     }
 
     /// The reconciler. Runs until dropped.
@@ -108,8 +116,18 @@ impl Departures {
         }
         let open = self.end_work(leaving).await?;
         if !moved && !open && self.users.now() >= leaving.at + LATE_MS {
+            // Calls that began before the removal have left their entries by now.
+            if leaving.purge {
+                self.erase_tracks(leaving.user).await?;
+            }
             store.left(leaving.user).await?;
         }
+        Ok(())
+    }
+
+    /// Who they were, in the audit: what they did stays.
+    async fn erase_tracks(&self, user: UserId) -> Result<()> {
+        while self.audit.erase_person(user, AT_ONCE).await? > 0 {}
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 //! either the one sees the other or the other sees the one.
 
 use crate::access::authorize;
+use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::events::{NodeNews, Whose};
 use crate::nodes::{Nodes, check_labels};
@@ -48,6 +49,8 @@ pub struct Seen(AtomicU64);
 impl Management {
     /// Changes what is named and leaves the rest; gives the node as it is then.
     pub async fn change(self: &Arc<Self>, caller: &Caller, id: NodeId, change: NodeChange) -> Result<Node> {
+        audit::doing(caller, Action::NodeChange);
+        audit::about(id);
         let before = self.permitted(caller, id).await?;
         if change == NodeChange::default() {
             return Err(Error::invalid("nothing_to_change", "name what is to change: name, labels, slots or max_tasks"));
@@ -71,6 +74,8 @@ impl Management {
         self.set_draining(caller, id, false).await
     }
     async fn set_draining(self: &Arc<Self>, caller: &Caller, id: NodeId, draining: bool) -> Result<Node> {
+        audit::doing(caller, if draining { Action::NodeDrain } else { Action::NodeResume });
+        audit::about(id);
         let before = self.permitted(caller, id).await?;
         if before.draining == draining && before.revoked_at.is_none() {
             return Ok(before);
@@ -80,6 +85,8 @@ impl Management {
 
     /// Ends the node for good: its link at once, its granted attempts as `node_revoked`. The entry stays.
     pub async fn revoke(self: &Arc<Self>, caller: &Caller, id: NodeId) -> Result<Node> {
+        audit::doing(caller, Action::NodeRevoke);
+        audit::about(id);
         let before = self.permitted(caller, id).await?;
         let own = self.clone();
         self.finish("revoke node", async move {
@@ -97,6 +104,8 @@ impl Management {
 
     /// As a revocation, and its entry and attachments go too. Its tasks stay to be read.
     pub async fn remove(self: &Arc<Self>, caller: &Caller, id: NodeId) -> Result<()> {
+        audit::doing(caller, Action::NodeRemove);
+        audit::about(id);
         let node = self.permitted(caller, id).await?;
         let own = self.clone();
         self.finish("remove node", async move {
@@ -114,7 +123,7 @@ impl Management {
     }
 
     async fn finish<T: Send + 'static>(&self, what: &'static str, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
-        self.work.complete(what, work).await.ok_or_else(crate::tasks::stopped)?
+        self.work.complete(what, audit::carry(work)).await.ok_or_else(crate::tasks::stopped)?
     }
 
     async fn permitted(&self, caller: &Caller, id: NodeId) -> Result<Node> {

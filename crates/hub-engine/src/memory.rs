@@ -1,5 +1,6 @@
 //! What a session remembers, by key.
 
+use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::ports::{self, Window};
 use crate::records::{MemoryEntry, MemoryKey, Written};
@@ -23,6 +24,9 @@ pub struct Memory {
 impl Memory {
     /// Adds the entry or sets its value, which is JSON.
     pub async fn put(&self, caller: &Caller, session: SessionId, key: &str, value: Vec<u8>) -> Result<MemoryEntry> {
+        audit::doing(caller, Action::MemoryPut);
+        audit::about(session);
+        audit::detail("key", key);
         self.sessions.active(caller, session, Permission::SessionsWrite).await?;
         name::check_key(key).map_err(|e| Error::invalid("bad_key", e))?;
         check_value(&value)?;
@@ -48,6 +52,9 @@ impl Memory {
     }
 
     pub async fn remove(&self, caller: &Caller, session: SessionId, key: &str) -> Result<()> {
+        audit::doing(caller, Action::MemoryRemove);
+        audit::about(session);
+        audit::detail("key", key);
         self.sessions.active(caller, session, Permission::SessionsWrite).await?;
         name::check_key(key).map_err(|_| Error::NotFound("key"))?;
         match self.store.remove_memory(session, key, caller.user(), self.clock.now_ms()).await? {

@@ -1,5 +1,6 @@
 //! Messages in a session: what people, assistants and tools said.
 
+use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::events::SessionNews;
 use crate::ports::{self, Window};
@@ -23,6 +24,8 @@ pub struct Messages {
 
 impl Messages {
     pub async fn post(&self, caller: &Caller, session: SessionId, role: &str, content: String) -> Result<Message> {
+        audit::doing(caller, Action::MessagePost);
+        audit::about(session);
         let of = self.sessions.active(caller, session, Permission::SessionsWrite).await?;
         let role = MessageRole::parse(role).ok_or_else(|| {
             let roles = MessageRole::ALL.map(MessageRole::as_str).join(", ");

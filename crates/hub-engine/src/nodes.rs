@@ -1,6 +1,7 @@
 //! Machines: invites, enrolment, the registry and what is live of it.
 
 use crate::access::{authorize, authorize_own, visible};
+use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::events::{Events, NodeNews};
 use crate::health::{History, Sample};
@@ -137,6 +138,7 @@ impl Nodes {
         keyed: Option<Keyed>,
     ) -> Result<NewInvite> {
         const ADVICE: &str = "delete it and ask again under a new key";
+        audit::doing(caller, Action::InviteCreate);
         let owner = authorize_own(caller, Permission::NodesInvite)?;
         if let Some(made) = idempotency::before::<InviteId>(keyed.as_ref()).await? {
             return idempotency::already(made, ADVICE);
@@ -165,6 +167,7 @@ impl Nodes {
             used: None,
             notices: vec![],
         };
+        audit::about(invite.id);
         match keyed {
             None => self.store.add_invite(&invite).await?,
             Some(k) => {
@@ -182,6 +185,8 @@ impl Nodes {
     }
 
     pub async fn revoke_invite(&self, caller: &Caller, id: InviteId) -> Result<()> {
+        audit::doing(caller, Action::InviteRevoke);
+        audit::about(id);
         let invite = self.store.invite(id).await?.ok_or(Error::NotFound("invite"))?;
         authorize(caller, Permission::NodesInvite, (invite.owner, Thing::Other), Permission::NodesInvite, "invite")?;
         if self.store.revoke_invite(id, self.clock.now_ms()).await? {
@@ -196,6 +201,8 @@ impl Nodes {
     /// The invite is the credential here: no caller is known yet.
     pub async fn enrol(&self, e: Enrolment) -> Result<Node> {
         const REFUSED: &str = "invite_refused";
+        audit::asked(Action::NodeEnrol);
+        audit::about(e.invite);
         let now = self.clock.now_ms();
         let refuse = |why: &str| Error::Invalid { code: REFUSED, detail: why.to_owned() };
         let invite = self.store.invite(e.invite).await?.ok_or_else(|| refuse("this hub made no such invite"))?;
@@ -226,6 +233,9 @@ impl Nodes {
             revoked_at: None,
             notices: vec![],
         };
+        audit::detail("name", &node.name);
+        audit::detail("invite", e.invite);
+        audit::about(node.id);
         match self.store.claim_invite(e.invite, &node, now, SAME_ANSWER_MS).await? {
             Claim::Claimed => {
                 tracing::info!(node = %node.id, name = %node.name, invite = %e.invite, "a machine enrolled");
@@ -247,6 +257,7 @@ impl Nodes {
 
     /// A fresh certificate for the same key, in band. The same counter and key again: the same one.
     pub async fn renew(&self, caller: &Caller, spki_der: &[u8], counter: u64) -> Result<NodeCertificate> {
+        audit::doing(caller, Action::NodeRenew);
         let node = self.of_link(caller).await?;
         if sha256(spki_der) != node.certificate.spki {
             return Err(Error::Forbidden("a renewal keeps the node's key".into()));
@@ -261,6 +272,8 @@ impl Nodes {
     /// A fresh certificate for a node whose last one has ended: the machine slept, or the hub was away.
     /// Its key is the credential: no caller is known. The same counter again: the same certificate.
     pub async fn recover(&self, r: Recovery) -> Result<NodeCertificate> {
+        audit::asked(Action::NodeRecover);
+        audit::about(r.node);
         const NO_PROOF: Error = Error::Unauthenticated("the proof does not match: it is by another key, or for another channel");
         let spki = sha256(&r.spki_der);
         let signed = enrol::recover_bytes(self.hub, r.node, &r.exporter, &spki, r.counter, &r.nonce);

@@ -3,13 +3,18 @@
 //!
 //! A method that writes returns once the write is durable (committed and synced).
 
+use crate::audit;
 use crate::records::*;
 use async_trait::async_trait;
+use mesh_core::audit::{Head, Row, Signed};
 use mesh_core::output::Digests;
 use mesh_core::task::{Action, AttemptNo, Event, Refused, TaskState};
-use mesh_core::{ApiKeyId, DeviceId, Digest, EntryId, GrantId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
+use mesh_core::{
+    ApiKeyId, AuditId, ChainId, DeviceId, Digest, EntryId, GrantId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId,
+};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use tokio::sync::watch;
 
 /// A store that failed, and at what.
 #[derive(Debug, thiserror::Error)]
@@ -417,6 +422,49 @@ pub trait Meta: Send + Sync {
     /// A cheap read that shows the store answers.
     async fn ping(&self) -> Stored<()>;
 }
+
+/// The audit log, as rows: one chain for each hub process, appended to and never changed, but for what is
+/// erased beside the rows. A write of any port takes along the entry that [`audit::ticket`] gives, in its
+/// own commit, when it changes anything.
+#[async_trait]
+pub trait Audit: Send + Sync {
+    /// From here on this process appends to `chain`. When that has no row, `first` becomes it.
+    async fn begin(&self, chain: ChainId, first: &audit::Entry) -> Stored<()>;
+    /// Adds an entry by itself.
+    async fn add_entry(&self, entry: &audit::Entry) -> Stored<()>;
+    /// Where this process's chain stands, as far as it is durable.
+    fn head(&self) -> watch::Receiver<Head>;
+    /// Of all chains, in any order.
+    async fn heads(&self) -> Stored<Vec<Head>>;
+    /// Rows of a chain after `after` and up to `to`, in order. One that cannot be read is there all the same
+    /// and does not verify.
+    async fn rows(&self, chain: ChainId, after: u64, to: u64, limit: u32) -> Stored<Vec<Row>>;
+    /// Of all chains, newest first.
+    async fn entries(&self, filter: &AuditFilter, window: Window<AuditId>) -> Stored<Vec<Row>>;
+    /// Keeps a checkpoint of one chain. The same again is the same as once.
+    async fn add_checkpoint(&self, signed: &Signed) -> Stored<()>;
+    /// Of a chain, beyond `after`, in order.
+    async fn checkpoints(&self, chain: ChainId, after: u64, limit: u32) -> Stored<Vec<Signed>>;
+    /// The seq of the newest checkpoint of each chain that has one.
+    async fn newest_checkpoints(&self) -> Stored<Vec<(ChainId, u64)>>;
+    /// Erases who the user was and what else is known of up to `limit` of their entries; gives how many.
+    async fn erase_person(&self, user: UserId, limit: u32) -> Stored<u64>;
+}
+
+/// Checkpoints outside the database, where whoever changes that does not reach them. All of it blocks.
+pub trait Witness: Send + Sync {
+    /// Adds a checkpoint of one chain; it is on the disk when this returns.
+    fn note(&self, signed: &Signed) -> std::io::Result<()>;
+    /// The chains that there are, and how many bytes are noted of each.
+    fn chains(&self) -> std::io::Result<Vec<(ChainId, u64)>>;
+    /// The first `bytes` of what was noted of a chain, in its order; a line that was not finished is left out.
+    fn read_to(&self, chain: ChainId, bytes: u64) -> std::io::Result<Noted>;
+    fn read(&self, chain: ChainId) -> std::io::Result<Noted> {
+        self.read_to(chain, u64::MAX)
+    }
+}
+
+pub type Noted = Box<dyn Iterator<Item = std::io::Result<Signed>> + Send>;
 
 /// Keys that never leave their holder. Answers are signatures, seals and certificates.
 pub trait Keyring: Send + Sync {

@@ -1,5 +1,6 @@
 //! What the hub keeps, in the words of the engine. Stores map these to rows, doors to JSON.
 
+use mesh_core::audit;
 use mesh_core::capability::Capabilities;
 use mesh_core::output::Digests;
 use mesh_core::permission::{Permissions, Role, Scope, Thing};
@@ -866,5 +867,19 @@ pub struct TaskFilter {
     /// Inclusive.
     pub since: Option<UnixMs>,
     /// Exclusive.
+    pub until: Option<UnixMs>,
+}
+
+/// What a list of audit entries is narrowed to. Texts are compared as they are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AuditFilter {
+    pub kind: Option<audit::Kind>,
+    pub user: Option<UserId>,
+    pub session: Option<SessionId>,
+    /// The id of what something was done to.
+    pub resource: Option<String>,
+    pub outcome: Option<audit::Outcome>,
+    pub door: Option<String>,
+    pub since: Option<UnixMs>,
     pub until: Option<UnixMs>,
 }

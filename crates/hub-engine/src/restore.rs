@@ -6,6 +6,7 @@
 //! what waited ends as lost, the reconcilers take up the rest, the mark goes, and nodes link anew.
 
 use crate::access::authorize_own;
+use crate::audit::{self, Action, Resource};
 use crate::error::{Error, Result};
 use crate::expiry::Expiry;
 use crate::links::{Links, Told};
@@ -84,6 +85,8 @@ impl Recovery {
         self.pool.recover().await?;
         self.manage.recover().await?;
         if mark.is_some() {
+            audit::asked(Action::HubGo);
+            audit::about(Resource::new("hub", ""));
             self.meta.released().await?;
         }
         Ok(())

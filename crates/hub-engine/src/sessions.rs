@@ -1,6 +1,7 @@
 //! Sessions: working contexts with attached nodes.
 
 use crate::access::{authorize, authorize_own, visible};
+use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::events::{Events, SessionNews};
 use crate::idempotency::{self, Keyed};
@@ -28,6 +29,7 @@ pub struct Sessions {
 impl Sessions {
     /// Under a key that has made a session before, that one.
     pub async fn create(&self, caller: &Caller, label: &str, ttl_secs: Option<u64>, keyed: Option<Keyed>) -> Result<Session> {
+        audit::doing(caller, Action::SessionCreate);
         let owner = authorize_own(caller, Permission::SessionsWrite)?;
         if let Some(made) = idempotency::before(keyed.as_ref()).await? {
             return self.permitted(caller, made, Permission::SessionsWrite).await;
@@ -48,6 +50,8 @@ impl Sessions {
             device: caller.as_person().and_then(|p| p.via.device),
             nodes: vec![],
         };
+        audit::about(session.id);
+        audit::detail("name", label);
         match keyed {
             None => self.store.add_session(&session).await?,
             Some(k) => {
@@ -77,6 +81,8 @@ impl Sessions {
 
     /// Sets what `change` has.
     pub async fn change(&self, caller: &Caller, id: SessionId, label: Option<String>, ttl_secs: Option<u64>) -> Result<Session> {
+        audit::doing(caller, Action::SessionChange);
+        audit::about(id);
         let session = self.active(caller, id, Permission::SessionsWrite).await?;
         if let Some(label) = &label {
             name::check(label).map_err(|e| Error::invalid("bad_name", e))?;
@@ -98,9 +104,12 @@ impl Sessions {
     }
 
     pub async fn attach(&self, caller: &Caller, id: SessionId, node: &str) -> Result<Session> {
+        audit::doing(caller, Action::SessionAttach);
+        audit::about(id);
         let session = self.active(caller, id, Permission::SessionsAttach).await?;
         // Attaching lets the session's tasks run there: the right to dispatch on that node is needed.
         let node = self.nodes.find(caller, node, Permission::TasksDispatch).await?;
+        audit::detail("node", node.id);
         self.store.attach(id, node.id, caller.user(), self.clock.now_ms()).await?;
         self.pool.attachments_changed(id);
         // Removed meanwhile: either the removal saw the attachment, or it is seen here.
@@ -116,6 +125,9 @@ impl Sessions {
     }
 
     pub async fn detach(&self, caller: &Caller, id: SessionId, node: NodeId) -> Result<()> {
+        audit::doing(caller, Action::SessionDetach);
+        audit::about(id);
+        audit::detail("node", node);
         let session = self.permitted(caller, id, Permission::SessionsAttach).await?;
         if !self.store.detach(id, node, caller.user(), self.clock.now_ms()).await? {
             return Err(Error::NotFound("attached node"));

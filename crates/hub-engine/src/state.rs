@@ -1,6 +1,7 @@
 //! State: what agents keep, by agent and key. An agent is any name; it belongs to who wrote its first key.
 
 use crate::access::{authorize, authorize_own, visible};
+use crate::audit::{self, Action, Resource};
 use crate::error::{Error, Result};
 use crate::memory::check_value;
 use crate::messages::MAX_PAGE_BYTES;
@@ -24,6 +25,9 @@ pub struct State {
 impl State {
     /// Adds the entry or sets its value, which is JSON.
     pub async fn put(&self, caller: &Caller, agent: &str, key: &str, value: Vec<u8>) -> Result<StateEntry> {
+        audit::doing(caller, Action::StatePut);
+        audit::about(Resource::new("agent", agent));
+        audit::detail("key", key);
         let user = authorize_own(caller, Permission::AgentsManage)?;
         name::check(agent).map_err(|e| Error::invalid("bad_name", e))?;
         name::check_key(key).map_err(|e| Error::invalid("bad_key", e))?;
@@ -72,6 +76,9 @@ impl State {
     }
 
     pub async fn remove(&self, caller: &Caller, agent: &str, key: &str) -> Result<()> {
+        audit::doing(caller, Action::StateRemove);
+        audit::about(Resource::new("agent", agent));
+        audit::detail("key", key);
         let entry = self.known(caller, agent, key).await?;
         self.manage(caller, entry.owner, agent)?;
         if self.store.remove_state(agent, key, entry.owner).await? { Ok(()) } else { Err(Error::NotFound("key")) }

@@ -2,6 +2,7 @@
 //! says of them in [`crate::delivery`].
 
 use crate::access::{authorize, visible};
+use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::idempotency::{self, Keyed};
 use crate::links::{LinkCommand, Links};
@@ -75,6 +76,8 @@ impl TaskService {
     /// Accepts a task: durable, with its sealed intent and — when a node has a free slot — its first
     /// granted attempt, in one commit, before the caller hears of it.
     pub async fn dispatch(self: &Arc<Self>, caller: &Caller, d: Dispatch) -> Result<Task> {
+        audit::doing(caller, Action::TaskDispatch);
+        audit::within(d.session);
         d.spec.validate().map_err(|e| Error::invalid("bad_spec", e))?;
         for (field, secs) in [("timeout_secs", d.timeout_secs), ("queue_secs", d.queue_secs)] {
             if secs > MAX_SECS {
@@ -88,6 +91,7 @@ impl TaskService {
         let via = caller.as_person().map(|p| p.via.clone()).unwrap_or_default();
         self.not_restored()?;
         if let Some(made) = idempotency::before(d.keyed.as_ref()).await? {
+            audit::about(made);
             // What was true when it was made need not hold any more: a session closed, a deadline passed.
             self.permitted(caller, made, Permission::TasksDispatch).await?;
             return self.awaited(made, d.wait_secs).await;
@@ -134,10 +138,16 @@ impl TaskService {
         if let Some(request) = via.request_id {
             self.pool.queue.origins.note(id, request);
         }
+        audit::about(id);
+        audit::detail("skill", &task.skill);
+        audit::detail("spec", Hex(&digest));
+        if let Some(node) = named_node {
+            audit::detail("node", node);
+        }
         let own = self.clone();
         let caller = caller.clone();
         let accepted = async move { own.accept(task, &caller, session, d.keyed).await };
-        let accepted = match self.work.complete("dispatch", accepted).await.ok_or_else(stopped)?? {
+        let accepted = match self.work.complete("dispatch", audit::carry(accepted)).await.ok_or_else(stopped)?? {
             Accepted::New(task) => task,
             // Another request with the same key was there first, a moment ago.
             Accepted::Before(made) => return self.awaited(made, d.wait_secs).await,
@@ -257,16 +267,20 @@ impl TaskService {
     /// Asks for the end. Waiting work ends at once; granted work keeps its state until its node has
     /// answered. Asking again, or for an ended task, changes nothing.
     pub async fn cancel(self: &Arc<Self>, caller: &Caller, id: TaskId) -> Result<Task> {
-        self.permitted(caller, id, Permission::TasksDispatch).await?;
+        audit::doing(caller, Action::TaskCancel);
+        audit::about(id);
+        audit::within(self.permitted(caller, id, Permission::TasksDispatch).await?.session);
         self.not_restored()?;
         let own = self.clone();
         let cancel = async move { own.request_cancel(id, ReasonCode::CancelledByUser).await };
-        self.work.complete("cancel", cancel).await.ok_or_else(stopped)??;
+        self.work.complete("cancel", audit::carry(cancel)).await.ok_or_else(stopped)??;
         self.journal.task(id).await?.ok_or(Error::NotFound("task"))
     }
 
     /// Closes the session and asks for the end of its tasks.
     pub async fn close_session(self: &Arc<Self>, caller: &Caller, id: SessionId) -> Result<()> {
+        audit::doing(caller, Action::SessionClose);
+        audit::about(id);
         self.sessions.permitted(caller, id, Permission::SessionsWrite).await?;
         self.not_restored()?;
         let (own, caller) = (self.clone(), caller.clone());
@@ -274,7 +288,7 @@ impl TaskService {
             own.sessions.close(&caller, id).await?;
             own.end_tasks_of(&[id].into()).await
         };
-        self.work.complete("close session", close).await.ok_or_else(stopped)?
+        self.work.complete("close session", audit::carry(close)).await.ok_or_else(stopped)?
     }
 
     /// Asks for the end of what is open in sessions that have ended.
@@ -325,6 +339,14 @@ impl TaskService {
         let task = self.journal.narrow(id).await?.ok_or(Error::NotFound("task"))?;
         authorize(caller, permission, task.thing(), Permission::TasksRead, "task")?;
         Ok(task)
+    }
+}
+
+struct Hex<'a>(&'a [u8]);
+
+impl std::fmt::Display for Hex<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
     }
 }
 

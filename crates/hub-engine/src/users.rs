@@ -3,6 +3,7 @@
 
 use crate::access::visible;
 use crate::accounts::{Accounts, Tokens, check_password, fresh_token};
+use crate::audit::{self, Action};
 use crate::devices::LoginFrom;
 use crate::error::{Error, Result};
 use crate::events::Whose;
@@ -68,6 +69,7 @@ impl Users {
         role: &str,
         keyed: Option<Keyed>,
     ) -> Result<Told> {
+        audit::doing(caller, Action::UserCreate);
         administers(caller)?;
         let keyed = keyed.map(|k| k.sealed(&*self.accounts.keyring));
         let is_invite = password.is_none();
@@ -88,6 +90,8 @@ impl Users {
             None => String::new(),
         };
         let id = UserId::from_parts(now, entropy::bytes());
+        audit::about(id);
+        audit::detail("role", role.as_str());
         let user = User { id, username: username.to_owned(), role, password_hash, created_at: now };
         let (token, invite) = is_invite.then(|| self.new_invite(now)).unzip();
         match keyed {
@@ -119,9 +123,12 @@ impl Users {
 
     /// Sets the password of who was invited; gives their name to log in with.
     pub async fn accept(&self, token: &str, password: String, from: LoginFrom) -> Result<Tokens> {
+        audit::asked(Action::UserAccept);
         let (mac, now) = (self.accounts.keyring.token_mac(token), self.now());
         // First: strangers make nobody compute.
-        self.store.invited(&mac, now).await?.ok_or(NO_INVITE)?;
+        let user = self.store.invited(&mac, now).await?.ok_or(NO_INVITE)?;
+        audit::by(user);
+        audit::about(user);
         check_password(&password)?;
         let hash = self.accounts.passwords.hash(password).await?;
         let user = self.store.accept_invite(&mac, &hash, now).await?.ok_or(NO_INVITE)?;
@@ -131,6 +138,11 @@ impl Users {
 
     /// Everybody may rename themselves; all else is the admins'.
     pub async fn change(&self, caller: &Caller, id: UserId, change: Change) -> Result<Told> {
+        audit::doing(caller, Action::UserChange);
+        audit::about(id);
+        for (what, to) in [("role", change.role.as_deref()), ("disabled", change.disabled.map(|d| if d { "true" } else { "false" }))] {
+            to.into_iter().for_each(|to| audit::detail(what, to));
+        }
         let only_name = change.role.is_none() && change.disabled.is_none() && change.password.is_none() && !change.invite;
         if !(only_name && caller.in_person() == Some(id)) {
             administers(caller)?;

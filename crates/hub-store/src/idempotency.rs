@@ -20,7 +20,10 @@ impl Idempotency for Store {
     async fn create(&self, thing: Creation, once: &Once) -> Stored<Option<Known>> {
         // Another hub may be making things of the same keys: both take them in one order.
         let place = Some(once.scope);
-        self.writer.run("idempotency.create", place, (thing, *once), |conn, (thing, once)| Box::pin(create(conn, thing, once))).await
+        self.writer
+            .run("idempotency.create", place, (thing, *once), |conn, (thing, once)| Box::pin(create(conn, thing, once)))
+            .await
+            .map(|made| made.0)
     }
 
     async fn known(&self, scope: &Digest, since: UnixMs) -> Stored<Option<Known>> {
@@ -40,7 +43,10 @@ fn known(row: &crate::dialect::Row) -> Result<Known, Failed> {
     Ok(Known { request: c.bytes()?, thing: c.get()? })
 }
 
-async fn create(conn: &mut Conn, thing: &Creation, once: &Once) -> Result<Option<Known>, Failed> {
+/// None when the thing was made; else what was there before.
+pub(crate) struct Made(pub Option<Known>);
+
+async fn create(conn: &mut Conn, thing: &Creation, once: &Once) -> Result<Made, Failed> {
     // A hub that is about to commit the same scope is waited for by the statement itself.
     let taken = sql("INSERT INTO idempotency (scope, request, thing, created_at) VALUES ($1, $2, $3, $4) \
          ON CONFLICT (scope) DO UPDATE SET request = excluded.request, thing = excluded.thing, created_at = excluded.created_at \
@@ -48,7 +54,7 @@ async fn create(conn: &mut Conn, thing: &Creation, once: &Once) -> Result<Option
     let taken = taken.bind(once.scope).bind(once.request).bind(thing.id()).bind(once.at).bind(once.since);
     if conn.execute(&taken).await? == 0 {
         let q = sql("SELECT request, thing FROM idempotency WHERE scope = $1").bind(once.scope);
-        return conn.row(&q, known).await?.ok_or_else(|| "what a key has made is gone".into()).map(Some);
+        return conn.row(&q, known).await?.ok_or_else(|| "what a key has made is gone".into()).map(|known| Made(Some(known)));
     }
     match thing {
         Creation::Task(task) => drop(Accept::write(conn, &[&Accept(task.clone())]).await?),
@@ -58,5 +64,5 @@ async fn create(conn: &mut Conn, thing: &Creation, once: &Once) -> Result<Option
         Creation::User(u, invite) => drop(users::insert(conn, u, invite.as_ref()).await?.then_some(()).ok_or("the user name is taken")?),
         Creation::Key(k) => conn.insert("api_keys", KEY_COLUMNS, &Rows::of([key_row(k)]), "").await?,
     }
-    Ok(None)
+    Ok(Made(None))
 }

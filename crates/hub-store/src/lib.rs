@@ -10,6 +10,7 @@
 //! PostgreSQL database.
 
 mod accounts;
+mod audit;
 pub mod backup;
 mod bus;
 mod dialect;

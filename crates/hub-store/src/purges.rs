@@ -92,6 +92,9 @@ async fn erase(conn: &mut Conn, id: SessionId, after: Option<TaskId>, limit: u32
             return Ok((PurgeStep::Until(after), vec![]));
         }
     }
+    if crate::audit::erase_session(conn, id, limit).await? > 0 {
+        return Ok((PurgeStep::Until(after), vec![]));
+    }
     // Before the first id is the empty one.
     let after = after.map_or(vec![], |t| t.blob().to_vec());
     let q = sql("SELECT id FROM tasks WHERE session = $1 AND id > $2 ORDER BY id LIMIT $3");

@@ -30,7 +30,9 @@ macro_rules! id {
         }
     )*};
 }
-id!(ApiKeyId, DeviceId, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, SpoolId, TaskId, UserId);
+id!(
+    ApiKeyId, AuditId, ChainId, DeviceId, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, SpoolId, TaskId, UserId
+);
 
 /// Ids as values of a list.
 pub(crate) fn all<'i, I: Id + 'i>(ids: impl IntoIterator<Item = &'i I>) -> Vec<Value<'static>> {

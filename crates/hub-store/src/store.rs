@@ -1,5 +1,6 @@
 //! The store: what is open of it, and how reads and writes go in.
 
+use crate::audit::Effect;
 use crate::dialect::{Conn, Connector, Database, Lane, Readers, Row, postgres, sqlite};
 use crate::output::Outputs;
 use crate::rows::{Columns, Id};
@@ -120,7 +121,7 @@ impl Store {
     ) -> Stored<T>
     where
         A: Send + Sync + 'static,
-        T: Send + 'static,
+        T: Effect + Send + 'static,
     {
         self.writer.run(operation, None, with, work).await
     }

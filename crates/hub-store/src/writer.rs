@@ -11,18 +11,21 @@
 //! Another hub on the same database may be in the way: then the whole transaction is done again. A
 //! connection that is lost is told to all that wait, and the next group asks for a new one.
 
+use crate::audit::{Chain, Due, Effect};
 use crate::dialect::{Conn, Connector, Verdict};
 use crate::journal::{Accept, Apply};
 use crate::output::Raise;
 use crate::store::Failed;
 use futures::future::BoxFuture;
+use hub_engine::audit::{Entry, Ticket, ticket};
 use hub_engine::ports::{StoreError, Stored};
-use mesh_core::Digest;
+use mesh_core::audit::Head;
+use mesh_core::{ChainId, Digest};
 use mesh_process::Tasks;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 /// Callers beyond this many wait for a place in the queue.
@@ -36,7 +39,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// A kind of write of which many are done by a few statements.
 pub(crate) trait Bulk: Sized + Send + Sync {
-    type Outcome: Send + 'static;
+    type Outcome: Effect + Send + 'static;
     const OPERATION: &'static str;
     /// Does all of `jobs` and gives their outcomes in the same order.
     fn write<'c>(conn: &'c mut Conn, jobs: &'c [&'c Self]) -> BoxFuture<'c, Result<Vec<Self::Outcome>, Failed>>;
@@ -47,12 +50,20 @@ struct Reply<T> {
     operation: &'static str,
     to: oneshot::Sender<Stored<T>>,
     outcome: Option<Stored<T>>,
+    /// The audit entry of the call that asked.
+    ticket: Option<Ticket>,
 }
 
-impl<T> Reply<T> {
+impl<T: Effect> Reply<T> {
     fn new(operation: &'static str) -> (Self, oneshot::Receiver<Stored<T>>) {
         let (to, answer) = oneshot::channel();
-        (Self { operation, to, outcome: None }, answer)
+        (Self { operation, to, outcome: None, ticket: ticket() }, answer)
+    }
+    /// The entry that goes with what was done, if anything was.
+    fn due(&self) -> Option<Due> {
+        let ticket = self.ticket.as_ref()?;
+        let outcome = self.outcome.as_ref()?.as_ref().ok()?.outcome()?;
+        Some(Due { entry: ticket.entry(outcome)?, ticket: Some(ticket.clone()) })
     }
     fn keep(&mut self, outcome: Result<T, Failed>) {
         self.outcome = Some(outcome.map_err(|e| StoreError::new(self.operation, e)));
@@ -80,6 +91,8 @@ pub(crate) trait Work: Send {
     fn run<'c>(&'c mut self, conn: &'c mut Conn) -> BoxFuture<'c, Result<(), Failed>>;
     /// Says that the job failed, and nobody else did.
     fn fail(&mut self, error: Failed);
+    /// The audit entry that goes with what was done.
+    fn due(&self) -> Option<Due>;
     fn send(self: Box<Self>, lost: Option<&str>);
 }
 
@@ -90,7 +103,7 @@ struct Job<A, T> {
     reply: Reply<T>,
 }
 
-impl<A: Send + Sync, T: Send> Work for Job<A, T> {
+impl<A: Send + Sync, T: Effect + Send> Work for Job<A, T> {
     fn place(&self) -> Option<Digest> {
         self.place
     }
@@ -104,6 +117,9 @@ impl<A: Send + Sync, T: Send> Work for Job<A, T> {
     fn fail(&mut self, error: Failed) {
         self.reply.keep(Err(error));
     }
+    fn due(&self) -> Option<Due> {
+        self.reply.due()
+    }
     fn send(self: Box<Self>, lost: Option<&str>) {
         self.reply.send(lost);
     }
@@ -115,6 +131,14 @@ pub(crate) enum Request {
     Apply(Box<Asked<Apply>>),
     Raise(Box<Asked<Raise>>),
     Other(Box<dyn Work>),
+    /// An audit entry by itself.
+    Entry(Box<Lone>),
+}
+
+/// Nothing is done but what the entry itself says.
+pub(crate) struct Lone {
+    entry: Entry,
+    reply: Reply<()>,
 }
 
 impl Request {
@@ -122,12 +146,25 @@ impl Request {
     fn may_lag(&self) -> bool {
         matches!(self, Self::Apply(a) if a.job.may_lag())
     }
+    fn due(&self) -> Option<Due> {
+        match self {
+            Self::Accept(a) => a.reply.due(),
+            Self::Apply(a) => a.reply.due(),
+            Self::Raise(a) => a.reply.due(),
+            Self::Other(work) => work.due(),
+            Self::Entry(lone) => Some(Due { entry: lone.entry.clone(), ticket: None }),
+        }
+    }
     fn send(self, lost: Option<&str>) {
         match self {
             Self::Accept(a) => a.reply.send(lost),
             Self::Apply(a) => a.reply.send(lost),
             Self::Raise(a) => a.reply.send(lost),
             Self::Other(work) => work.send(lost),
+            Self::Entry(mut lone) => {
+                lone.reply.keep(Ok(()));
+                lone.reply.send(lost);
+            }
         }
     }
 }
@@ -153,19 +190,22 @@ impl From<Asked<Raise>> for Request {
 pub(crate) struct Writer {
     queue: mpsc::Sender<Request>,
     shared: Arc<Shared>,
+    head: watch::Sender<Head>,
 }
 
 #[derive(Debug, Default)]
 struct Shared {
     commits: AtomicU64,
     catch_up: AtomicBool,
+    chain: OnceLock<ChainId>,
 }
 
 impl Writer {
     pub(crate) fn start(conn: Conn, connector: Connector, tasks: &Tasks) -> std::io::Result<Self> {
         let (queue, waiting) = mpsc::channel(QUEUE);
         let shared = Arc::new(Shared::default());
-        let link = Link { conn: Some(conn), connector, refused: None };
+        let head = watch::Sender::new(Head::none(ChainId::from_bytes([0; 16])));
+        let link = Link { conn: Some(conn), connector, refused: None, chain: Chain::new(head.clone()) };
         let on_file = matches!(link.connector, Connector::Sqlite(_));
         let writing = write_groups(link, waiting, shared.clone(), tasks.token());
         if on_file {
@@ -174,10 +214,21 @@ impl Writer {
         } else {
             tasks.spawn_vital("store writer", writing);
         }
-        Ok(Self { queue, shared })
+        Ok(Self { queue, shared, head })
     }
     pub(crate) fn commits(&self) -> u64 {
         self.shared.commits.load(Ordering::Acquire)
+    }
+    /// From here on audit entries go into this chain.
+    pub(crate) fn chain(&self, chain: ChainId) -> Result<(), Failed> {
+        if *self.shared.chain.get_or_init(|| chain) == chain { Ok(()) } else { Err("another chain was begun".into()) }
+    }
+    pub(crate) fn head(&self) -> watch::Receiver<Head> {
+        self.head.subscribe()
+    }
+    /// Where the chain stands, before anything was added.
+    pub(crate) fn tell_head(&self, head: Head) {
+        self.head.send_replace(head);
     }
     pub(crate) fn waiting(&self) -> usize {
         self.queue.max_capacity() - self.queue.capacity()
@@ -204,10 +255,15 @@ impl Writer {
     ) -> Stored<T>
     where
         A: Send + Sync + 'static,
-        T: Send + 'static,
+        T: Effect + Send + 'static,
     {
         let (reply, answer) = Reply::new(operation);
         self.ask(operation, Request::Other(Box::new(Job { place, with, work, reply })), answer).await
+    }
+
+    pub(crate) async fn append(&self, entry: Entry) -> Stored<()> {
+        let (reply, answer) = Reply::new("audit.append");
+        self.ask("audit.append", Request::Entry(Box::new(Lone { entry, reply })), answer).await
     }
 
     async fn ask<T>(&self, operation: &'static str, request: Request, answer: oneshot::Receiver<Stored<T>>) -> Stored<T> {
@@ -235,6 +291,7 @@ async fn write_groups(
             }
             n = waiting.recv_many(&mut group, GROUP) => if n == 0 { break },
         }
+        link.chain.id = shared.chain.get().copied();
         let begun = Instant::now();
         let written = link.write(&mut group).await;
         count(written.is_ok(), group.len(), begun.elapsed());
@@ -276,6 +333,7 @@ struct Link {
     connector: Connector,
     /// When the database could not be reached, and why.
     refused: Option<(Instant, String)>,
+    chain: Chain,
 }
 
 impl Link {
@@ -294,12 +352,14 @@ impl Link {
                     continue;
                 }
                 Err(error) => Err(error),
-                Ok(()) => self.connector.in_time(transaction(&mut conn, &self.connector, group)).await,
+                Ok(()) => self.connector.in_time(transaction(&mut conn, &self.connector, group, &mut self.chain)).await,
             };
             let Err(error) = written else {
+                self.chain.committed();
                 self.conn = Some(conn);
                 return Ok(());
             };
+            self.chain.lost();
             let verdict = self.connector.verdict(&error);
             self.clear(conn, verdict).await;
             if verdict == Verdict::Again && turn < TURNS {
@@ -364,15 +424,16 @@ struct Transaction<'c> {
     jobs: u32,
 }
 
-async fn transaction(conn: &mut Conn, connector: &Connector, group: &mut [Request]) -> Result<(), Failed> {
+async fn transaction(conn: &mut Conn, connector: &Connector, group: &mut [Request], chain: &mut Chain) -> Result<(), Failed> {
     let mut t = Transaction { conn, connector, jobs: 0 };
     let (mut accepts, mut raises, mut applies, mut others) = (vec![], vec![], vec![], vec![]);
-    for request in group {
+    for request in &mut *group {
         match request {
             Request::Accept(a) => accepts.push(&mut **a),
             Request::Raise(a) => raises.push(&mut **a),
             Request::Apply(a) => applies.push(&mut **a),
             Request::Other(work) => others.push(work),
+            Request::Entry(_) => {}
         }
     }
     // Callers in one group are concurrent, so any order between kinds is right.
@@ -386,6 +447,9 @@ async fn transaction(conn: &mut Conn, connector: &Connector, group: &mut [Reques
             work.fail(t.alone(error).await?);
         }
     }
+    // What was done and is not in the audit log was not done: an error here is one of all.
+    let due: Vec<Due> = group.iter().filter_map(Request::due).collect();
+    chain.append(t.conn, due).await?;
     t.conn.commit().await
 }
 
@@ -545,7 +609,8 @@ mod tests {
             store.accept(&assigned_task(n)).await.unwrap();
         }
         let connector = Connector::Sqlite(dir.path().join("hub.db"));
-        let mut link = Link { conn: Some(connector.connect().await.unwrap()), connector, refused: None };
+        let told = watch::Sender::new(Head::none(ChainId::from_bytes([0; 16])));
+        let mut link = Link { conn: Some(connector.connect().await.unwrap()), connector, refused: None, chain: Chain::new(told) };
         // How a group was committed: 1 is with the next sync, 2 with one of its own.
         let mut commit = async |mut group: Vec<Request>| {
             link.write(&mut group).await.unwrap();

@@ -46,6 +46,7 @@ macro_rules! joint_suites {
     )*};
 }
 joint_suites!(
+    audit,
     idempotency,
     journal_and_output,
     nodes_and_sessions,

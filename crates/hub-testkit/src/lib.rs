@@ -5,9 +5,11 @@ pub mod contract;
 pub mod journal;
 pub mod keys;
 pub mod memory;
+mod nowhere;
 pub mod postgres;
 pub mod redis;
 
 pub use journal::TestJournal;
 pub use keys::TestKeys;
 pub use memory::MemoryStore;
+pub use nowhere::Nowhere;

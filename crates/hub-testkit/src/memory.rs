@@ -1,5 +1,6 @@
 //! The ports in memory: one mutex, ordered maps, no waiting. The same calls give the same answers.
 
+mod audit;
 mod content;
 mod grants;
 mod users;
@@ -56,6 +57,7 @@ struct State {
     state: BTreeMap<(String, String), StateEntry>,
     made: BTreeMap<Digest, (Known, UnixMs)>,
     grants: BTreeMap<GrantId, Grant>,
+    audit: audit::Rows,
 }
 
 #[derive(Debug, Clone)]

@@ -1,10 +1,10 @@
 //! The command line of `cortex-hub`.
 
 use crate::admin;
-use crate::backup;
 use crate::config::{Config, Flags};
 use crate::keys::Keys;
 use crate::serve::Hub;
+use crate::{audit, backup};
 use clap::{Args, Parser, Subcommand};
 use mesh_process::config::BadSetting;
 use mesh_process::{Clock, SystemClock, signals, telemetry};
@@ -92,7 +92,11 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         passphrase_file: Option<PathBuf>,
     },
-    /// Not built yet: audit
+    /// The audit log
+    Audit {
+        #[command(subcommand)]
+        command: AuditCommand,
+    },
     #[command(external_subcommand)]
     Other(Vec<String>),
 }
@@ -125,6 +129,17 @@ enum AdminCommand {
 }
 
 #[derive(Subcommand)]
+enum AuditCommand {
+    /// Check an export of the log, by itself: that nothing in it was changed, removed, reordered or cut off
+    Verify {
+        file: PathBuf,
+        /// The public key that must have signed it, as `ca show` prints it
+        #[arg(long, value_name = "HEX")]
+        key: Option<String>,
+    },
+}
+
+#[derive(Subcommand)]
 enum CaCommand {
     /// Print the hub's id, the pin of its root, and the root itself (PEM), which clients of its HTTPS must trust
     Show,
@@ -134,8 +149,6 @@ enum CaCommand {
 
 /// Wrong usage or settings.
 const USAGE: u8 = 2;
-/// What the contract names and is not built.
-const PROMISED: &[&str] = &["audit"];
 
 pub async fn run() -> ExitCode {
     let cli = Cli::parse();
@@ -167,6 +180,16 @@ pub async fn run() -> ExitCode {
             })
             .await
         }
+        Command::Audit { command: AuditCommand::Verify { file, key } } => match audit::verify_file(&file, key.as_deref()) {
+            Ok(lines) => {
+                lines.iter().for_each(|line| println!("{line}"));
+                ExitCode::SUCCESS
+            }
+            Err(e) => {
+                eprintln!("cortex-hub: {e:#}");
+                ExitCode::FAILURE
+            }
+        },
         Command::Openapi => match writeln!(std::io::stdout(), "{:#}", crate::doors::rest::document()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
@@ -187,11 +210,7 @@ pub async fn run() -> ExitCode {
         }
         Command::Other(words) => {
             let word = words.first().map_or("", String::as_str);
-            if PROMISED.contains(&word) {
-                usage(&format!("not yet: cortex-hub {word} is not built"))
-            } else {
-                usage(&format!("there is no command {word:?}; see cortex-hub --help"))
-            }
+            usage(&format!("there is no command {word:?}; see cortex-hub --help"))
         }
     }
 }
@@ -230,7 +249,9 @@ fn show_ca(flags: &Flags) -> ExitCode {
     }
     match Keys::open(&config.data_dir, SystemClock::new().now_ms()) {
         Ok(keys) => {
-            println!("hub   {}\npin   {}\n{}", keys.hub, keys.pin(), keys.root_pem().trim_end());
+            println!("hub   {}\npin   {}", keys.hub, keys.pin());
+            keys.task_keys().iter().for_each(|key| println!("sign  {}", hex::encode(key)));
+            println!("{}", keys.root_pem().trim_end());
             ExitCode::SUCCESS
         }
         Err(e) => {

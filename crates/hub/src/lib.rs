@@ -4,6 +4,7 @@
 //! `hub-engine`, and packs the answer.
 
 mod admin;
+pub mod audit;
 mod backup;
 pub mod cli;
 pub mod config;

@@ -62,6 +62,8 @@ pub const NAMES: &[(&str, Kind, &str)] = &[
     ("cortex_auth_failures_total", Counter, "Credentials that were missing or not good."),
     ("cortex_rate_limited_total", Counter, "Requests, and messages of streams, beyond the rate of their principal."),
     ("cortex_logins_throttled_total", Counter, "Tries with a password that were refused unlooked at."),
+    ("cortex_audit_suppressed_total", Counter, "Audit entries of calls that changed nothing, counted and not kept one by one."),
+    ("cortex_audit_lost_total", Counter, "Audit entries that could not be written."),
     ("cortex_tasks_accepted_total", Counter, "Tasks that were accepted."),
     ("cortex_tasks_finished_total", Counter, "Tasks that came to their final state."),
     ("cortex_tasks_waiting", Gauge, "Tasks that wait for a node."),

@@ -12,6 +12,7 @@ use crate::reach::Reach;
 use anyhow::{Context, anyhow};
 use axum::Router;
 use hub_engine::accounts::{self, Accounts};
+use hub_engine::audit::{self, Log};
 use hub_engine::bus::EVENTS_KEPT;
 use hub_engine::delivery::Delivery;
 use hub_engine::events::Events;
@@ -38,6 +39,7 @@ use hub_engine::throttle::{Rates, Throttle};
 use hub_engine::users::Users;
 use hub_engine::watch::Watchers;
 use hub_store::{RedisBus, RedisPlan, Store};
+use mesh_core::permission::Via;
 use mesh_process::{SharedClock, Tasks, files};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -82,6 +84,7 @@ pub struct Hub {
     pub made_password: Option<String>,
     pub store: Arc<Store>,
     pub keys: Arc<Keys>,
+    audit: Arc<Log>,
     doors: Tasks,
     work: Tasks,
     store_tasks: Tasks,
@@ -140,10 +143,22 @@ impl Hub {
         let reach = Reach::of(&config, &Machine::look(), http, node, certified);
 
         let events = events(&config, &keys, &clock, &store_tasks).await;
+        let audit = Arc::new(Log {
+            store: store.clone(),
+            witness: Arc::new(crate::audit::Files::of(&dir)),
+            keyring: keys.clone(),
+            keys: keys.task_keys(),
+            hub: keys.hub,
+            clock: clock.clone(),
+            work: work.clone(),
+            bounds: Default::default(),
+        });
+        let restored = store.restored().await?.is_some();
+        audit.start(&crate::audit::identity(&dir)?, meta.incarnation, restored).await.context("the audit log")?;
         let services = Services::build(&config, &store, &keys, &clock, meta.incarnation, (&work, &doors), events)?;
         let made_password = first_admin(&services.accounts, &config, &dir).await?;
         // What ended while the hub was away has ended before anybody can ask.
-        let goes = services.recovery.start().await?;
+        let goes = audit::scope(&audit, Via::default(), services.recovery.start(), audit::Ending::of).await?;
         if !goes {
             tracing::warn!("the hub was restored from a backup: it holds back until cortex-hub restore --go");
             println!("restored from a backup: look at what it may have undone, then run: cortex-hub restore --go");
@@ -154,6 +169,7 @@ impl Hub {
         let context = Arc::new(LinkContext {
             keys: keys.clone(),
             nodes: services.nodes.clone(),
+            audit: audit.clone(),
             delivery: services.delivery.clone(),
             clock: clock.clone(),
             tasks: work.child(),
@@ -168,11 +184,12 @@ impl Hub {
         let (pool, recovery) = (services.pool.clone(), services.recovery.clone());
         let stop_pool = work.token();
         // The reconcilers begin when the hub goes: at once, or after a restore when it was told to.
+        let going_on = audit.clone();
         let (went, going) = tokio::sync::watch::channel(goes);
         work.spawn_vital("pool", async move {
             let run = async {
                 if !goes {
-                    recovery.wait().await;
+                    audit::scope(&going_on, Via::default(), recovery.wait(), |()| audit::Ending::Done).await;
                     let _ = went.send(true);
                 }
                 pool.run().await;
@@ -184,6 +201,8 @@ impl Hub {
             }
             Ok::<(), std::convert::Infallible>(())
         });
+        let signing = audit.clone();
+        work.spawn_until_cancelled("audit checkpoints", async move { signing.run().await });
         let (manage, mut gone) = (services.manage.clone(), going.clone());
         work.spawn_until_cancelled("registry", async move {
             let _ = gone.wait_for(|goes| *goes).await;
@@ -257,6 +276,7 @@ impl Hub {
             grants: services.grants,
             users: services.users,
             departures: services.departures,
+            audit: audit.clone(),
             nodes: services.nodes,
             memory: Memory { store: store.clone(), sessions: services.sessions.clone(), clock: clock.clone() },
             messages: Messages { store: store.clone(), sessions: services.sessions.clone(), clock: clock.clone() },
@@ -321,6 +341,7 @@ impl Hub {
             made_password,
             store,
             keys,
+            audit,
             doors,
             work,
             store_tasks,
@@ -366,6 +387,11 @@ impl Hub {
         for (name, group, least) in
             [("doors and links", self.doors, Duration::ZERO), ("work", self.work, Duration::ZERO), ("store", self.store_tasks, STORE_GRACE)]
         {
+            if name == "store"
+                && let Err(error) = self.audit.checkpoint().await
+            {
+                tracing::warn!(%error, "the last entries of the audit log are not signed; the next start does it");
+            }
             let left = STOP_GRACE.saturating_sub(begun.elapsed()).max(least);
             if let mesh_process::tasks::Ended::Left(n) = group.end(left).await {
                 cut.push(format!("{n} of {name}"));
@@ -487,8 +513,13 @@ impl Services {
             stop: doors.token(),
         });
         let users = Arc::new(Users { store: store.clone(), accounts: accounts.clone(), pool: Some(pool.clone()) });
-        let departures =
-            Arc::new(Departures { users: users.clone(), journal: store.clone(), tasks: tasks.clone(), manage: manage.clone() });
+        let departures = Arc::new(Departures {
+            users: users.clone(),
+            journal: store.clone(),
+            audit: store.clone(),
+            tasks: tasks.clone(),
+            manage: manage.clone(),
+        });
         let expiry = Arc::new(Expiry {
             sessions: sessions.clone(),
             tasks: tasks.clone(),

@@ -30,6 +30,10 @@ pub enum Tag {
     Capabilities = 5,
     Selector = 6,
     RecoverProof = 7,
+    AuditRow = 8,
+    AuditPerson = 9,
+    AuditDetail = 10,
+    AuditCheckpoint = 11,
 }
 
 #[derive(Debug, Default)]

@@ -76,6 +76,10 @@ ids! {
     EntryId = "ent", "entry";
     /// A log-in and all refresh tokens that descend from it.
     LoginId = "login", "log-in";
+    /// An entry of the audit log.
+    AuditId = "aud", "audit entry";
+    /// A chain of audit entries: what one hub process wrote, from one restore to the next.
+    ChainId = "chain", "audit chain";
 }
 
 impl From<LoginId> for DeviceId {

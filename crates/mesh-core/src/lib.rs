@@ -3,6 +3,7 @@
 //! Everything here is pure. This crate does *not* know tokio, files, the environment, a clock, SQL,
 //! gRPC, HTTP or JSON: time and keys arrive as arguments, answers leave as values.
 
+pub mod audit;
 pub mod canon;
 pub mod capability;
 pub mod ceiling;

@@ -4,6 +4,7 @@
 //! that has nothing to tell is null; the few that may be absent instead say `nullable = false`.
 
 mod accounts;
+mod audit;
 mod events;
 mod grants;
 mod nodes;
@@ -13,6 +14,7 @@ mod system;
 mod tasks;
 
 pub use accounts::*;
+pub use audit::*;
 pub use events::*;
 pub use grants::*;
 pub use nodes::*;

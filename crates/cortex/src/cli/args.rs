@@ -2,6 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 /// Run commands on your machines, through a cortex hub.
 #[derive(Debug, Parser)]
@@ -14,7 +15,7 @@ pub struct Cli {
 }
 
 const NOT_YET: &str = "Exit codes: 0 fine, 1 failed, 2 wrong usage or config (`cortex run --help` has its own).
-Not yet: shell, cp, file, approval, agent, workflow, bundle, tool, audit, policy, events, connect, mcp, doctor, completions.";
+Not yet: shell, cp, file, approval, agent, workflow, bundle, tool, policy, events, connect, mcp, doctor, completions.";
 
 #[derive(Debug, Clone, Default, Args)]
 pub struct Global {
@@ -68,6 +69,9 @@ pub enum Command {
     /// Your log-ins, each a device
     #[command(subcommand)]
     Device(DeviceCommand),
+    /// What was done, by whom and how it ended
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Check the way to the hub; name the hop that fails
     Doctor,
     #[command(flatten)]
@@ -102,8 +106,6 @@ pub enum Later {
     #[command(hide = true)]
     Tool(Anything),
     #[command(hide = true)]
-    Audit(Anything),
-    #[command(hide = true)]
     #[command(hide = true)]
     Policy(Anything),
     #[command(hide = true)]
@@ -128,7 +130,6 @@ impl Later {
             Self::Workflow(_) => "`cortex workflow` is not built.",
             Self::Bundle(_) => "`cortex bundle` is not built.",
             Self::Tool(_) => "`cortex tool` is not built.",
-            Self::Audit(_) => "`cortex audit` is not built.",
             Self::Policy(_) => "`cortex policy` is not built; on the machine itself use: cortex-node policy",
             Self::Events(_) => "`cortex events` is not built; one task is followed with: cortex task logs -f TASK",
             Self::Connect(_) => "`cortex connect` is not built.",
@@ -538,6 +539,49 @@ pub enum DeviceCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub enum AuditCommand {
+    /// List entries, newest first
+    Ls(AuditLs),
+    /// Write the whole log as JSON lines with the hub's signature; check it with: cortex-hub audit verify FILE
+    Export {
+        /// A new file, or - for standard output
+        file: PathBuf,
+    },
+    /// Let the hub check its log
+    Verify,
+}
+
+#[derive(Debug, Args)]
+pub struct AuditLs {
+    /// Such as node_lifecycle or authorization_denied
+    #[arg(long = "type", value_name = "TYPE")]
+    pub kind: Option<String>,
+    /// The id of who did it
+    #[arg(long, value_name = "USER")]
+    pub user: Option<String>,
+    /// Id or name
+    #[arg(long, value_name = "SESSION")]
+    pub session: Option<String>,
+    /// The id of what it was done to
+    #[arg(long, value_name = "ID")]
+    pub resource: Option<String>,
+    /// ok, denied or failed
+    #[arg(long, value_name = "OUTCOME")]
+    pub outcome: Option<String>,
+    /// rest, socket, node or hub
+    #[arg(long, value_name = "DOOR")]
+    pub door: Option<String>,
+    /// From this time on, in RFC 3339
+    #[arg(long, value_name = "TIME")]
+    pub since: Option<String>,
+    /// Before this time, in RFC 3339
+    #[arg(long, value_name = "TIME")]
+    pub until: Option<String>,
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=500))]
+    pub limit: u32,
+}
+
 fn slot(text: &str) -> Result<(String, u32), String> {
     let pair = text.split_once('=').filter(|(kind, _)| !kind.is_empty());
     pair.and_then(|(kind, n)| Some((kind.to_owned(), n.parse().ok()?))).ok_or_else(|| "write it as KIND=NUMBER".to_owned())
@@ -594,6 +638,9 @@ mod tests {
             "cortex device",
             "cortex device rm",
             "cortex device trust",
+            "cortex audit",
+            "cortex audit export",
+            "cortex audit ls --limit 0",
             "cortex nonsense",
         ] {
             assert_eq!(parse(wrong).unwrap_err().exit_code(), 2, "{wrong}");
@@ -608,7 +655,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_takes_anything() {
-        for verb in "shell cp file approval agent workflow bundle tool audit policy events connect mcp completions".split(' ') {
+        for verb in "shell cp file approval agent workflow bundle tool policy events connect mcp completions".split(' ') {
             for rest in ["", " --help", " -x y --z=1 -- a"] {
                 let Ok(Command::Later(l)) = parse(&format!("cortex {verb}{rest}")) else { panic!("{verb}{rest}") };
                 assert!(l.sentence().contains(&format!("`cortex {verb}` is not built")), "{}", l.sentence());

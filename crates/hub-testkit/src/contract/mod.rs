@@ -2,6 +2,7 @@
 //! store does not do what the port's documentation says.
 
 mod accounts;
+mod audit;
 mod bus;
 mod gauges;
 mod grants;
@@ -19,6 +20,7 @@ mod state;
 mod users;
 
 pub use accounts::accounts;
+pub use audit::audit;
 pub use bus::{BusPlan, HandClock, bus};
 pub use gauges::gauges;
 pub use grants::grants;

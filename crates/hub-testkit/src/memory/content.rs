@@ -208,6 +208,9 @@ impl Purges for MemoryStore {
             messages.iter().for_each(|m| drop(state.messages.remove(m)));
             return Ok(PurgeStep::Until(after));
         }
+        if state.audit.erase_session(id, limit) > 0 {
+            return Ok(PurgeStep::Until(after));
+        }
         let tasks: Vec<TaskId> = state.tasks_of(id).map(|t| t.id).filter(|t| after.is_none_or(|a| *t > a)).take(limit as usize).collect();
         let Some(last) = tasks.last() else {
             state.purging.remove(&id);

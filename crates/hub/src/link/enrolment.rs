@@ -63,7 +63,7 @@ impl wire::enrolment_server::Enrolment for EnrolService {
             suggested_name: registration.suggested_name,
         };
         let invite = enrolment.invite;
-        let node = context.nodes.enrol(enrolment).await.map_err(|e| {
+        let node = context.audited(&connection, context.nodes.enrol(enrolment)).await.map_err(|e| {
             tracing::warn!(%invite, address = %connection.address, error = %e, "an enrolment was refused");
             status(&e)
         })?;
@@ -92,7 +92,7 @@ impl wire::enrolment_server::Enrolment for EnrolService {
         // Who waits too long is cut with the connection.
         let _place = self.together.acquire().await.map_err(|_| Status::unavailable("the hub is stopping"))?;
         let node = recovery.node;
-        let fresh = context.nodes.recover(recovery).await.map_err(|e| {
+        let fresh = context.audited(&connection, context.nodes.recover(recovery)).await.map_err(|e| {
             metrics::counter!("cortex_auth_failures_total", "kind" => "node").increment(1);
             tracing::warn!(%node, address = %connection.address, error = %e, "a recovery was refused");
             status(&e)

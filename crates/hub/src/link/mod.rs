@@ -16,8 +16,10 @@ mod wire;
 
 use crate::keys::Keys;
 use futures::Stream;
+use hub_engine::audit::{self, Ending, Log};
 use hub_engine::delivery::Delivery;
 use hub_engine::nodes::Nodes;
+use mesh_core::permission::Via;
 use mesh_core::{Digest, NodeId, UnixMs};
 use mesh_process::{SharedClock, Tasks};
 use mesh_wire::limits;
@@ -35,6 +37,7 @@ const PING_EVERY: Duration = Duration::from_secs(20);
 pub struct LinkContext {
     pub keys: Arc<Keys>,
     pub nodes: Arc<Nodes>,
+    pub audit: Arc<Log>,
     pub delivery: Arc<Delivery>,
     pub clock: SharedClock,
     pub tasks: Tasks,
@@ -49,6 +52,11 @@ pub struct Peer {
 }
 
 impl LinkContext {
+    /// A call of a machine that leaves an entry in the audit log.
+    async fn audited<T>(&self, connection: &tls::Connection, work: impl Future<Output = hub_engine::Result<T>>) -> hub_engine::Result<T> {
+        let via = Via { door: "node", address: Some(connection.address.ip()), request_id: None, device: None };
+        audit::scope(&self.audit, via, work, Ending::of).await
+    }
     /// The node behind a request: its certificate is valid now, and the registry knows it.
     async fn authenticate<T>(&self, request: &Request<T>) -> Result<(Peer, hub_engine::records::Node), Status> {
         self.identify(request).await.inspect_err(|refused| {

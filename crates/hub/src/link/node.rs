@@ -67,10 +67,11 @@ impl wire::node_link_server::NodeLink for LinkService {
 
     async fn renew(&self, request: Request<wire::RenewRequest>) -> Result<Response<wire::CertificateReply>, Status> {
         let (peer, node) = self.0.authenticate(&request).await?;
+        let connection = request.extensions().get::<super::tls::Connection>().cloned().ok_or_else(|| Status::internal("no connection"))?;
         let r = request.into_inner();
         let key = csr_key(&r.csr_der)?;
         let caller = Caller::Node { node: peer.node, generation: node.generation };
-        let fresh = self.0.nodes.renew(&caller, &key, r.counter).await.map_err(|e| status(&e))?;
+        let fresh = self.0.audited(&connection, self.0.nodes.renew(&caller, &key, r.counter)).await.map_err(|e| status(&e))?;
         tracing::info!(node = %peer.node, counter = fresh.counter, "node certificate renewed");
         Ok(Response::new(certificate(&self.0.keys, fresh)))
     }

@@ -1,5 +1,6 @@
 //! One file per noun. [`perform`] decides which one it is.
 
+mod audit;
 mod device;
 mod doctor;
 mod grant;
@@ -74,6 +75,7 @@ pub async fn perform(cli: Cli, io: &mut Io<'_>) -> u8 {
         Command::Session(command) => session::perform(command, &mut context).await,
         Command::Task(command) => task::perform(command, &mut context).await,
         Command::User(command) => user::perform(command, &mut context).await,
+        Command::Audit(command) => audit::perform(command, &mut context).await,
         Command::Key(command) => key::perform(command, &mut context).await,
         Command::Grant(command) => grant::perform(command, &mut context).await,
         Command::Device(command) => device::perform(command, &mut context).await,

@@ -122,7 +122,7 @@ pub async fn refresh(
 #[utoipa::path(post, path = "/auth/logout", tag = "auth", responses((status = 204, description = "Ended")))]
 pub async fn logout(State(app): State<App>, who: Who) -> Answer<(StatusCode, HeaderMap)> {
     if let Some(login) = who.authenticated.login {
-        app.accounts.logout(login).await?;
+        app.accounts.logout(who.caller(), login).await?;
     }
     let headers = if who.by_cookie { cookie::taken() } else { HeaderMap::new() };
     Ok((StatusCode::NO_CONTENT, headers))

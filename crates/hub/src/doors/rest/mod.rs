@@ -1,6 +1,7 @@
 //! REST, `/api/v1`.
 
 mod accounts;
+mod audit;
 mod body;
 mod cookie;
 mod devices;
@@ -45,6 +46,7 @@ use axum::extract::Request;
 use axum::middleware;
 use axum::response::{IntoResponse, Redirect, Response};
 use hub_engine::accounts::Accounts;
+use hub_engine::audit::Log;
 use hub_engine::events::Events;
 use hub_engine::expiry::Expiry;
 use hub_engine::grants::Grants;
@@ -76,6 +78,7 @@ pub struct RestState {
     pub grants: Arc<Grants>,
     pub users: Arc<Users>,
     pub departures: Arc<Departures>,
+    pub audit: Arc<Log>,
     pub nodes: Arc<Nodes>,
     pub manage: Arc<Management>,
     pub sessions: Arc<Sessions>,
@@ -164,6 +167,11 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(system::info))
         .routes(routes!(system::stats))
         .routes(routes!(system::restored))
+        .routes(routes!(audit::all))
+        .routes(routes!(audit::export))
+        .routes(routes!(audit::verify))
+        .routes(routes!(audit::of_user))
+        .routes(routes!(audit::of_session))
         .routes(routes!(downloads::list))
         .routes(routes!(downloads::binary))
         .routes(routes!(sessions::list, sessions::create))

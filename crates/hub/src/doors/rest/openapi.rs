@@ -7,6 +7,7 @@ use hub_engine::events::Topic;
 use hub_engine::manage::MAX_TASK_LIMIT;
 use hub_engine::records::{MessageRole, SessionAct};
 use hub_engine::tasks::MAX_WAIT_SECS;
+use mesh_core::audit::{Kind, Outcome};
 use mesh_core::name::{MAX_CHARS, MAX_KEY_CHARS};
 use mesh_core::permission::{Permission, Role};
 use mesh_core::task::{MAX_BACKOFF_MS, MAX_PRIORITY, MAX_RETRIES, OnLost, ReasonCode, TaskState};
@@ -42,10 +43,11 @@ use utoipa::OpenApi;
         (name = "state", description = "What agents keep: values by key"),
         (name = "tasks", description = "What runs, ran or waits"),
         (name = "events", description = "What happens, as it happens"),
+        (name = "audit", description = "What was done, by whom and how it ended"),
         (name = "system", description = "The hub itself"),
         (name = "downloads", description = "Programs to run on nodes"),
     ),
-    components(schemas(Problem, EventView, StreamEnd, OutputEvent, GapEvent, AttemptEvent, EndEvent)),
+    components(schemas(Problem, AuditEntry, EventView, StreamEnd, OutputEvent, GapEvent, AttemptEvent, EndEvent)),
 )]
 pub struct Head;
 
@@ -167,6 +169,8 @@ const IDS: &[(&str, &str)] = &[
     ("/api-keys/{id}", "key"),
     ("/grants/{id}", "grant"),
     ("/devices/{id}", "dev"),
+    ("/audit/users/{id}", "user"),
+    ("/audit/sessions/{id}", "sess"),
     ("/nodes/invites/{id}", "inv"),
     ("/nodes/{id}", "node"),
     ("/sessions/{id}", "sess"),
@@ -194,6 +198,12 @@ fn parameters(path: &str, operation: &mut Value) {
             ("query", "stream") => p["schema"] = json!({ "type": "string", "enum": ["stdout", "stderr", "all"], "default": "all" }),
             ("query", "state") => p["schema"] = json!({ "type": "string", "enum": TaskState::ALL.map(TaskState::as_str) }),
             ("query", "session") => p["schema"] = id("sess"),
+            ("query", "type") => {
+                p["schema"] = json!({ "type": "string", "enum": Kind::ALL.iter().map(|k| k.as_str()).collect::<Vec<_>>() })
+            }
+            ("query", "outcome") => {
+                p["schema"] = json!({ "type": "string", "enum": Outcome::ALL.iter().map(|o| o.as_str()).collect::<Vec<_>>() })
+            }
             ("query", "user") => p["schema"] = id("user"),
             // What cannot be a name or a key is not there.
             ("path", "key") => {
@@ -242,6 +252,8 @@ static WORDS: LazyLock<Vec<(&str, Vec<&str>)>> = LazyLock::new(|| {
         ("TaskEventView.state", states.clone()),
         ("DispatchRequest.on_lost", OnLost::ALL.iter().map(|o| o.as_str()).collect()),
         ("TaskView.on_lost", OnLost::ALL.iter().map(|o| o.as_str()).collect()),
+        ("AuditEntry.type", Kind::ALL.iter().map(|k| k.as_str()).collect()),
+        ("AuditEntry.outcome", Outcome::ALL.iter().map(|o| o.as_str()).collect()),
         ("NodeView.status", vec!["revoked", "offline", "draining", "online"]),
         ("NodeStatusView.status", vec!["revoked", "offline", "draining", "online"]),
         ("SessionView.status", vec!["active", "closed", "expired"]),

@@ -9,8 +9,10 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use hub_engine::audit::{self, Ending};
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use mesh_core::RequestId;
+use mesh_core::permission::Via;
 use mesh_process::entropy;
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -70,6 +72,7 @@ pub async fn serve(State(app): State<App>, mut request: Request, next: Next) -> 
     }
     let exported = crate::otlp::begin(&span, trace.as_ref(), method, &route);
     let time = Duration::from_secs(app.facts.request_secs);
+    let socket = request.extensions().get::<Door>() == Some(&Door::Socket);
     let peer = request.extensions().get::<Peer>().and_then(|peer| peer.address);
     let address = peer.map(|peer| forwarded::client(&app.facts.trusted_proxies, peer, request.headers()));
     let asked = Asked { request_id: id.clone(), address, wait_secs: Arc::default() };
@@ -86,7 +89,9 @@ pub async fn serve(State(app): State<App>, mut request: Request, next: Next) -> 
         if let Err(refusal) = admitted {
             return refusal.into_response();
         }
-        let mut work = std::pin::pin!(next.run(request));
+        // Within its time: what goes on without its caller keeps its entry.
+        let via = Via { door: super::who::name(socket), address, request_id: Some(id.clone()), device: None };
+        let mut work = std::pin::pin!(audit::scope(&app.audit, via, next.run(request), ending));
         loop {
             let waits = asked.wait_secs.load(Ordering::Acquire);
             match tokio::time::timeout_at(begun + patience + Duration::from_secs(waits), &mut work).await {
@@ -114,6 +119,15 @@ pub async fn serve(State(app): State<App>, mut request: Request, next: Next) -> 
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response
+}
+
+fn ending(answer: &Response) -> Ending {
+    match answer.status() {
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Ending::Refused,
+        StatusCode::NOT_FOUND => Ending::Absent,
+        status if status.is_client_error() || status.is_server_error() => Ending::Failed,
+        _ => Ending::Done,
+    }
 }
 
 /// A word of a small set: what strangers call their methods is no label.

@@ -42,7 +42,7 @@ impl FromRequestParts<App> for Who {
     type Rejection = Refusal;
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
         let socket = parts.extensions.get::<Door>() == Some(&Door::Socket);
-        let door = if socket { "socket" } else { "rest" };
+        let door = name(socket);
         let asked = parts.extensions.get::<Asked>().cloned().ok_or_else(|| Error::Unauthenticated("the request came by no door"))?;
         // What a browser sends by itself counts least.
         let cookie = Cookie::of(&parts.headers).filter(|_| !socket && !parts.headers.contains_key(header::AUTHORIZATION));
@@ -91,4 +91,9 @@ async fn identify(
         (None, None) if socket => app.accounts.local_admin().await,
         (None, None) => Err(Error::Unauthenticated("log in, or give an API key: Authorization: Bearer <token or API key>")),
     }
+}
+
+/// A door's name for those who ask what came by it.
+pub(super) fn name(socket: bool) -> &'static str {
+    if socket { "socket" } else { "rest" }
 }
