@@ -44,6 +44,20 @@ const TABLE: &[Row] = &[
     ("GET /api/v1/api-keys", "", ALL),
     ("POST /api/v1/api-keys", r#"{"name": "k", "scopes": ["tasks:read"]}"#, ALL),
     ("DELETE /api/v1/api-keys/{id}", "", "222 244 244 244"),
+    ("POST /api/v1/auth/accept", r#"{"token": "cmi_x", "password": "$long"}"#, "111 111 111 111"),
+    ("GET /api/v1/users", "", ADMIN),
+    ("POST /api/v1/users", r#"{"username": "$new", "role": "guest"}"#, ADMIN),
+    ("GET /api/v1/users/{id}", "", ADMIN),
+    ("PATCH /api/v1/users/{id}", r#"{"username": "$new"}"#, "222 233 233 233"),
+    ("DELETE /api/v1/users/{id}", "", "522 333 333 333"),
+    ("GET /api/v1/devices", "", ALL),
+    ("PATCH /api/v1/devices/{id}", r#"{"trusted": true}"#, "244 244 244 244"),
+    ("DELETE /api/v1/devices/{id}", "", "244 244 244 244"),
+    ("GET /api/v1/audit", "", ADMIN),
+    ("GET /api/v1/audit/users/{id}", "", ADMIN),
+    ("GET /api/v1/audit/sessions/{id}", "", ADMIN),
+    ("GET /api/v1/audit/export", "", ADMIN),
+    ("GET /api/v1/audit/verify", "", ADMIN),
     ("GET /api/v1/grants", "", ALL),
     ("POST /api/v1/grants", r#"{"subject": "$other", "resource": "$node", "permissions": ["tasks:dispatch"]}"#, "222 234 333 434"),
     ("DELETE /api/v1/grants/{id}", "", "222 234 334 334"),
@@ -98,6 +112,7 @@ const TABLE: &[Row] = &[
     ("GET /api/v1/system/restored", "", "444 333 333 333"),
 ];
 const ALL: &str = "222 222 222 222";
+const ADMIN: &str = "222 333 333 333";
 const NOBODY: &str = "444 444 444 444";
 const READ: &str = "222 224 222 424";
 const WRITE: &str = "222 224 333 434";
@@ -109,6 +124,10 @@ const BY_KEY: &[(&str, &str)] = &[
     ("POST /api/v1/auth/password", "333 333 333 333"),
     ("POST /api/v1/api-keys", "333 333 333 333"),
     ("DELETE /api/v1/api-keys/{id}", "333 344 344 344"),
+    ("PATCH /api/v1/users/{id}", ADMIN),
+    ("GET /api/v1/devices", "333 333 333 333"),
+    ("PATCH /api/v1/devices/{id}", "333 333 333 333"),
+    ("DELETE /api/v1/devices/{id}", "333 333 333 333"),
 ];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,7 +173,7 @@ impl World {
     async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("hub.toml");
-        std::fs::write(&file, "[http]\naddr = \"127.0.0.1:0\"\n[node]\naddr = \"127.0.0.1:0\"\n[metrics]\naddr = \"127.0.0.1:0\"\n")
+        std::fs::write(&file, "[http]\naddr = \"127.0.0.1:0\"\n[node]\naddr = \"127.0.0.1:0\"\n[metrics]\naddr = \"127.0.0.1:0\"\n[limits]\napi_per_second = 0\n")
             .unwrap();
         let flags = Flags { config: Some(file), data_dir: Some(dir.path().join("hub")), ..Flags::default() };
         let hub = Hub::start(Config::load(&flags).unwrap(), SystemClock::shared()).await.unwrap();
@@ -192,10 +211,14 @@ impl World {
     }
     /// An access token of a log-in of its own.
     async fn token(&self, user: UserId) -> String {
+        let (login, expires_at) = self.log_in(user).await;
+        Keyring::issue_access(&*self.hub.keys, user, login, now(), expires_at)
+    }
+    async fn log_in(&self, user: UserId) -> (LoginId, i64) {
         let (login, expires_at) = (fresh!(LoginId), now() + 3_600_000);
         let device = Device { id: login.into(), user, ..sample::device(1, 1) };
         self.hub.store.add_login(&device, &RefreshToken { mac: entropy::bytes(), login, user, expires_at }).await.unwrap();
-        Keyring::issue_access(&*self.hub.keys, user, login, now(), expires_at)
+        (login, expires_at)
     }
 
     async fn invite(&self, owner: UserId) -> InviteId {
@@ -296,6 +319,15 @@ async fn ask(world: &World, (row, body, _): &Row, role: Role, column: usize, doo
         () if route.is_below("/nodes/{id}") => node.expect("there is one").to_string(),
         () if route.is_below("/sessions/{id}") => session.expect("there is one").to_string(),
         () if route.is_below("/api-keys/{id}") => world.key(owner).await.0.to_string(),
+        () if route.is_below("/users/{id}") && relation == Relation::Own => me.to_string(),
+        () if route.is_below("/users/{id}") => {
+            let id = fresh!(UserId);
+            world.add(id, &id.to_string(), Role::Guest).await;
+            id.to_string()
+        }
+        () if route.is_below("/devices/{id}") => DeviceId::from(world.log_in(owner).await.0).to_string(),
+        () if route.is_below("/audit/users/{id}") => owner.to_string(),
+        () if route.is_below("/audit/sessions/{id}") => fresh!(SessionId).to_string(),
         () if route.is_below("/grants/{id}") => {
             // One's own is what one made oneself, a granted one what was made to one.
             let of = Resource::Node(world.node(owner).await);
@@ -325,7 +357,11 @@ async fn ask(world: &World, (row, body, _): &Row, role: Role, column: usize, doo
         Door::Socket => request,
     };
     if !body.is_empty() {
-        let body = body.replace("$node", &node).replace("$other", &world.third.to_string()).replace("$long", &"x".repeat(2000));
+        let body = body
+            .replace("$node", &node)
+            .replace("$other", &world.third.to_string())
+            .replace("$long", &"x".repeat(2000))
+            .replace("$new", &fresh!(UserId).to_string());
         request = request.json(&Value::from_str(&body).expect("a body is JSON"));
     }
     request.send().await.expect("the hub answers").status().as_u16()

@@ -9,10 +9,11 @@ use hub_engine::idempotency::Idempotency;
 use hub_engine::links::{Link, Links};
 use hub_engine::nodes::{Lifetimes, Nodes};
 use hub_engine::pool::{Pool, Queue};
-use hub_engine::ports::{Accounts as _, AgentState, Grants as _, Journal, NodeDirectory, Passwords, Sessions as _, Stored, Window};
+use hub_engine::ports::{Accounts as _, AgentState, Grants as _, Journal, NodeDirectory, Passwords, Sessions as _, Window};
 use hub_engine::records::*;
 use hub_engine::rights::{MAX_GRANTS, Rights};
 use hub_engine::sessions::Sessions;
+use hub_engine::throttle::Throttle;
 use hub_engine::watch::Watchers;
 use hub_testkit::contract::{HandClock, sample};
 use hub_testkit::{MemoryStore, TestKeys};
@@ -27,10 +28,10 @@ use std::time::Duration;
 struct NoPasswords;
 #[async_trait]
 impl Passwords for NoPasswords {
-    async fn hash(&self, password: String) -> Stored<String> {
+    async fn hash(&self, password: String) -> hub_engine::Result<String> {
         Ok(password)
     }
-    async fn verify(&self, _: String, _: Option<String>) -> Stored<bool> {
+    async fn verify(&self, _: String, _: Option<String>) -> hub_engine::Result<bool> {
         Ok(false)
     }
 }
@@ -68,6 +69,7 @@ impl World {
             clock: clock.clone(),
             events: events.clone(),
             lifetimes: accounts::Lifetimes { access_secs: 600, refresh_days: 1 },
+            throttle: Throttle::new(1000, 1000, clock.clone()),
         });
         let nodes = Arc::new(Nodes {
             hub: sample::hub_id(1),
@@ -144,6 +146,8 @@ impl World {
             keeps: 0,
             offers: Arc::new(node.offers()),
             draining: false,
+            closed: None,
+            task_limit: None,
             epoch: 0,
             cut: Default::default(),
             commands,
@@ -487,7 +491,7 @@ async fn a_grant_that_ends_counts_no_longer_at_once() {
     };
     w.store.add_key(&key).await.unwrap();
     let may = async || {
-        let who = w.accounts.authenticate("cmk_x").await.unwrap();
+        let who = w.accounts.authenticate("cmk_x", None).await.unwrap();
         allows(&who.caller, Permission::TasksDispatch, sample::user_id(OWNER), Thing::Node(node))
     };
     assert!(!may().await);

@@ -11,10 +11,12 @@ use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
 use hub_engine::manage::Management;
 use hub_engine::nodes::{self, Nodes};
 use hub_engine::pool::{Pool, Queue};
-use hub_engine::ports::{self, AgentState, Journal, NodeDirectory, Passwords, Stored, Users as _};
+use hub_engine::ports::{self, AgentState, Journal, NodeDirectory, Passwords, Users as _};
 use hub_engine::records::*;
+use hub_engine::rights::Rights;
 use hub_engine::sessions::Sessions;
 use hub_engine::tasks::TaskService;
+use hub_engine::throttle::Throttle;
 use hub_engine::users::{Change, Users};
 use hub_engine::watch::Watchers;
 use hub_testkit::TestJournal;
@@ -33,10 +35,10 @@ use tokio::sync::mpsc;
 struct Plain;
 #[async_trait]
 impl Passwords for Plain {
-    async fn hash(&self, password: String) -> Stored<String> {
+    async fn hash(&self, password: String) -> hub_engine::Result<String> {
         Ok(format!("plain {password}"))
     }
-    async fn verify(&self, password: String, hash: Option<String>) -> Stored<bool> {
+    async fn verify(&self, password: String, hash: Option<String>) -> hub_engine::Result<bool> {
         Ok(hash == Some(format!("plain {password}")))
     }
 }
@@ -70,6 +72,7 @@ impl World {
         let (links, watchers, work) = (Arc::new(Links::default()), Watchers::default(), Tasks::new());
         let journal = TestJournal::over(store.clone());
         let events = Events::local(Duration::from_secs(60), clock.clone());
+        let rights = Arc::new(Rights::new(store.clone(), store.clone(), clock.clone()));
         let accounts = Arc::new(Accounts {
             recent: Recent::default(),
             store: store.clone(),
@@ -78,6 +81,8 @@ impl World {
             clock: clock.clone(),
             events: events.clone(),
             lifetimes: Lifetimes { access_secs: 600, refresh_days: 30 },
+            throttle: Throttle::new(1000, 1000, clock.clone()),
+            rights: rights.clone(),
         });
         let nodes = Arc::new(Nodes {
             hub: sample::hub_id(1),
@@ -91,6 +96,7 @@ impl World {
             lifetimes: nodes::Lifetimes { certificate_ms: 1000, invite_secs: 60 },
         });
         let pool = Arc::new(Pool {
+            rights,
             journal: journal.clone(),
             sessions: store.clone(),
             accounts: store.clone(),
@@ -141,7 +147,8 @@ impl World {
             work,
         });
         let users = Arc::new(Users { store: store.clone(), accounts, pool: Some(pool.clone()) });
-        let departures = Arc::new(Departures { users: users.clone(), journal: journal.clone(), tasks, manage: manage.clone() });
+        let departures =
+            Arc::new(Departures { users: users.clone(), journal: journal.clone(), audit: store.clone(), tasks, manage: manage.clone() });
         Self { store, journal, clock, pool, delivery, manage, users, departures }
     }
 
@@ -152,7 +159,7 @@ impl World {
         self.store.add_invite(&invite).await.unwrap();
         assert_eq!(self.store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap(), Claim::Claimed);
         let (commands, queue) = mpsc::channel(LINK_QUEUE);
-        let hello = Hello { spool: sample::spool_id(1), max_tasks, keeps: 0, attempts: vec![] };
+        let hello = Hello { spool: sample::spool_id(1), max_tasks, keeps: 0, closed: None, attempts: vec![] };
         let welcome = self.delivery.open_link(&node, hello, commands).await.unwrap();
         (node, welcome, queue)
     }
@@ -163,7 +170,7 @@ impl World {
         let mut task = Task { queue_secs: 0, terms, ..sample::task(n) };
         task.progress = Progress::new();
         (task.actor.user, task.created_at) = (sample::user_id(user), self.clock.now_ms());
-        self.pool.accept(task, role, None).await.unwrap()
+        self.pool.accept(task, &Caller::person(sample::user_id(user), role), None).await.unwrap()
     }
     async fn state(&self, task: &Task) -> TaskState {
         self.store.task(task.id).await.unwrap().unwrap().progress.state

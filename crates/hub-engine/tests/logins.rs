@@ -6,6 +6,8 @@ use hub_engine::devices::LoginFrom;
 use hub_engine::events::{Data, Events, NodeNews, Told, Topic, Whose};
 use hub_engine::ports::{Accounts as _, Keyring, Passwords, Stored, Window};
 use hub_engine::records::User;
+use hub_engine::rights::Rights;
+use hub_engine::throttle::Throttle;
 use hub_engine::{Error, Result};
 use hub_testkit::contract::{HandClock, sample};
 use hub_testkit::{MemoryStore, TestKeys};
@@ -86,6 +88,8 @@ async fn stage(role: Role) -> Stage {
         clock: clock.clone(),
         events: events.clone(),
         lifetimes: Lifetimes { access_secs: 600, refresh_days: 30 },
+        throttle: Throttle::new(1000, 1000, clock.clone()),
+        rights: Arc::new(Rights::new(store.clone(), store.clone(), clock.clone())),
     };
     Stage { store, clock, passwords, events, accounts }
 }
@@ -167,7 +171,7 @@ async fn a_stream_of_somebody_demoted_ends() {
     let Told::Event(_, event) = feed.next().await else { panic!() };
     assert_eq!(event.owner, sample::user_id(1), "of others' nodes it hears no more");
     // Its log-in ends: there is nothing left.
-    s.accounts.logout(tokens.login).await.unwrap();
+    s.accounts.logout(&person(Role::Guest), tokens.login).await.unwrap();
     assert!(matches!(feed.next().await, Told::LookAgain));
     assert!(matches!(s.accounts.still(feed.who()).await, Err(Error::Unauthenticated(_))));
 }
