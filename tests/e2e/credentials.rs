@@ -169,6 +169,7 @@ async fn no_call_answers_without_credentials_that_count() {
         "GET /api/v1/downloads/{target}/cortex-node",
         "POST /api/v1/auth/login",
         "POST /api/v1/auth/refresh",
+        "POST /api/v1/auth/accept",
     ];
     // What a key may always do: say whose it is, and go.
     let own = ["GET /api/v1/auth/me", "POST /api/v1/auth/logout", "GET /api/v1/api-keys", "GET /api/v1/system/info"];
@@ -181,7 +182,8 @@ async fn no_call_answers_without_credentials_that_count() {
                 open.remove(at);
                 continue;
             }
-            let noun = ["nodes/invites", "api-keys", "devices", "nodes", "sessions"].iter().zip(["inv", "key", "dev", "node", "sess"]);
+            let noun = ["nodes/invites", "api-keys", "devices", "nodes", "sessions", "users", "grants"].iter();
+            let noun = noun.zip(["inv", "key", "dev", "node", "sess", "user", "grant"]);
             let prefix = noun.into_iter().find(|(n, _)| path.contains(&format!("/{n}/"))).map_or("task", |(_, p)| p);
             let url = path.replace("{id}", &format!("{prefix}_{ghost}")).replace(['{', '}'], "");
             let ask = async |token: Option<&str>| {
@@ -276,7 +278,7 @@ async fn what_was_replaced_or_taken_back_counts_no_more() {
     assert_eq!(refresh(&second["refresh_token"]).await.0, 401);
 
     // A key that was removed, and one whose end comes.
-    let end = time::OffsetDateTime::now_utc() + time::Duration::seconds(3);
+    let end = time::OffsetDateTime::now_utc() + time::Duration::seconds(15);
     let end = end.format(&time::format_description::well_known::Rfc3339).unwrap();
     let (_, ending) = hub.call("POST", "/api/v1/api-keys", Some(json!({"name": "e", "scopes": ["*"], "expires_at": end}))).await;
     let (_, removed) = hub.call("POST", "/api/v1/api-keys", Some(json!({"name": "r", "scopes": ["*"]}))).await;
@@ -476,7 +478,7 @@ async fn a_page_logs_in_by_cookie_and_shows_that_it_asks() {
     ] {
         assert_eq!(answer("POST", refresh, r).await.0, 403);
     }
-    assert_eq!(answer("POST", refresh, page.web.post(format!("{}{refresh}", page.url))).await.0, 400);
+    assert_eq!(answer("POST", refresh, page.web.post(format!("{}{refresh}", page.url))).await.0, 401);
     let r = page.call("POST", refresh).send().await.unwrap();
     let fresh = cookie_of(&r);
     let (status, body) = checked("POST", refresh, r).await;

@@ -138,6 +138,9 @@ fn peak(pid: u32) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_wrong_passwords_cost_little_and_the_right_one_is_taken_after() {
     const DEFAULTS: &[(&str, &str)] = &[("CORTEX_LIMITS_LOGIN_PER_MINUTE_ADDRESS", "10"), ("CORTEX_LIMITS_LOGIN_PER_MINUTE_ACCOUNT", "5")];
+    let mut files = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    files.current = files.maximum;
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, files).unwrap();
     let hub = Hub::start_with(DEFAULTS, &[]).await;
     let (web, url) = (web(), format!("{}/api/v1/auth/login", hub.http));
     let before = peak(hub.process.id());

@@ -364,7 +364,14 @@ async fn ask(world: &World, (row, body, _): &Row, role: Role, column: usize, doo
             .replace("$new", &fresh!(UserId).to_string());
         request = request.json(&Value::from_str(&body).expect("a body is JSON"));
     }
-    request.send().await.expect("the hub answers").status().as_u16()
+    loop {
+        let status = request.try_clone().expect("its body is in memory").send().await.expect("the hub answers").status().as_u16();
+        // So much at once is busy now and then: it is asked again.
+        if status != 503 {
+            return status;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
 }
 
 fn is(expected: char, status: u16) -> bool {

@@ -346,7 +346,8 @@ fn a_file_that_its_user_may_not_read_is_no_missing_file() {
     std::fs::write(&file, "{}").unwrap();
     // As root everything can be read: somebody else looks.
     let program = node.dir.path().join("program");
-    std::fs::copy(mesh_tests::program("cortex-node"), &program).unwrap();
+    // By another process: what this one holds open for writing, its children would.
+    assert!(std::process::Command::new("cp").arg(mesh_tests::program("cortex-node")).arg(&program).status().unwrap().success());
     let show = |mode: u32| {
         std::fs::set_permissions(&file, PermissionsExt::from_mode(mode)).unwrap();
         let mut c = node.command(&["policy", "show"]);

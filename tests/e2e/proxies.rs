@@ -34,7 +34,7 @@ async fn short_hub(dir: &std::path::Path) -> hub::serve::Hub {
     let any = "127.0.0.1:0".parse().unwrap();
     (config.http_addr, config.node_addr, config.metrics_addr) = (any, any, any);
     config.admin_password = Some(PASSWORD.into());
-    config.certificate = Duration::from_secs(6);
+    config.certificate = Duration::from_secs(15);
     hub::serve::Hub::start(config, SystemClock::shared()).await.unwrap()
 }
 

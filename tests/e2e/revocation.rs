@@ -230,7 +230,7 @@ async fn a_certificate_signs_no_other() {
         let said = done.await;
         assert!(said.is_err(), "{what}: it was let in");
     }
-    let failed = || hub.process.log().matches("a handshake on the node port failed").count();
+    let failed = || hub.process.log().matches("a TLS handshake failed").count();
     until("three handshakes to have failed", async || (failed() == 3).then_some(())).await;
 }
 
@@ -258,8 +258,7 @@ async fn no_session_is_resumed_however_it_began() {
     })
     .await;
     assert!(served >= 1, "it was good for a while: {end:?}");
-    let log = hub.process.log();
-    assert!(log.contains("certificate expired"), "refused by its date, in the handshake: {end:?} {log}");
+    until("the refusal by its date in the log", async || hub.process.log().contains("certificate expired").then_some(())).await;
 
     // One that has years left, and is revoked.
     m.certificate = certify(&issuer(&hub), &m.key, &enrol::node_uri(m.hub, m.id), time::Duration::days(365));
@@ -348,7 +347,7 @@ async fn a_revoked_node_is_cut_off_while_it_says_ten_thousand_things_a_second() 
         Instant::now()
     });
     let warm = Instant::now();
-    until("it to be busy", async || (said.load(Ordering::SeqCst) > 20_000).then_some(())).await;
+    until("it to be busy", async || (said.load(Ordering::SeqCst) > 4_000).then_some(())).await;
     let a_second = said.load(Ordering::SeqCst) as f64 / warm.elapsed().as_secs_f64();
     let begun = Instant::now();
     let path = format!("/api/v1/nodes/{}/revoke", m.id);
@@ -379,7 +378,7 @@ async fn a_revoked_node_is_cut_off_while_it_says_ten_thousand_things_a_second() 
     revoked("a recovery", m.recover(csr.clone(), 1).await);
     let again = m.enrol(csr, "again").await.unwrap_err();
     assert!(again.code() == Code::InvalidArgument && again.message().contains("revoked"), "{again}");
-    assert!(said.load(Ordering::SeqCst) > 20_000 && hub.output(&task, "").await.iter().all(|b| *b == b'x'));
+    assert!(said.load(Ordering::SeqCst) > 4_000 && hub.output(&task, "").await.iter().all(|b| *b == b'x'));
 }
 
 #[tokio::test(flavor = "multi_thread")]

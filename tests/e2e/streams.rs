@@ -148,7 +148,7 @@ async fn streams_end_with_the_rights_behind_them() {
 /// A token that expires cuts nothing: it was good when the stream began.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_outlives_its_token() {
-    let hub = Hub::start_with(&[("CORTEX_AUTH_ACCESS_SECS", "10")], &[]).await;
+    let hub = Hub::start_with(&[("CORTEX_AUTH_ACCESS_SECS", "25")], &[]).await;
     let token = text(&log_in(&hub).await, "access_token");
     let me = async || web().get(format!("{}/api/v1/auth/me", hub.http)).bearer_auth(&token).send().await.unwrap().status().as_u16();
     assert_eq!(me().await, 200);

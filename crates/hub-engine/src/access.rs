@@ -43,8 +43,10 @@ pub fn authorize_owner(
 ) -> Result<()> {
     match () {
         () if allows(caller, permission, owner, Thing::Other) => Ok(()),
-        () if allows(caller, read, owner, thing) => Err(missing(permission)),
-        () => Err(Error::NotFound(what)),
+        () => {
+            audit::denied(caller, permission, Some(thing));
+            if allows(caller, read, owner, thing) { Err(missing(permission)) } else { Err(Error::NotFound(what)) }
+        }
     }
 }
 

@@ -128,12 +128,25 @@ impl Accounts {
         }
         // An unknown name costs the same time as a wrong password.
         let hash = user.as_ref().map(|u| u.password_hash.clone());
-        if !self.passwords.verify(password, hash).await? {
-            return Err(WRONG);
+        match self.passwords.verify(password, hash).await {
+            Ok(true) => {}
+            Ok(false) => return Err(WRONG),
+            Err(busy) => {
+                attempt.not_looked_at();
+                return Err(busy);
+            }
         }
         let user = user.ok_or(WRONG)?;
         attempt.succeeded();
-        self.begin_login(user.id, from).await
+        let tokens = self.begin_login(user.id, from).await?;
+        // The password was changed, or its person disabled, while it was looked at: what ended their log-ins
+        // may have come before this one.
+        let now = self.store.user(user.id).await?;
+        if now.is_none_or(|now| now.password_hash != user.password_hash) {
+            self.end_login(tokens.login).await?;
+            return Err(WRONG);
+        }
+        Ok(tokens)
     }
 
     /// Begins a log-in of somebody who has shown who they are.
@@ -157,7 +170,10 @@ impl Accounts {
         let (old, new) = (self.keyring.token_mac(token), self.keyring.token_mac(&fresh));
         match self.store.rotate_refresh(&old, &new, self.refresh_end(now), now).await? {
             Rotation::Rotated { user, login } => {
-                self.store.device_seen(login.into(), address, now).await?;
+                // The old token is used up by now: its caller must have the new one.
+                if let Err(error) = self.store.device_seen(login.into(), address, now).await {
+                    tracing::warn!(%login, %error, "where a device was seen could not be noted");
+                }
                 Ok(self.tokens(user, login, fresh, now))
             }
             Rotation::Reused { user, login } => {
@@ -285,11 +301,23 @@ impl Accounts {
         // Who has a token only must not find the password by it.
         let address = who.caller.as_person().and_then(|p| p.via.address);
         let attempt = self.throttle.admit(&user.username, address)?;
-        if current.len() > MAX_PASSWORD_BYTES || !self.passwords.verify(current, Some(user.password_hash)).await? {
-            return Err(Error::Forbidden("the current password is wrong".into()));
+        let wrong = || Error::Forbidden("the current password is wrong".into());
+        if current.len() > MAX_PASSWORD_BYTES {
+            return Err(wrong());
+        }
+        match self.passwords.verify(current, Some(user.password_hash.clone())).await {
+            Ok(true) => attempt.succeeded(),
+            Ok(false) => return Err(wrong()),
+            Err(busy) => {
+                attempt.not_looked_at();
+                return Err(busy);
+            }
         }
         let hash = self.passwords.hash(new).await?;
-        attempt.succeeded();
+        // Another has set it meanwhile, who may have had a reason.
+        if self.store.user(user.id).await?.is_none_or(|now| now.password_hash != user.password_hash) {
+            return Err(wrong());
+        }
         self.store.set_password(user.id, &hash, who.login).await?;
         self.events.rights_changed(Whose::User(user.id));
         Ok(())

@@ -345,14 +345,14 @@ impl Pool {
         }
         Ok(Eligible::Attached(session.nodes, Box::new(self.usable_by(session.owner).await?)))
     }
-    /// The nodes that somebody may use outside of sessions. Who is gone has nothing more than what they own.
+    /// The nodes that somebody may use outside of sessions. Nothing begins for who is gone, or disabled.
     async fn usable_by(&self, user: UserId) -> Result<Eligible> {
-        let Some(user) = self.accounts.user(user).await? else { return Ok(Eligible::owned_by(user)) };
+        let Some(user) = self.accounts.user(user).await? else { return Ok(Eligible::none()) };
         Ok(Eligible::of(user.id, user.role, &self.rights.of(user.id, user.role).await?))
     }
-    /// May what this user has asked for in another's session still start? What somebody left who is gone, may.
+    /// May what this user has asked for in another's session still start?
     async fn may_use(&self, user: UserId, session: SessionId) -> Result<bool> {
-        let Some(user) = self.accounts.user(user).await? else { return Ok(true) };
+        let Some(user) = self.accounts.user(user).await? else { return Ok(false) };
         let reach = user.role.reach(Permission::TasksDispatch);
         let granted = self.rights.of(user.id, user.role).await?;
         Ok(reach == Reach::All || granted.sessions.get(&session).is_some_and(|given| given.has(Permission::TasksDispatch)))

@@ -43,9 +43,6 @@ impl Eligible {
     pub(crate) fn none() -> Self {
         Self::Theirs { owner: None, granted: Arc::default() }
     }
-    pub(crate) fn owned_by(user: UserId) -> Self {
-        Self::Theirs { owner: Some(user), granted: Arc::default() }
-    }
     pub(crate) fn of(user: UserId, role: Role, granted: &Arc<Granted>) -> Self {
         let reach = role.reach(Permission::TasksDispatch);
         if reach == Reach::All {

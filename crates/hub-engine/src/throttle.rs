@@ -158,11 +158,7 @@ impl Try<'_> {
     /// The password was right: the try does not count.
     pub fn succeeded(self) {
         let t = self.throttle;
-        self.give_back_address();
-        t.accounts.give_back(&self.from);
-        if self.asked_everywhere {
-            t.everywhere.give_back(&self.from.0);
-        }
+        self.give_back();
         let mut known = t.known();
         if known.len() >= KNOWN
             && !known.contains_key(&self.from)
@@ -171,6 +167,19 @@ impl Try<'_> {
             known.remove(&oldest);
         }
         known.insert(self.from, t.clock.steady());
+    }
+
+    /// Nobody looked at the password: the try does not count, and says nothing of who made it.
+    pub fn not_looked_at(self) {
+        self.give_back();
+    }
+
+    fn give_back(&self) {
+        self.give_back_address();
+        self.throttle.accounts.give_back(&self.from);
+        if self.asked_everywhere {
+            self.throttle.everywhere.give_back(&self.from.0);
+        }
     }
 
     fn give_back_address(&self) {

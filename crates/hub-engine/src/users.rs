@@ -143,6 +143,9 @@ impl Users {
         for (what, to) in [("role", change.role.as_deref()), ("disabled", change.disabled.map(|d| if d { "true" } else { "false" }))] {
             to.into_iter().for_each(|to| audit::detail(what, to));
         }
+        for (what, _) in [("password", change.password.is_some()), ("invite", change.invite)].iter().filter(|(_, is)| *is) {
+            audit::detail(what, "set");
+        }
         let only_name = change.role.is_none() && change.disabled.is_none() && change.password.is_none() && !change.invite;
         if !(only_name && caller.in_person() == Some(id)) {
             administers(caller)?;

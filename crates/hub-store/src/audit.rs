@@ -389,8 +389,10 @@ impl Audit for Store {
 
     async fn erase_person(&self, user: UserId, limit: u32) -> Stored<u64> {
         let q = sql("UPDATE audit SET person = NULL, detail = NULL WHERE id IN \
-             (SELECT id FROM audit WHERE \"user\" = $1 AND (person IS NOT NULL OR detail IS NOT NULL) ORDER BY id LIMIT $2)");
-        self.execute("audit.erase_person", q.bind(user.blob()).bind(limit)).await
+             (SELECT id FROM audit WHERE (\"user\" = $1 OR (\"user\" IS NULL AND resource_kind = 'user' AND resource_id = $3)) \
+              AND (person IS NOT NULL OR detail IS NOT NULL) ORDER BY id LIMIT $2)");
+        // Who tried to log in as them is known by that alone.
+        self.execute("audit.erase_person", q.bind(user.blob()).bind(limit).bind(user.to_string())).await
     }
 }
 

@@ -194,6 +194,10 @@ async fn change(conn: &mut Conn, id: UserId, to: &UserChange, now: UnixMs) -> Re
         conn.alone(sql("SELECT $1").bind(id.blob())).await?;
         conn.execute(&sql("UPDATE refresh_tokens SET ended = TRUE WHERE \"user\" = $1").bind(id.blob())).await?;
     }
+    if to.disabled == Some(true) || to.role.is_some_and(|r| !matches!(r, Role::Admin | Role::Developer)) {
+        // Who may have no machines invites none.
+        revoke_invites(conn, id, now).await?;
+    }
     let now = entry_of(conn, id).await?.ok_or("a person is gone within a write")?;
     Ok(UserChanged::Done { before, now })
 }
@@ -230,9 +234,14 @@ async fn remove(conn: &mut Conn, l: &Leaving) -> Result<Removal, Failed> {
     let q = sql("UPDATE removed_users SET successor = $1 WHERE successor = $2 AND leaving");
     conn.execute(&q.bind(l.successor.blob()).bind(l.user.blob())).await?;
     end_credentials(conn, l.user).await?;
-    let q = sql("UPDATE invites SET revoked_at = COALESCE(revoked_at, $1) WHERE owner = $2 AND used_at IS NULL");
-    conn.execute(&q.bind(l.at).bind(l.user.blob())).await?;
+    revoke_invites(conn, l.user, l.at).await?;
     Ok(Removal::Done)
+}
+
+async fn revoke_invites(conn: &mut Conn, owner: UserId, at: UnixMs) -> Result<(), Failed> {
+    let q = sql("UPDATE invites SET revoked_at = COALESCE(revoked_at, $1) WHERE owner = $2 AND used_at IS NULL");
+    conn.execute(&q.bind(at).bind(owner.blob())).await?;
+    Ok(())
 }
 
 async fn end_credentials(conn: &mut Conn, user: UserId) -> Result<(), Failed> {

@@ -455,6 +455,7 @@ mod tests {
         let (mut follower, _) = Follower::new(dir.path()).unwrap();
         r.start(&order(1), &argv(&["true"]), 1000);
         r.refused(&order(2), &argv(&["rm", "-rf"]), "ceiling: deny[0]", 2000);
+        r.write();
         let seen = follower.look().unwrap();
         assert_eq!(seen.len(), 1, "{seen:?}");
         assert_eq!((seen[0].end.as_deref(), &seen[0].argv), (Some("refused: ceiling: deny[0]"), &argv(&["rm", "-rf"])));
@@ -463,6 +464,7 @@ mod tests {
         let mut r = Record::open(dir.path());
         r.end(&order(2).key, &Outcome::Exited(0), 3000);
         r.end(&order(1).key, &Outcome::Exited(0), 4000);
+        r.write();
         let ran = Reader::read(dir.path());
         assert_eq!(ran.iter().map(|r| r.end.as_deref()).collect::<Vec<_>>(), [Some("exit 0"), Some("refused: ceiling: deny[0]")]);
     }

@@ -115,7 +115,7 @@ mod tests {
         let closed = TcpSocket::new_v4().unwrap();
         closed.bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let closed_at = closed.local_addr().unwrap().to_string();
-        let open = TcpListener::bind("[::1]:0").await.unwrap();
+        let open = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let open_at = open.local_addr().unwrap().to_string();
         let way = Way::new(&closed_at, std::slice::from_ref(&open_at), Proxies::default());
         assert_eq!(way.first().await, open_at);

@@ -95,6 +95,9 @@ async fn changing<S: Accounts + Users + NodeDirectory + ?Sized>(store: &S) {
     store.create_user(&person(1, "ada", Role::Admin), None).await.unwrap();
     store.create_user(&person(2, "bob", Role::Developer), None).await.unwrap();
     store.create_user(&bare(3, "eve", Role::Guest), Some(&link(1, T0 + 10))).await.unwrap();
+    for (n, owner) in [(1, 1), (2, 2)] {
+        store.add_invite(&Invite { owner: user_id(owner), ..invite(n) }).await.unwrap();
+    }
     let change = async |n, c: UserChange| store.change_user(user_id(n), &c, T0).await.unwrap();
     let name = |text: &str| UserChange { username: Some(text.into()), ..Default::default() };
     assert_eq!(change(9, name("x")).await, UserChanged::Unknown);
@@ -106,6 +109,8 @@ async fn changing<S: Accounts + Users + NodeDirectory + ?Sized>(store: &S) {
     let role = UserChange { role: Some(Role::Viewer), ..Default::default() };
     assert!(matches!(change(2, role).await, UserChanged::Done { now, .. } if now.role == Role::Viewer));
     assert_eq!(store.changed_since(epoch).await.unwrap().users, [user_id(2)], "other hubs notice");
+    assert_eq!(store.invite(invite_id(2)).await.unwrap().unwrap().revoked_at, Some(T0), "who may have no machines invites none");
+    assert_eq!(store.invite(invite_id(1)).await.unwrap().unwrap().revoked_at, None, "others do");
 
     log_in(store, 1, 2).await;
     log_in(store, 2, 1).await;

@@ -67,7 +67,7 @@ impl Users for MemoryStore {
         let state = self.state();
         Ok(page(&state.users, window, |_| true).iter().filter_map(|u| state.entry(u.id)).collect())
     }
-    async fn change_user(&self, id: UserId, to: &UserChange, _: UnixMs) -> Stored<UserChanged> {
+    async fn change_user(&self, id: UserId, to: &UserChange, now: UnixMs) -> Stored<UserChanged> {
         let mut state = self.state();
         let Some(before) = state.entry(id) else { return Ok(UserChanged::Unknown) };
         if to.username.as_ref().and_then(|name| state.named(name)).is_some_and(|u| u.id != id) {
@@ -90,6 +90,9 @@ impl Users for MemoryStore {
             u.username = to.username.clone().unwrap_or(u.username.clone());
             u.role = to.role.unwrap_or(u.role);
         });
+        if to.disabled == Some(true) || to.role.is_some_and(|r| !matches!(r, Role::Admin | Role::Developer)) {
+            state.revoke_invites(id, now);
+        }
         match to.disabled {
             Some(true) => {
                 state.disabled.insert(id);

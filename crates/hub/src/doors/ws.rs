@@ -359,6 +359,13 @@ mod tests {
         // Its late pongs may meet a closed connection before it has read why.
         assert!(rest(&mut silent).await.1.is_none_or(|(code, _)| code == PROTOCOL));
 
+        stage.tasks.end(PATIENCE).await;
+    }
+
+    #[tokio::test]
+    async fn a_client_that_answers_is_kept() {
+        let pace = Pace { ping_every: Duration::from_millis(50), pong_within: PATIENCE, ..QUICK };
+        let stage = stage(10, pace, PATIENCE).await;
         let mut lively = stage.connect().await;
         let mut pings = 0;
         while pings < 10 {

@@ -108,7 +108,8 @@ pub async fn refresh(
         return Ok(handed(&app, given, false));
     }
     let Some(cookie) = Cookie::of(&headers) else {
-        return Err(Refusal::bad_request("bad_field", "refresh_token is missing, and there is no cookie that has one"));
+        let missing = "give refresh_token, or the cookie of a log-in";
+        return Err(hub_engine::Error::Unauthenticated(missing).into());
     };
     let login = cookie.login(&app).ok_or(hub_engine::Error::Unauthenticated("this cookie is no log-in of this hub; log in again"))?;
     cookie::permit(&app, login, &method, &uri, &headers)?;
