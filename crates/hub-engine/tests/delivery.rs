@@ -84,7 +84,7 @@ struct World {
 
 impl World {
     async fn new() -> Self {
-        Self::over(Arc::new(MemoryStore::new()), 1).await
+        Self::over(Arc::new(MemoryStore::peopled()), 1).await
     }
 
     /// Another process of the hub on this store, which has been restored since.

@@ -506,24 +506,3 @@ async fn a_grant_that_ends_counts_no_longer_at_once() {
     w.clock.advance(Duration::from_secs(5));
     assert!(!may().await);
 }
-
-/// A figure for people: `cargo test --release -p hub-engine --test grants -- --ignored --nocapture`.
-#[test]
-#[ignore = "it measures, and asserts nothing"]
-fn how_long_an_authorisation_takes() {
-    let nodes: BTreeMap<NodeId, _> = (0..10_000).map(|n| (sample::node_id(n), [Permission::TasksDispatch].into_iter().collect())).collect();
-    let granted = Arc::new(mesh_core::permission::Granted { nodes, ..Default::default() });
-    let mut caller = Caller::person(UserId::from_bytes([1; 16]), Role::Guest);
-    if let Caller::Person(p) = &mut caller {
-        p.granted = granted;
-    }
-    let clock = mesh_process::SystemClock::new();
-    let begun = clock.steady();
-    let owner = UserId::from_bytes([2; 16]);
-    let rounds = 100u32;
-    let mut yes = 0u32;
-    for _ in 0..rounds {
-        yes += (0..10_000).filter(|n| allows(&caller, Permission::TasksDispatch, owner, Thing::Node(sample::node_id(*n)))).count() as u32;
-    }
-    println!("{yes} in {:?}: {:?} each", clock.steady() - begun, (clock.steady() - begun) / yes);
-}

@@ -88,7 +88,7 @@ struct World {
 
 impl World {
     async fn new() -> Self {
-        let store = Arc::new(MemoryStore::new());
+        let store = Arc::new(MemoryStore::peopled());
         let clock = Arc::new(Still);
         let node = sample::node(1, 1);
         let invite = sample::invite(1);

@@ -87,7 +87,7 @@ struct World {
 
 impl World {
     async fn new() -> Self {
-        let store = Arc::new(MemoryStore::new());
+        let store = Arc::new(MemoryStore::peopled());
         for n in 1..=2 {
             add_node(&store, &sample::node(n, n as u8), n).await;
         }
@@ -595,7 +595,7 @@ async fn a_hub_follows_what_another_one_changed() {
 
 #[tokio::test]
 async fn a_page_by_labels_is_full_when_there_is_more() {
-    let store = Arc::new(MemoryStore::new());
+    let store = Arc::new(MemoryStore::peopled());
     // More than one read brings; of them every 200th fits.
     for n in 1..=1300u16 {
         let mut node = sample::node(n, 1);

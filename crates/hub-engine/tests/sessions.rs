@@ -100,7 +100,7 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        Self::on(Arc::new(MemoryStore::new()), Arc::new(HandClock::default()))
+        Self::on(Arc::new(MemoryStore::peopled()), Arc::new(HandClock::default()))
     }
 
     /// A process on a store that may have had one before.

@@ -71,6 +71,13 @@ impl MemoryStore {
     pub fn new() -> Self {
         Self::default()
     }
+    /// With developers of the first ids of the samples: nothing begins for who is not there.
+    pub fn peopled() -> Self {
+        let store = Self::default();
+        let people = (1..=9).map(|n| crate::contract::sample::user(n, &format!("u{n}")));
+        store.state().users.extend(people.map(|u| (u.id, u)));
+        store
+    }
     /// As it is now, apart from what comes: a back-up.
     pub fn copy(&self) -> Self {
         Self(Mutex::new(self.state().clone()))
