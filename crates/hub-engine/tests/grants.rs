@@ -19,9 +19,8 @@ use hub_testkit::contract::{HandClock, sample};
 use hub_testkit::{MemoryStore, TestKeys};
 use mesh_core::permission::{Caller, Permission, Role, Scope, Thing, allows};
 use mesh_core::task::TaskState;
-use mesh_core::{NodeId, TaskId, UserId, sha256};
+use mesh_core::{NodeId, TaskId, sha256};
 use mesh_process::{Clock, Tasks};
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 

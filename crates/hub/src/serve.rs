@@ -387,12 +387,18 @@ impl Hub {
         for (name, group, least) in
             [("doors and links", self.doors, Duration::ZERO), ("work", self.work, Duration::ZERO), ("store", self.store_tasks, STORE_GRACE)]
         {
-            if name == "store"
-                && let Err(error) = self.audit.checkpoint().await
-            {
-                tracing::warn!(%error, "the last entries of the audit log are not signed; the next start does it");
+            let left = || STOP_GRACE.saturating_sub(begun.elapsed()).max(least);
+            if name == "store" {
+                let unsigned = match tokio::time::timeout(left(), self.audit.checkpoint()).await {
+                    Ok(Ok(_)) => None,
+                    Ok(Err(error)) => Some(error.to_string()),
+                    Err(_) => Some("the store does not answer".to_owned()),
+                };
+                if let Some(error) = unsigned {
+                    tracing::warn!(error, "the last entries of the audit log are not signed; the next start does it");
+                }
             }
-            let left = STOP_GRACE.saturating_sub(begun.elapsed()).max(least);
+            let left = left();
             if let mesh_process::tasks::Ended::Left(n) = group.end(left).await {
                 cut.push(format!("{n} of {name}"));
             }
