@@ -171,8 +171,8 @@ async fn no_call_answers_without_credentials_that_count() {
         "POST /api/v1/auth/refresh",
         "POST /api/v1/auth/accept",
     ];
-    // What a key may always do: say whose it is, and go.
-    let own = ["GET /api/v1/auth/me", "POST /api/v1/auth/logout", "GET /api/v1/api-keys", "GET /api/v1/system/info"];
+    // What a key may always do: say whose it is and what that person has, and go.
+    let own = ["GET /api/v1/auth/me", "POST /api/v1/auth/logout", "GET /api/v1/api-keys", "GET /api/v1/grants", "GET /api/v1/system/info"];
     let described = hub.get("/openapi.json").await;
     let ghost = "0198c0de-0000-7000-8000-000000000000";
     for (path, item) in described["paths"].as_object().unwrap() {
