@@ -213,10 +213,16 @@ impl Client {
         Self::speaking(data, VERSION)
     }
     /// A daemon of an earlier version.
+    ///
+    /// A killed warden's child that has not yet become its program holds the old socket for a moment: who
+    /// reached that one is hung up without a word, and asks again, as the daemon does.
     pub fn speaking(data: &Path, version: u32) -> Self {
-        let path = node_warden::socket_path(data);
-        let stream = until("the warden listens", || UnixStream::connect(&path).ok());
+        until("the warden says welcome", || Self::greeted(data, version))
+    }
+    fn greeted(data: &Path, version: u32) -> Option<Self> {
+        let mut stream = UnixStream::connect(node_warden::socket_path(data)).ok()?;
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(&Request::Hello { version }.encode()).ok()?;
         let mut c = Self {
             stream,
             decoder: Decoder::new(),
@@ -229,11 +235,10 @@ impl Client {
             answers: HashMap::new(),
             requests: 0,
         };
-        c.send(&Request::Hello { version });
-        let Some(Event::Welcome { version: both, spool, attempts }) = c.read() else { panic!("no welcome") };
+        let Event::Welcome { version: both, spool, attempts } = c.read()? else { panic!("no welcome") };
         assert_eq!(both, version);
         (c.spool, c.known) = (spool, attempts);
-        c
+        Some(c)
     }
     pub fn send(&mut self, r: &Request) {
         self.stream.write_all(&r.encode()).unwrap();
