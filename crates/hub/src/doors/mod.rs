@@ -1,5 +1,6 @@
 //! Doors: thin adapters over `hub-engine`. Each unpacks, calls one function, and packs the answer.
 
+mod call;
 pub mod forwarded;
 pub mod hosts;
 pub mod https;

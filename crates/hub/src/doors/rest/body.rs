@@ -56,6 +56,10 @@ impl<T: DeserializeOwned> FromRequest<App> for Creating<T> {
 }
 
 impl<T> Creating<T> {
+    /// Without a key: each time it comes it makes another.
+    pub fn unkeyed(body: T) -> Self {
+        Self { body, key: None }
+    }
     /// What the engine needs to make one thing of it, however often it comes.
     pub fn split(self, app: &App, who: &Who) -> (T, Option<Keyed>) {
         (self.body, self.key.map(|k| app.idempotency.keyed(who.caller(), &k.call, &k.text, k.request)))

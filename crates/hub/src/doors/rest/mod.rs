@@ -1,37 +1,37 @@
 //! REST, `/api/v1`.
 
 mod accounts;
-mod audit;
-mod body;
+pub(super) mod audit;
+pub(super) mod body;
 mod cookie;
-mod devices;
+pub(super) mod devices;
 mod docs;
 mod downloads;
 pub(super) mod events;
-mod grants;
-mod input;
-mod invites;
-mod memory;
-mod messages;
-mod nodes;
+pub(super) mod grants;
+pub(super) mod input;
+pub(super) mod invites;
+pub(super) mod memory;
+pub(super) mod messages;
+pub(super) mod nodes;
 mod openapi;
-mod origin;
-mod output;
+pub(super) mod origin;
+pub(super) mod output;
 mod page;
-mod problem;
+pub(super) mod problem;
 mod rate;
 mod requests;
-mod sessions;
-mod state;
-mod system;
-mod tasks;
-mod users;
-mod views;
+pub(super) mod sessions;
+pub(super) mod state;
+pub(super) mod system;
+pub(super) mod tasks;
+pub(super) mod users;
+pub(super) mod views;
 mod who;
 
 pub use downloads::Binaries;
 pub use openapi::document;
-pub use requests::TraceParent;
+pub use requests::{TraceParent, ended};
 pub use who::Door;
 
 pub(super) use body::Query;

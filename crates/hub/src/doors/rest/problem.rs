@@ -31,6 +31,17 @@ impl Refusal {
     pub fn not_yet(what: &str) -> Self {
         Self::unprocessable("not_yet", format!("{what} is not built yet; leave it out"))
     }
+    /// The problem object, for doors that carry it in their own kind of error.
+    pub fn problem(&self, request_id: &str) -> Problem {
+        Problem {
+            kind: "about:blank".into(),
+            title: self.status.canonical_reason().unwrap_or("error").into(),
+            status: self.status.as_u16(),
+            detail: self.detail.clone(),
+            code: self.code.into(),
+            request_id: request_id.to_owned(),
+        }
+    }
 }
 
 impl From<Error> for Refusal {
@@ -78,14 +89,7 @@ pub fn written(response: &mut Response, request_id: &str) {
         return;
     }
     let r = refusal.unwrap_or_else(|| Refusal::new(status, "refused", status.canonical_reason().unwrap_or("refused")));
-    let problem = Problem {
-        kind: "about:blank".into(),
-        title: r.status.canonical_reason().unwrap_or("error").into(),
-        status: r.status.as_u16(),
-        detail: r.detail,
-        code: r.code.into(),
-        request_id: request_id.to_owned(),
-    };
+    let problem = r.problem(request_id);
     let body = serde_json::to_vec(&problem).unwrap_or_default();
     *response.body_mut() = Body::from(body);
     let headers = response.headers_mut();

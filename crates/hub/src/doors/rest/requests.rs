@@ -122,7 +122,12 @@ pub async fn serve(State(app): State<App>, mut request: Request, next: Next) -> 
 }
 
 fn ending(answer: &Response) -> Ending {
-    match answer.status() {
+    ended(answer.status())
+}
+
+/// How a call with this status ended.
+pub fn ended(status: StatusCode) -> Ending {
+    match status {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Ending::Refused,
         StatusCode::NOT_FOUND => Ending::Absent,
         status if status.is_client_error() || status.is_server_error() => Ending::Failed,
