@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 pub const PASSWORD: &str = "correct horse battery";
 /// Generous, since other tests share the machine; a healthy run needs a fraction.
-pub const PATIENCE: Duration = Duration::from_secs(40);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// The folder with the built programs: where this test itself was built.
 pub fn program(name: &str) -> PathBuf {

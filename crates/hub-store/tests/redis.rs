@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Long for a test, short for a person.
-const PATIENCE: Duration = Duration::from_secs(40);
+const PATIENCE: Duration = Duration::from_secs(90);
 const KEY: [u8; 32] = [7; 32];
 
 fn deployment(n: u8) -> HubId {

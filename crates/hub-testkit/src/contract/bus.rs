@@ -42,7 +42,7 @@ pub struct BusPlan {
 
 const AGE: Duration = Duration::from_secs(600);
 /// Long for a test, short for a person; only a bus that is broken waits for it.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 pub async fn bus(make: impl AsyncFn(BusPlan) -> Arc<dyn Bus>) {
     let clock = Arc::new(HandClock::default());

@@ -33,7 +33,7 @@ use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 
 const QUEUE: usize = 1024;
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 #[derive(Clone, Default)]
 pub struct Peer {
