@@ -374,6 +374,7 @@ mod tests {
             assert!(matches!(came, Some(Ok(Came::Ping(_)))), "{came:?}");
             pings += 1;
         }
+        drop(lively);
         stage.tasks.end(PATIENCE).await;
     }
 
