@@ -336,7 +336,7 @@ async fn what_others_did_not_hear_is_a_reset_for_them() {
     a.tell(1);
     assert_eq!((next(&mut *at_a).await.1, next(&mut *at_b).await.1), (Some(1), Some(1)));
     let id = at_b.position().unwrap();
-    wall.close();
+    wall.close().await;
     a.tell(2);
     assert_eq!(next(&mut *at_a).await.1, Some(2));
     b.tell(50);
@@ -384,8 +384,16 @@ impl Wall {
     fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
     }
-    fn close(&self) {
+    /// Nothing passes any more once this returns.
+    async fn close(&self) {
         self.open.send_replace(false);
+        let cut = async {
+            // The one that is left accepts.
+            while self.open.receiver_count() > 1 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, cut).await.expect("all connections are cut");
     }
     fn open(&self) {
         self.open.send_replace(true);
