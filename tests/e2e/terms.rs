@@ -337,6 +337,9 @@ async fn what_is_lost_ends_as_its_caller_asked() {
     assert_eq!(hub.task(&waits).await["on_lost"], Value::Null);
     let runs = || std::fs::read_to_string(&count).unwrap().lines().count();
     until("all three to run", async || (runs() == 3).then_some(())).await;
+    for id in [&fails, &again, &waits] {
+        hub.task_when(id, "to be known to run", |t| t["state"] == "running").await;
+    }
 
     // The daemon is gone; its warden and the tasks go on, and nobody can know.
     old.daemon().kill9();
