@@ -267,13 +267,19 @@ async fn stop(dir: &DataDir) -> Result<ExitCode, Error> {
         println!("{}", if ended { "stopped: tasks and warden" } else { "nothing was running" });
         return Ok(ExitCode::SUCCESS);
     }
-    let text = std::fs::read_to_string(dir.pid()).unwrap_or_default();
-    let pid = text.trim().parse().ok().filter(|p| *p > 1).and_then(rustix::process::Pid::from_raw);
-    let pid = pid.ok_or_else(|| Error::Pid(dir.pid()))?;
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).map_err(|e| io("signalling the daemon")(e.into()))?;
+    let mut told = None;
     let mut waited = Duration::ZERO;
     while held().map_err(io("the lock"))? {
+        if told.is_none() {
+            // A daemon that only begins has not written it yet.
+            let text = std::fs::read_to_string(dir.pid()).unwrap_or_default();
+            told = text.trim().parse().ok().filter(|p| *p > 1).and_then(rustix::process::Pid::from_raw);
+            if let Some(pid) = told {
+                interrupt(pid).map_err(io("signalling the daemon"))?;
+            }
+        }
         if waited >= STOP_PATIENCE {
+            let pid = told.ok_or_else(|| Error::Pid(dir.pid()))?;
             return Err(Error::StillRuns { pid: pid.as_raw_nonzero().get() });
         }
         tokio::time::sleep(POLL).await;
@@ -283,6 +289,14 @@ async fn stop(dir: &DataDir) -> Result<ExitCode, Error> {
     warden::stop(dir.path()).await?;
     println!("stopped: daemon, tasks and warden");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Asks a daemon to stop. One that has just ended by itself is as good.
+fn interrupt(pid: rustix::process::Pid) -> std::io::Result<()> {
+    match rustix::process::kill_process(pid, rustix::process::Signal::INT) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
 }
 
 async fn doctor_command(dir: &DataDir, form: Form) -> Result<ExitCode, Error> {
