@@ -52,7 +52,8 @@ async fn output_is_byte_for_byte_and_replayable() {
     let missing = hub.dispatch(json!({"shell": {"argv": ["/no/such/program"]}})).await;
     assert_eq!(digests(&hub.finished(&text(&missing, "id")).await), [None, None], "what never ran has none");
 
-    let t = hub.sh("for i in 1 2 3 4 5; do echo line $i; sleep 0.05; done").await;
+    // Larger than a frame, so that it is several however it is read.
+    let t = hub.sh("seq 1 40000").await;
     let path = format!("/api/v1/tasks/{}/output", text(&t, "id"));
     let sse = async |path: &str, last: Option<&str>| {
         let mut r = hub.request("GET", path).header("accept", "text/event-stream");
@@ -65,7 +66,7 @@ async fn output_is_byte_for_byte_and_replayable() {
     assert_eq!(all.last().unwrap().0, "end");
     assert_eq!(all.last().unwrap().2["task"]["state"], "succeeded");
     let joined: Vec<u8> = all.iter().filter(|e| e.0 == "output").flat_map(|e| B64.decode(text(&e.2, "data_base64")).unwrap()).collect();
-    assert_eq!(joined, b"line 1\nline 2\nline 3\nline 4\nline 5\n");
+    assert!(joined == (1..=40_000).map(|n| format!("{n}\n")).collect::<String>().as_bytes(), "{} bytes", joined.len());
     let seqs: Vec<u64> = all.iter().filter_map(|e| e.1).collect();
     assert!(seqs.windows(2).all(|w| w[0] < w[1]) && seqs.len() >= 2, "{seqs:?}");
     let resumed = sse(&path, Some(&seqs[0].to_string())).await;
