@@ -271,11 +271,13 @@ async fn stop(dir: &DataDir) -> Result<ExitCode, Error> {
     let mut waited = Duration::ZERO;
     while held().map_err(io("the lock"))? {
         if told.is_none() {
-            // A daemon that only begins has not written it yet.
+            // A daemon that only begins has not written it yet: what stands there is of one before, or nothing.
             let text = std::fs::read_to_string(dir.pid()).unwrap_or_default();
-            told = text.trim().parse().ok().filter(|p| *p > 1).and_then(rustix::process::Pid::from_raw);
-            if let Some(pid) = told {
-                interrupt(pid).map_err(io("signalling the daemon"))?;
+            let pid = text.trim().parse().ok().filter(|p| *p > 1).and_then(rustix::process::Pid::from_raw);
+            if let Some(pid) = pid
+                && interrupt(pid).map_err(io("signalling the daemon"))?
+            {
+                told = Some(pid);
             }
         }
         if waited >= STOP_PATIENCE {
@@ -291,10 +293,11 @@ async fn stop(dir: &DataDir) -> Result<ExitCode, Error> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Asks a daemon to stop. One that has just ended by itself is as good.
-fn interrupt(pid: rustix::process::Pid) -> std::io::Result<()> {
+/// Asks a daemon to stop. False when it has just ended by itself.
+fn interrupt(pid: rustix::process::Pid) -> std::io::Result<bool> {
     match rustix::process::kill_process(pid, rustix::process::Signal::INT) {
-        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::SRCH) => Ok(false),
         Err(e) => Err(e.into()),
     }
 }

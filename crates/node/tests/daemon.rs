@@ -702,3 +702,26 @@ async fn a_superseded_node_waits_and_says_so() {
     assert!(node.line().contains("was revoked by its hub"));
     assert_eq!(node.wait(), Some(3));
 }
+
+/// The daemon's number is nobody's any more when it is told: it was just ending by itself.
+#[test]
+fn a_stop_beside_a_daemon_that_is_ending_is_no_error() {
+    use std::io::Write;
+    let dir = tempfile::tempdir().unwrap();
+    let data = cortex_node::state::DataDir::new(dir.path().to_owned());
+    let held = mesh_process::files::Lock::try_take(&data.lock()).unwrap().unwrap();
+    // Opened by both sides only when it is read.
+    #[expect(clippy::disallowed_methods, reason = "a pipe with a name is made by a program")]
+    let made = std::process::Command::new("mkfifo").arg(data.pid()).status().unwrap();
+    assert!(made.success());
+    let mut stop = program();
+    stop.arg("stop").env("CORTEX_NODE_DATA_DIR", dir.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let stop = stop.spawn().unwrap();
+    let mut read = std::fs::OpenOptions::new().write(true).open(data.pid()).unwrap();
+    std::fs::remove_file(data.pid()).unwrap();
+    // More than any machine counts to.
+    read.write_all(b"2000000000\n").unwrap();
+    drop((read, held));
+    let out = stop.wait_with_output().unwrap();
+    assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("stopped"), "{out:?}");
+}
