@@ -399,10 +399,7 @@ async fn what_is_kept_has_its_bounds() {
             assert_eq!((output.len(), &t["truncated"]), (150_000, &json!(false)), "{t}");
         }
     }
-    until("both to be counted", async || {
-        (metric(&hub, "cortex_retention_erased_total{what=\"output\"}").await == 2.0).then_some(())
-    })
-    .await;
+    until("both to be counted", async || (metric(&hub, "cortex_retention_erased_total{what=\"output\"}").await == 2.0).then_some(())).await;
     until("the files to be gone", async || (files(&hub.data().join("output")) == 2).then_some(())).await;
 
     // At 80 % it is said, everywhere, and the hub goes on: 300 kB and 30 kB are more than that.

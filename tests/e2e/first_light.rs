@@ -45,12 +45,7 @@ async fn a_command_runs_on_an_attached_machine_as_the_readme_says() {
     }
     let read = hub.dir.path().join("read");
     let script = format!("for i in 1 2 3; do echo $i; until [ -e {}$i ]; do sleep 0.05; done; done; exit 7", read.display());
-    let mut child = hub
-        .cli()
-        .args(["run", "--session", "demo", "--", "sh", "-c", &script])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = hub.cli().args(["run", "--session", "demo", "--", "sh", "-c", &script]).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = vec![];
     for line in BufReader::new(child.stdout.take().unwrap()).lines() {
         // It goes on only now: lines come as they are written, not at the end.

@@ -4,7 +4,9 @@
 use mesh_core::{HubId, NodeId, enrol};
 use mesh_tests::{Hub, Node, folder, program, shown, text, until};
 use mesh_wire::node::node_link_client::NodeLinkClient;
-use mesh_wire::node::{HealthReport, Heartbeat, Hello, NodeFrame, OrdersBody, RegistrationRequest, TaskResult, TaskStarted, hub_frame, node_frame};
+use mesh_wire::node::{
+    HealthReport, Heartbeat, Hello, NodeFrame, OrdersBody, RegistrationRequest, TaskResult, TaskStarted, hub_frame, node_frame,
+};
 use prost::Message;
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};

@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const KEEP: u64 = 1 << 30;
-const GRACE: Duration = Duration::from_secs(20);
+const GRACE: Duration = Duration::from_secs(90);
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Hubs of one test: each store has a folder of its own, all gone when this is.

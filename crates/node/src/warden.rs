@@ -8,8 +8,8 @@
 
 use mesh_core::SpoolId;
 use mesh_process::Tasks;
-use node_warden::{Key, Wardens};
 use node_warden::frames::{Decoder, Event, FrameError, Known, Request, VERSION};
+use node_warden::{Key, Wardens};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
