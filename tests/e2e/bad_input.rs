@@ -325,7 +325,7 @@ async fn a_stop_is_clean() {
     assert!(String::from_utf8_lossy(&status.stdout).contains(&id), "{}", shown(&status));
     let out = node.command(&["stop"]).output().unwrap();
     assert!(out.status.success(), "{}", shown(&out));
-    assert!(!node.daemon().is_running());
+    node.daemon().ended().await;
     hub.restart().await;
     node.run();
     node.online(&hub).await;

@@ -67,8 +67,9 @@ async fn connected(hub: &Hub, wanted: &str) {
     let facts: Value = serde_json::from_slice(&std::fs::read(hub.data().join("hub.json")).unwrap()).unwrap();
     let url = format!("http://{}/metrics", text(&facts, "metrics"));
     let line = format!("cortex_bus_connected {wanted}");
+    let web = reqwest::Client::builder().no_proxy().build().unwrap();
     until(&line, async || {
-        let metrics = reqwest::get(&url).await.ok()?.text().await.ok()?;
+        let metrics = web.get(&url).send().await.ok()?.text().await.ok()?;
         metrics.lines().any(|l| l == line).then_some(())
     })
     .await;
@@ -123,8 +124,10 @@ async fn who_comes_back_missed_nothing_until_redis_forgets() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hub_starts_while_redis_is_away() {
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let url = format!("redis://hub:geheim@127.0.0.1:{nobody}");
+    // Bound and not listened on: nobody answers there, and nobody else is given it.
+    let nobody = tokio::net::TcpSocket::new_v4().unwrap();
+    nobody.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let url = format!("redis://hub:geheim@127.0.0.1:{}", nobody.local_addr().unwrap().port());
     let hub = Hub::start_with(&[("CORTEX_REDIS_URL", &url)], &[]).await;
     assert_eq!(hub.call("GET", "/readyz", None).await.0, 200);
     let mut sse = Sse::open(&hub, "?topics=sessions", Some("of-another-life")).await;

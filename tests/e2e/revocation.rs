@@ -238,26 +238,29 @@ async fn a_certificate_signs_no_other() {
 async fn no_session_is_resumed_however_it_began() {
     let hub = Hub::start().await;
     let mut m = Machine::enrolled(&hub).await;
-    m.certificate = certify(&issuer(&hub), &m.key, &enrol::node_uri(m.hub, m.id), time::Duration::seconds(20));
-    // The same configuration keeps what tickets it is given.
-    let config = m.config();
-    let connect = async || dial(m.hub, m.address, HERE, &config).await.unwrap();
     let use_it = async |tls: Tls| call(node::tls::channel(tls).await.map_err(|e| Status::unavailable(e.to_string()))?).await;
-    let mut served = 0;
-    // Calls, and so time and words in which tickets would have come, until the certificate has ended.
-    let end = until("the certificate to end", async || {
-        let tls = connect().await;
-        assert_eq!(tls.get_ref().1.handshake_kind(), Some(HandshakeKind::Full), "after {served} sessions");
-        match use_it(tls).await {
-            Ok(()) => served += 1,
-            // It ended between the handshake and the call.
-            Err(e) if e.code() == Code::Unauthenticated => assert_eq!(e.message(), "certificate_expired"),
-            Err(e) => return Some(e),
-        }
-        None
-    })
-    .await;
-    assert!(served >= 1, "it was good for a while: {end:?}");
+    let (mut served, mut life) = (0, 20);
+    // A machine that stood still for the whole of its life gets one that lives longer.
+    while served == 0 {
+        assert!(life < 1000, "it was never good");
+        m.certificate = certify(&issuer(&hub), &m.key, &enrol::node_uri(m.hub, m.id), time::Duration::seconds(life));
+        life *= 2;
+        // The same configuration keeps what tickets it is given.
+        let config = m.config();
+        // Calls, and so time and words in which tickets would have come, until the certificate has ended.
+        until("the certificate to end", async || {
+            let tls = dial(m.hub, m.address, HERE, &config).await.unwrap();
+            assert_eq!(tls.get_ref().1.handshake_kind(), Some(HandshakeKind::Full), "after {served} sessions");
+            match use_it(tls).await {
+                Ok(()) => served += 1,
+                // It ended between the handshake and the call.
+                Err(e) if e.code() == Code::Unauthenticated => assert_eq!(e.message(), "certificate_expired"),
+                Err(e) => return Some(e),
+            }
+            None
+        })
+        .await;
+    }
     until("the refusal by its date in the log", async || hub.process.log().contains("certificate expired").then_some(())).await;
 
     // One that has years left, and is revoked.
@@ -456,10 +459,10 @@ async fn strangers_of_one_address_keep_no_other_out() {
         let let_in: Vec<Tls> = futures::future::join_all(knocks).await.into_iter().flatten().collect();
         let refused = let_in.len() < 80;
         held.extend(let_in);
-        refused.then_some(())
+        // One whose handshake took too long was not refused for the number of the others.
+        (refused && held.len() > 32).then_some(())
     })
     .await;
-    assert!(held.len() > 32, "{}", held.len());
     let (mut client, exporter) = m.stranger(THERE).await;
     let reply = client.enrol(m.enrolment(&exporter, plain_csr(&m.key), "other")).await.unwrap().into_inner();
     m.id = reply.node_id.parse().unwrap();

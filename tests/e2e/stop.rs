@@ -23,13 +23,19 @@ impl Stopped {
         let folder = url.split('@').nth(1).unwrap().split('/').next().unwrap().replace("%2F", "/");
         let first = std::fs::read_to_string(format!("{folder}/data/postmaster.pid")).unwrap();
         let first: i32 = first.lines().next().unwrap().parse().unwrap();
-        let children = std::fs::read_to_string(format!("/proc/{first}/task/{first}/children")).unwrap();
-        let all = std::iter::once(first).chain(children.split_whitespace().map(|p| p.parse().unwrap()));
-        let all: Vec<_> = all.filter_map(rustix::process::Pid::from_raw).collect();
-        for pid in &all {
+        let stop = |pid: i32| {
+            let pid = rustix::process::Pid::from_raw(pid)?;
             // One of the children may have ended since.
-            let _ = rustix::process::kill_process(*pid, Signal::STOP);
+            rustix::process::kill_process(pid, rustix::process::Signal::STOP).ok().map(|()| pid)
+        };
+        // The first before its children are counted, so that it makes no more of them.
+        let mut all: Vec<_> = stop(first).into_iter().collect();
+        let stands = || std::fs::read_to_string(format!("/proc/{first}/stat")).unwrap().rsplit_once(") ").unwrap().1.starts_with('T');
+        while !stands() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
         }
+        let children = std::fs::read_to_string(format!("/proc/{first}/task/{first}/children")).unwrap();
+        all.extend(children.split_whitespace().filter_map(|p| stop(p.parse().unwrap())));
         Self(all)
     }
 }
@@ -116,6 +122,18 @@ impl Linked {
         to_hub.send(wire::NodeFrame { kind: Some(node_frame::Kind::Hello(hello)) }).await.unwrap();
         let frames = futures::stream::unfold(frames, async |mut f| f.recv().await.map(|x| (x, f)));
         let from_hub = link.task_stream(Box::pin(frames)).await.unwrap().into_inner();
+        // It is no silent node, however long the test takes.
+        let beats = to_hub.downgrade();
+        tokio::spawn(async move {
+            for seq in 1.. {
+                tokio::time::sleep(Duration::from_secs(5)).await;
+                let Some(to_hub) = beats.upgrade() else { return };
+                let beat = wire::Heartbeat { seq, sent_ms: 1, echo_ms: 0, held_ms: 0 };
+                if to_hub.send(wire::NodeFrame { kind: Some(node_frame::Kind::Heartbeat(beat)) }).await.is_err() {
+                    return;
+                }
+            }
+        });
         Self { to_hub, from_hub }
     }
     async fn say(&self, kind: node_frame::Kind) {

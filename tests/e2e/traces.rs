@@ -1,7 +1,7 @@
 //! Who asked for what, from the request through hub and node: log lines that can be joined, none of which
 //! tells a secret, and spans for a receiver of OpenTelemetry.
 
-use mesh_tests::{Hub, Node, PASSWORD, text, until};
+use mesh_tests::{Hub, Node, PASSWORD, PATIENCE, text, until};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::trace::v1::Span;
 use prost::Message;
@@ -130,13 +130,17 @@ async fn a_dispatch_is_a_span_of_the_trace_that_its_caller_named() {
     assert_eq!(request.send().await.unwrap().status().as_u16(), 202);
     // The stop sends what is left.
     assert_eq!(hub.process.terminate().await.code(), Some(0));
+    let hex = |b: &[u8]| b.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    // What was sent may still lie in a socket: up to ours, and then to the end of all connections.
+    let mut all: Vec<Span> = vec![];
+    while !all.iter().any(|s| hex(&s.trace_id) == TRACE) {
+        all.push(tokio::time::timeout(PATIENCE, spans.recv()).await.expect("our span comes").unwrap());
+    }
     receiver.abort();
     let _ = receiver.await;
-    let mut all = vec![];
-    while let Ok(span) = spans.try_recv() {
+    while let Some(span) = tokio::time::timeout(PATIENCE, spans.recv()).await.expect("the hub's connections end") {
         all.push(span);
     }
-    let hex = |b: &[u8]| b.iter().map(|b| format!("{b:02x}")).collect::<String>();
     let ours: Vec<&Span> = all.iter().filter(|s| hex(&s.trace_id) == TRACE).collect();
     assert_eq!(ours.len(), 1, "{all:?}");
     assert_eq!((hex(&ours[0].parent_span_id).as_str(), ours[0].name.as_str()), (PARENT, "POST /api/v1/dispatch"));

@@ -204,6 +204,8 @@ async fn whoever_is_killed_between_two_wardens_nothing_runs_twice() {
 
     // Both a warden and the daemon, while one more program comes: memory is found where it lies.
     let e = Counting::start(&hub, &dir, "e").await;
+    // It stands still first: a daemon that saw its warden go would start another of its own program.
+    m.node.daemon().signal(Signal::STOP);
     kill(m.warden("w2"));
     m.node.daemon().kill9();
     m.install("third");

@@ -48,6 +48,15 @@ pub fn folder() -> TempDir {
     dir
 }
 
+/// A port for a hub, for as long as this is held: bound and not listened on, which leaves it to who asks for it
+/// by its number, and keeps it from who asks for any.
+fn hold() -> tokio::net::TcpSocket {
+    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+    socket.set_reuseaddr(true).expect("an option");
+    socket.bind(([127, 0, 0, 1], 0).into()).expect("a free port");
+    socket
+}
+
 /// A process that ends with its owner, by the id that was kept.
 pub struct Process {
     child: Child,
@@ -115,6 +124,8 @@ pub struct Hub {
     args: Vec<String>,
     token: String,
     web: reqwest::Client,
+    /// Nobody else is given them while the hub is away.
+    _ports: Vec<tokio::net::TcpSocket>,
 }
 
 impl Hub {
@@ -145,12 +156,20 @@ impl Hub {
             all.retain(|(known, _)| known != k);
             all.push((k.to_string(), v.to_string()));
         }
+        let mut ports = vec![];
+        for (name, address) in &mut all {
+            if ["CORTEX_HTTP_ADDR", "CORTEX_NODE_ADDR"].contains(&name.as_str()) && address == "127.0.0.1:0" {
+                let held = hold();
+                *address = held.local_addr().expect("an address").to_string();
+                ports.push(held);
+            }
+        }
         let process = Self::spawn(dir.path(), &data, &all, &own(args));
         // Whom one may trust is for the tests of just that.
         let web = reqwest::Client::builder().no_proxy().tls_danger_accept_invalid_certs(true);
         let web = web.redirect(reqwest::redirect::Policy::none()).build().expect("a client");
-        let mut hub =
-            Self { dir, data, process, http: String::new(), node: String::new(), env: all, args: own(args), token: String::new(), web };
+        let (http, node, token) = (String::new(), String::new(), String::new());
+        let mut hub = Self { dir, data, process, http, node, env: all, args: own(args), token, web, _ports: ports };
         hub.ready().await;
         if contract::get().is_none() {
             let answer = hub.request("GET", "/openapi.json").send().await.expect("the hub answers");

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 const KEEP: u64 = 1 << 30;
-const GRACE: Duration = Duration::from_secs(20);
+const GRACE: Duration = Duration::from_secs(90);
 
 async fn open(dir: &Path) -> (Arc<Store>, Tasks) {
     let tasks = Tasks::new();
@@ -151,6 +151,10 @@ async fn a_crash_loses_nothing_that_was_acknowledged() {
                 let id = lane * 10_000 + n;
                 store.accept(&assigned_task(id)).await.unwrap();
                 for seq in 1..=4 {
+                    if lane == 3 {
+                        // So that a copy finds one of its attempts in the middle, however the lanes share commits.
+                        tokio::time::sleep(Duration::from_millis(20)).await;
+                    }
                     store.append(task_id(id), attempt(1), vec![big(seq)], KEEP).await.unwrap().unwrap();
                 }
                 let end = Event::Ended { attempt: attempt(1), outcome: Outcome::Exited(0) };
@@ -241,7 +245,7 @@ async fn callers_who_give_up_leave_output_whole() {
     for seq in 1..=40 {
         let mut append = Box::pin(store.append(task_id(1), attempt(1), vec![big(seq)], KEEP));
         // Polled once, so that it has begun; then dropped.
-        assert!(futures::poll!(&mut append).is_pending());
+        let _ = futures::poll!(&mut append);
         drop(append);
         // The next one comes behind it, whatever became of it.
         let t = store.append(task_id(1), attempt(1), vec![big(seq)], KEEP).await.unwrap().unwrap();
@@ -299,11 +303,13 @@ fn log_bytes(dir: &Path) -> u64 {
 async fn a_long_spec_is_written_once() {
     let dir = tempfile::tempdir().unwrap();
     let (store, _tasks) = open(dir.path()).await;
-    store.accept(&task(1)).await.unwrap();
-    // A reader of what is there now keeps the log as it is.
+    // From an empty log on, a reader of what is there now keeps whatever comes in it: without the first, the
+    // next checkpoint could have it begun anew, and what it has grown by would say nothing.
     let mut still = raw(dir.path()).await;
+    while sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").fetch_one(&mut still).await.unwrap().get::<i64, _>(0) != 0 {}
     sqlx::query("BEGIN").execute(&mut still).await.unwrap();
     sqlx::query("SELECT count(*) FROM tasks").fetch_one(&mut still).await.unwrap();
+    store.accept(&task(1)).await.unwrap();
     let mut long = task(2);
     long.spec = vec![7; 1 << 20];
     let before = log_bytes(dir.path());

@@ -19,12 +19,12 @@ use sqlx::{Connection, PgConnection, Row};
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const KEEP: u64 = 1 << 30;
-const GRACE: Duration = Duration::from_secs(20);
+const GRACE: Duration = Duration::from_secs(90);
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Hubs of one test: each store has a folder of its own, all gone when this is.
@@ -477,10 +477,15 @@ async fn a_server_that_goes_and_comes_back() {
     store.ping().await.unwrap();
     let (acknowledged, stop) = (Arc::new(Mutex::new(BTreeSet::<TaskId>::new())), Arc::new(AtomicBool::new(false)));
     let lanes = Tasks::new();
+    // How many may be there at most: writers that ran while this test stood still must not run out of tasks.
+    let enough = Arc::new(AtomicUsize::new(0));
     for lane in 0..4u16 {
-        let (store, acknowledged, stop) = (store.clone(), acknowledged.clone(), stop.clone());
+        let (store, acknowledged, stop, enough) = (store.clone(), acknowledged.clone(), stop.clone(), enough.clone());
         lanes.spawn("writes", async move {
             for n in 0..10_000 {
+                while acknowledged.lock().unwrap().len() >= enough.load(Ordering::SeqCst) && !stop.load(Ordering::SeqCst) {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
                 let task = assigned_task(lane * 10_000 + n);
                 match store.accept(&task).await {
                     Ok(()) => drop(acknowledged.lock().unwrap().insert(task.id)),
@@ -495,6 +500,7 @@ async fn a_server_that_goes_and_comes_back() {
     }
     let count = || acknowledged.lock().unwrap().len();
     let more = async |than: usize| {
+        enough.store(than + 2_000, Ordering::SeqCst);
         let wait = async {
             while count() < than + 100 {
                 tokio::task::yield_now().await;

@@ -19,7 +19,7 @@ use std::time::Duration;
 const SQLITE: &str = include_str!("fixtures/release-1/sqlite.sql");
 const POSTGRES: &str = include_str!("fixtures/release-1/postgres.sql");
 const OUTPUT: &str = "output/28/01a1fd7b-66a3-7623-ba48-8205cfda9b28-100000001";
-const GRACE: Duration = Duration::from_secs(20);
+const GRACE: Duration = Duration::from_secs(90);
 
 fn everything<I>() -> Window<I> {
     Window { before: None, limit: 100 }

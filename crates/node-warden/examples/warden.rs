@@ -7,7 +7,7 @@ fn main() {
     let mut args = std::env::args().skip(1).filter(|a| a != "warden");
     let mut config = node_warden::Config::new("");
     // A failed test leaves nothing behind for long.
-    config.orphan_after = Duration::from_secs(60);
+    config.orphan_after = Duration::from_secs(300);
     while let Some(name) = args.next() {
         let value = args.next().unwrap_or_else(|| panic!("{name} needs a value"));
         let number = || value.parse::<u64>().unwrap_or_else(|e| panic!("{name}: {e}"));

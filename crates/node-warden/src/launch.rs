@@ -14,7 +14,8 @@ use std::process::{Child, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
-const PATIENCE: Duration = Duration::from_secs(15);
+/// Longer than a start ever takes on a machine that has time for it.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Wardens that this process has started: collected when they have ended, so that none stays a zombie.
 static STARTED: Mutex<Vec<Child>> = Mutex::new(Vec::new());

@@ -47,6 +47,8 @@ const RETRY: Duration = Duration::from_secs(1);
 /// How long a pipe is read on after everything in the task's namespace is dead. Only a descriptor
 /// that the task has given away to a process outside can keep it open for so long.
 const LINGER: Duration = Duration::from_secs(1);
+/// How long the inits of a killed warden may take to end: at once, but on a machine that has no time for them.
+const LOCK_PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
@@ -232,7 +234,7 @@ fn wait_for_lock(dir: &Path) -> Result<std::fs::File, Error> {
         if let Some(lock) = try_lock(dir)? {
             return Ok(lock);
         }
-        if begun.elapsed() > Duration::from_secs(5) {
+        if begun.elapsed() > LOCK_PATIENCE {
             return Err(Error::Running(dir.to_owned()));
         }
         std::thread::sleep(Duration::from_millis(5));

@@ -16,7 +16,7 @@ impl Machine {
     fn program(&self, name: &str) -> PathBuf {
         let path = self.dir.path().join(name);
         if !path.exists() {
-            std::fs::copy(example(), &path).unwrap();
+            copy_program(&example(), &path);
         }
         path
     }

@@ -209,22 +209,21 @@ fn nothing_outlives_the_task() {
 
 #[test]
 fn cancel_ends_the_whole_tree() {
-    let p = Node::new(&["--grace-ms", "20000"]);
+    // A grace that outlasts the test: that it ends at all shows that TERM was enough.
+    let p = Node::new(&["--grace-ms", "600000"]);
     let mut c = p.connect();
     let mark = mark();
     let o = p.sh(&escaping(&mark, &format!("exec sleep {mark}")));
     let key = c.start(&o);
     until("two sleep", || (processes(&format!("sleep\0{mark}")).len() == 2).then_some(()));
-    let begun = Instant::now();
     c.cancel(key);
     assert_eq!(c.wait_end(key).outcome, Outcome::Cancelled);
-    assert!(begun.elapsed() < Duration::from_secs(10), "TERM was enough");
     assert_eq!(processes(&format!("sleep\0{mark}")), [] as [u32; 0]);
 }
 
 #[test]
 fn a_clean_end_after_term_is_still_a_cancel() {
-    let p = Node::new(&["--grace-ms", "20000"]);
+    let p = Node::new(&["--grace-ms", "600000"]);
     let mut c = p.connect();
     let o = p.sh("trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.01; done");
     let key = c.start(&o);
@@ -262,7 +261,8 @@ fn a_time_out_ends_the_whole_tree() {
     o.timeout_secs = 1;
     let begun = Instant::now();
     assert_eq!(c.run(&o).outcome, Outcome::TimedOut);
-    assert!(begun.elapsed() >= Duration::from_millis(1200));
+    // A shell that was too slow to ignore TERM ends without the grace.
+    assert!(begun.elapsed() >= Duration::from_secs(1));
     assert_eq!(processes(&format!("sleep\0{mark}")), [] as [u32; 0]);
 }
 
@@ -282,7 +282,7 @@ fn the_same_start_runs_once_and_another_is_a_conflict() {
     other.task = o.task;
     c.start(&other);
     while c.conflicts.is_empty() {
-        c.step();
+        assert!(c.step(), "the warden hung up");
     }
     assert_eq!(c.conflicts, [o.key()]);
     assert_eq!(std::fs::read_to_string(file).unwrap(), "x\n");

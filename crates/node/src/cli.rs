@@ -267,13 +267,21 @@ async fn stop(dir: &DataDir) -> Result<ExitCode, Error> {
         println!("{}", if ended { "stopped: tasks and warden" } else { "nothing was running" });
         return Ok(ExitCode::SUCCESS);
     }
-    let text = std::fs::read_to_string(dir.pid()).unwrap_or_default();
-    let pid = text.trim().parse().ok().filter(|p| *p > 1).and_then(rustix::process::Pid::from_raw);
-    let pid = pid.ok_or_else(|| Error::Pid(dir.pid()))?;
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).map_err(|e| io("signalling the daemon")(e.into()))?;
+    let mut told = None;
     let mut waited = Duration::ZERO;
     while held().map_err(io("the lock"))? {
+        if told.is_none() {
+            // A daemon that only begins has not written it yet: what stands there is of one before, or nothing.
+            let text = std::fs::read_to_string(dir.pid()).unwrap_or_default();
+            let pid = text.trim().parse().ok().filter(|p| *p > 1).and_then(rustix::process::Pid::from_raw);
+            if let Some(pid) = pid
+                && interrupt(pid).map_err(io("signalling the daemon"))?
+            {
+                told = Some(pid);
+            }
+        }
         if waited >= STOP_PATIENCE {
+            let pid = told.ok_or_else(|| Error::Pid(dir.pid()))?;
             return Err(Error::StillRuns { pid: pid.as_raw_nonzero().get() });
         }
         tokio::time::sleep(POLL).await;
@@ -283,6 +291,15 @@ async fn stop(dir: &DataDir) -> Result<ExitCode, Error> {
     warden::stop(dir.path()).await?;
     println!("stopped: daemon, tasks and warden");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Asks a daemon to stop. False when it has just ended by itself.
+fn interrupt(pid: rustix::process::Pid) -> std::io::Result<bool> {
+    match rustix::process::kill_process(pid, rustix::process::Signal::INT) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::SRCH) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
 }
 
 async fn doctor_command(dir: &DataDir, form: Form) -> Result<ExitCode, Error> {

@@ -8,8 +8,8 @@
 
 use mesh_core::SpoolId;
 use mesh_process::Tasks;
-use node_warden::Key;
 use node_warden::frames::{Decoder, Event, FrameError, Known, Request, VERSION};
+use node_warden::{Key, Wardens};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -23,6 +23,9 @@ const REQUESTS: usize = 64;
 /// Events on their way from the warden; beyond it the socket is left unread.
 const EVENTS: usize = 256;
 const RETRY: Duration = Duration::from_secs(1);
+/// A warden that was killed answers no more, but a child of it that has not become its program yet holds its
+/// socket for a moment: who was launched beside it is launched again, so often.
+const LAUNCHES: usize = 10;
 const READ_BYTES: usize = 64 << 10;
 /// Requests that are written together, but for the last of them.
 const WRITE_BYTES: usize = 64 << 10;
@@ -93,13 +96,34 @@ pub async fn attach(exe: PathBuf, data_dir: PathBuf, tasks: &Tasks) -> Result<Wa
 }
 
 async fn open(exe: &Path, data_dir: &Path) -> Result<Open, WardenError> {
-    let (exe, dir) = (exe.to_path_buf(), data_dir.to_path_buf());
-    let wardens = tokio::task::spawn_blocking(move || node_warden::launch_all(&exe, &dir)).await??;
+    open_by(|| {
+        let (exe, dir) = (exe.to_path_buf(), data_dir.to_path_buf());
+        async move { Ok(tokio::task::spawn_blocking(move || node_warden::launch_all(&exe, &dir)).await??) }
+    })
+    .await
+}
+
+/// Launches, and connects to what was launched. The socket that answered may have been a dying warden's: then
+/// the next launch finds it gone and starts another.
+async fn open_by<F: Future<Output = Result<Wardens, WardenError>>>(mut launch: impl FnMut() -> F) -> Result<Open, WardenError> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let wardens = launch().await?;
+        match connect_all(&wardens.seats).await {
+            Ok(streams) => return Ok(Open { streams, spool: wardens.spool }),
+            Err(e) if tries == LAUNCHES => return Err(e),
+            Err(error) => tracing::info!(%error, "the warden went away; launching again"),
+        }
+    }
+}
+
+async fn connect_all(seats: &[PathBuf]) -> Result<Vec<UnixStream>, WardenError> {
     let mut streams = vec![];
-    for seat in &wardens.seats {
+    for seat in seats {
         streams.push(connect(seat).await?);
     }
-    Ok(Open { streams, spool: wardens.spool })
+    Ok(streams)
 }
 
 /// One attachment to all wardens of this node: it begins with all of them and ends with any, so that what
@@ -344,11 +368,58 @@ pub async fn known(data_dir: &Path) -> Result<Option<Vec<Known>>, WardenError> {
         let word = tokio::select! {
             biased;
             word = words.recv() => word,
-            end = read_events(read, 0, &told) => return Err(end),
+            end = read_events(read, 0, &told) => match end {
+                // It was dying: nobody is there.
+                WardenError::Closed | WardenError::Socket { .. } => continue,
+                end => return Err(end),
+            },
         };
         if let Some((_, Ok(Event::Welcome { attempts, .. }))) = word {
             all.get_or_insert_with(Vec::new).extend(attempts);
         }
     }
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::UnixListener;
+
+    /// The socket of a dying warden answers a launch and is gone when the daemon connects.
+    #[tokio::test]
+    async fn the_first_attachment_outlasts_a_dying_warden() {
+        let dir = tempfile::tempdir().unwrap();
+        let (dying, living) = (dir.path().join("dying"), dir.path().join("living"));
+        for seat in [&dying, &living] {
+            std::fs::create_dir(seat).unwrap();
+        }
+        drop(UnixListener::bind(node_warden::socket_path(&dying)).unwrap());
+        let _listener = UnixListener::bind(node_warden::socket_path(&living)).unwrap();
+        let spool = SpoolId::from_bytes([1; 16]);
+        let mut launches = 0;
+        let open = open_by(|| {
+            launches += 1;
+            let seats = vec![if launches < 3 { dying.clone() } else { living.clone() }];
+            std::future::ready(Ok(Wardens { seats, spool }))
+        });
+        assert_eq!(open.await.unwrap().streams.len(), 1);
+        assert_eq!(launches, 3);
+        // One that never lives is told, not waited for.
+        let open = open_by(|| std::future::ready(Ok(Wardens { seats: vec![dying.clone()], spool })));
+        assert!(matches!(open.await, Err(WardenError::Socket { .. })));
+    }
+
+    /// Who is hung up by every seat meets no warden, as with no socket at all.
+    #[tokio::test]
+    async fn a_dying_warden_knows_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(known(dir.path()).await.unwrap().is_none());
+        let listener = UnixListener::bind(node_warden::socket_path(dir.path())).unwrap();
+        let hang_up = async {
+            drop(listener.accept().await.unwrap());
+        };
+        let (found, ()) = tokio::join!(known(dir.path()), hang_up);
+        assert!(found.unwrap().is_none());
+    }
 }

@@ -206,7 +206,13 @@ async fn join_link_run_and_stop() {
     let second = node.call(&["run"]);
     assert_eq!(second.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&second.stderr).contains("a daemon runs already"));
-    assert!(hub.knobs().health > 0);
+    // It is told beside the link, in its own time.
+    let healthy = async {
+        while hub.knobs().health == 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, healthy).await.expect("the node's health");
     let stopped = node.call(&["stop"]);
     assert!(String::from_utf8_lossy(&stopped.stdout).contains("stopped: daemon, tasks and warden"), "{stopped:?}");
     assert_eq!(node.wait(), Some(0));
@@ -602,16 +608,24 @@ async fn refusals_are_shown_as_the_hub_said_them() {
     assert_eq!(out.status.code(), Some(2));
 }
 
-/// The warden of a data folder, by its command line.
+/// The warden of a data folder, by its command line. The inits of its tasks have the same, and are its
+/// children; their numbers may be lower.
 fn warden_pid(dir: &Path) -> rustix::process::Pid {
     let dir = dir.canonicalize().unwrap();
-    let found = std::fs::read_dir("/proc").unwrap().flatten().find_map(|e| {
+    let alike = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|e| {
         let pid: i32 = e.file_name().to_str()?.parse().ok()?;
         let line = std::fs::read(e.path().join("cmdline")).ok()?;
         let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
-        (words.get(1) == Some(&&b"warden"[..]) && words.get(3) == Some(&dir.as_os_str().as_encoded_bytes())).then_some(pid)
+        if words.get(1) != Some(&&b"warden"[..]) || words.get(3) != Some(&dir.as_os_str().as_encoded_bytes()) {
+            return None;
+        }
+        let stat = std::fs::read_to_string(e.path().join("stat")).ok()?;
+        let parent: i32 = stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()?;
+        Some((pid, parent))
     });
-    rustix::process::Pid::from_raw(found.expect("no warden runs")).unwrap()
+    let alike: Vec<(i32, i32)> = alike.collect();
+    let warden = alike.iter().find(|(_, parent)| !alike.iter().any(|(pid, _)| pid == parent));
+    rustix::process::Pid::from_raw(warden.expect("no warden runs").0).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -687,4 +701,27 @@ async fn a_superseded_node_waits_and_says_so() {
     node.start(&["run"]);
     assert!(node.line().contains("was revoked by its hub"));
     assert_eq!(node.wait(), Some(3));
+}
+
+/// The daemon's number is nobody's any more when it is told: it was just ending by itself.
+#[test]
+fn a_stop_beside_a_daemon_that_is_ending_is_no_error() {
+    use std::io::Write;
+    let dir = tempfile::tempdir().unwrap();
+    let data = cortex_node::state::DataDir::new(dir.path().to_owned());
+    let held = mesh_process::files::Lock::try_take(&data.lock()).unwrap().unwrap();
+    // Opened by both sides only when it is read.
+    #[expect(clippy::disallowed_methods, reason = "a pipe with a name is made by a program")]
+    let made = std::process::Command::new("mkfifo").arg(data.pid()).status().unwrap();
+    assert!(made.success());
+    let mut stop = program();
+    stop.arg("stop").env("CORTEX_NODE_DATA_DIR", dir.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let stop = stop.spawn().unwrap();
+    let mut read = std::fs::OpenOptions::new().write(true).open(data.pid()).unwrap();
+    std::fs::remove_file(data.pid()).unwrap();
+    // More than any machine counts to.
+    read.write_all(b"2000000000\n").unwrap();
+    drop((read, held));
+    let out = stop.wait_with_output().unwrap();
+    assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("stopped"), "{out:?}");
 }

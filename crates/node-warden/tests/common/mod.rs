@@ -40,6 +40,12 @@ pub fn example() -> PathBuf {
     exe.parent().unwrap().parent().unwrap().join("examples/warden")
 }
 
+/// Copies a program by another process. A child that this one begins meanwhile, for another test, would hold
+/// the copy open for writing until its exec, and what is open for writing cannot be executed.
+pub fn copy_program(from: &Path, to: &Path) {
+    assert!(Command::new("cp").arg(from).arg(to).status().unwrap().success());
+}
+
 pub fn until<T>(what: &str, mut f: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     loop {
@@ -218,6 +224,9 @@ impl Client {
     /// reached that one is hung up without a word, and asks again, as the daemon does.
     pub fn speaking(data: &Path, version: u32) -> Self {
         until("the warden says welcome", || Self::greeted(data, version))
+    }
+    pub fn try_connect(data: &Path) -> Option<Self> {
+        Self::greeted(data, VERSION)
     }
     fn greeted(data: &Path, version: u32) -> Option<Self> {
         let mut stream = UnixStream::connect(node_warden::socket_path(data)).ok()?;

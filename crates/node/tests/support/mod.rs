@@ -17,7 +17,7 @@ use rcgen::{
 };
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use rustls::server::WebPkiClientVerifier;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
@@ -109,6 +109,7 @@ pub struct Link {
     pub seq: u64,
     to_node: mpsc::Sender<Result<HubFrame, Status>>,
     from_node: mpsc::Receiver<NodeFrame>,
+    acknowledged: BTreeSet<(String, u64)>,
     inner: Arc<Inner>,
 }
 
@@ -229,8 +230,9 @@ impl Hub {
             payload: if inline { payload } else { vec![] },
             user_id: UserId::from_bytes([1; 16]).to_string(),
             session_id: session.map(|s| s.to_string()).unwrap_or_default(),
-            timeout_secs: 60,
-            start_before_ms: now_ms() + 60_000,
+            // Longer than any test waits.
+            timeout_secs: 3600,
+            start_before_ms: now_ms() + 3_600_000,
             granted: true,
             policy_digest: vec![],
             request_id: String::new(),
@@ -255,7 +257,8 @@ impl Inner {
 
 impl Link {
     pub async fn send(&self, kind: hub_frame::Kind) {
-        self.to_node.send(Ok(HubFrame { kind: Some(kind) })).await.unwrap();
+        // When the link has ended, whoever waits for what follows says so.
+        let _ = self.to_node.send(Ok(HubFrame { kind: Some(kind) })).await;
     }
     pub fn orders_body(&mut self, orders: Vec<Order>) -> OrdersBody {
         self.seq += 1;
@@ -300,15 +303,13 @@ impl Link {
             other => panic!("{other:?}"),
         }
     }
-    /// The next frame that is no heartbeat; heartbeats are answered.
+    /// The next frame that is no heartbeat, and no result that was acknowledged: a node repeats one after a
+    /// while, and the acknowledgement may still be on its way.
     pub async fn frame(&mut self) -> node_frame::Kind {
         loop {
             let f = tokio::time::timeout(PATIENCE, self.from_node.recv()).await.expect("no frame came").expect("the link ended");
             match f.kind.unwrap() {
-                node_frame::Kind::Heartbeat(h) => {
-                    self.send(hub_frame::Kind::Heartbeat(Heartbeat { seq: h.seq, sent_ms: now_ms(), echo_ms: h.sent_ms, held_ms: 0 }))
-                        .await;
-                }
+                node_frame::Kind::Result(r) if self.acknowledged.contains(&(r.task_id.clone(), r.attempt)) => {}
                 other => return other,
             }
         }
@@ -330,6 +331,7 @@ impl Link {
         }
     }
     pub async fn acknowledge(&mut self, r: &TaskResult) {
+        self.acknowledged.insert((r.task_id.clone(), r.attempt));
         self.send(hub_frame::Kind::ResultAck(ResultAck { task_id: r.task_id.clone(), attempt: r.attempt })).await;
     }
     pub async fn ended(&mut self) {
@@ -434,10 +436,20 @@ impl NodeLink for Service {
         };
         let welcome = Welcome { hub_id: self.0.hub.to_string(), hub_time_ms: now_ms(), link_session: session.to_vec(), generation, marks };
         let _ = to_node.send(Ok(HubFrame { kind: Some(hub_frame::Kind::Welcome(welcome)) })).await;
-        let link = Link { hello, session, seq: 0, to_node, from_node, inner: self.0.clone() };
+        // The test alone says how long the link lives.
+        let answers = to_node.downgrade();
+        let link = Link { hello, session, seq: 0, to_node, from_node, acknowledged: BTreeSet::new(), inner: self.0.clone() };
         let _ = self.0.links.send(link).await;
         Tasks::new().spawn("inbound", async move {
             while let Ok(Some(f)) = inbound.message().await {
+                // Answered here, so that no link falls silent while a test looks elsewhere.
+                if let Some(node_frame::Kind::Heartbeat(h)) = &f.kind {
+                    let beat = Heartbeat { seq: h.seq, sent_ms: now_ms(), echo_ms: h.sent_ms, held_ms: 0 };
+                    if let Some(out) = answers.upgrade() {
+                        let _ = out.send(Ok(HubFrame { kind: Some(hub_frame::Kind::Heartbeat(beat)) })).await;
+                    }
+                    continue;
+                }
                 let _ = frames.send(f).await;
             }
         });

@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const PATIENCE: Duration = Duration::from_secs(90);
 const LONG: Duration = Duration::from_secs(600);
-const SHORT: Duration = Duration::from_millis(300);
+const SHORT: Duration = Duration::from_secs(1);
 
 fn limits() -> Limits {
     Limits { connections: 1000, head: LONG, idle: LONG, stalled: LONG, grace: LONG }
@@ -16,6 +16,8 @@ fn limits() -> Limits {
 struct Stage {
     address: SocketAddr,
     tasks: Tasks,
+    /// Told when `/slow` is under way.
+    begun: Arc<tokio::sync::Notify>,
 }
 
 async fn stage(limits: Limits) -> Stage {
@@ -23,7 +25,10 @@ async fn stage(limits: Limits) -> Stage {
         let part = Bytes::from(vec![b'x'; 16 << 10]);
         Body::from_stream(futures::stream::repeat(part).map(Ok::<_, Infallible>))
     };
-    let slow = || async {
+    let begun = Arc::new(tokio::sync::Notify::new());
+    let told = begun.clone();
+    let slow = || async move {
+        told.notify_one();
         tokio::time::sleep(SHORT).await;
         "late"
     };
@@ -38,7 +43,7 @@ async fn stage(limits: Limits) -> Stage {
     let address = listener.local_addr().unwrap();
     let tasks = Tasks::new();
     tasks.spawn_vital("test", serve("test", listener, app, limits, tasks.clone()));
-    Stage { address, tasks }
+    Stage { address, tasks, begun }
 }
 
 impl Stage {
@@ -53,15 +58,37 @@ async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
 
 /// One request on a kept connection; gives the answer's first line.
 async fn ask(io: &mut TcpStream, path: &str) -> String {
-    io.write_all(format!("GET {path} HTTP/1.1\r\nHost: h\r\n\r\n").as_bytes()).await.unwrap();
+    try_ask(io, path).await.expect("an answer")
+}
+
+/// None when the connection was closed instead.
+async fn try_ask(io: &mut TcpStream, path: &str) -> Option<String> {
+    io.write_all(format!("GET {path} HTTP/1.1\r\nHost: h\r\n\r\n").as_bytes()).await.ok()?;
     let mut seen = vec![];
-    soon("an answer", async {
+    let whole = soon("an answer", async {
         while !seen.windows(4).any(|w| w == b"here" || w == b"late") {
-            assert_ne!(io.read_buf(&mut seen).await.unwrap(), 0, "{}", String::from_utf8_lossy(&seen));
+            if io.read_buf(&mut seen).await.unwrap_or(0) == 0 {
+                return false;
+            }
         }
-    })
-    .await;
-    String::from_utf8(seen).unwrap().lines().next().unwrap_or_default().to_owned()
+        true
+    });
+    whole.await.then(|| String::from_utf8(seen).unwrap().lines().next().unwrap_or_default().to_owned())
+}
+
+/// A connection that was served once. Where a client may be silent only for a moment, one that stood still for
+/// all of it, between its connection and its words, comes again.
+async fn served(stage: &Stage, path: &str) -> TcpStream {
+    let come = async {
+        loop {
+            let mut io = stage.connect().await;
+            if let Some(first) = try_ask(&mut io, path).await {
+                assert_eq!(first, "HTTP/1.1 200 OK");
+                return io;
+            }
+        }
+    };
+    soon("to be served", come).await
 }
 
 /// All that comes until the other end closes.
@@ -76,12 +103,10 @@ async fn rest(io: &mut TcpStream) -> String {
 async fn a_silent_connection_is_closed_and_a_used_one_stays() {
     let stage = stage(Limits { idle: SHORT, ..limits() }).await;
     let mut silent = stage.connect().await;
-    let mut used = stage.connect().await;
-    assert_eq!(ask(&mut used, "/").await, "HTTP/1.1 200 OK");
+    let mut used = served(&stage, "/").await;
     assert_eq!(rest(&mut silent).await, "");
     // What it waits for is no silence of the client.
-    let mut waits = stage.connect().await;
-    assert_eq!(ask(&mut waits, "/slow").await, "HTTP/1.1 200 OK");
+    served(&stage, "/slow").await;
     assert_eq!(rest(&mut used).await, "", "and it is closed when its own silence has lasted");
 }
 
@@ -102,8 +127,7 @@ async fn a_head_that_trickles_is_cut_whatever_it_says() {
         soon("the cut", trickle).await;
     }
     // The second head on a kept connection as well.
-    let mut io = stage.connect().await;
-    ask(&mut io, "/").await;
+    let mut io = served(&stage, "/").await;
     io.write_all(b"GET").await.unwrap();
     assert_eq!(rest(&mut io).await, "");
 }
@@ -178,8 +202,7 @@ async fn a_stop_lets_requests_end_and_nobody_else_wait() {
         (first, rest(&mut busy).await)
     };
     let stopped = async {
-        // The request is under way: nothing answers `/slow` before its time.
-        tokio::time::sleep(SHORT / 3).await;
+        soon("the request to be under way", stage.begun.notified()).await;
         stage.tasks.end(PATIENCE).await
     };
     let ((first, after), ended) = futures::join!(asked, stopped);
@@ -207,9 +230,22 @@ fn get_of(path: &str) -> hyper::Request<Body> {
 async fn http2_has_its_own_silence() {
     // Its own frames between requests are no beginning of a head.
     let stage = stage(Limits { head: SHORT, stalled: SHORT, ..limits() }).await;
-    let (mut send, _ended) = h2(&stage).await;
+    let (mut send, _ended, first) = soon("to be served", async {
+        loop {
+            // As for [`served`].
+            let (mut send, ended) = h2(&stage).await;
+            if let Ok(answer) = send.send_request(get_of("/slow")).await {
+                return (send, ended, answer);
+            }
+        }
+    })
+    .await;
+    let mut first = Some(first);
     for _ in 0..3 {
-        let answer = soon("an answer", send.send_request(get_of("/slow"))).await.unwrap();
+        let answer = match first.take() {
+            Some(answer) => answer,
+            None => soon("an answer", send.send_request(get_of("/slow"))).await.unwrap(),
+        };
         assert_eq!((answer.status().as_u16(), answer.version()), (200, hyper::Version::HTTP_2));
         let read = soon("a body", Body::new(answer.into_body()).into_data_stream().next()).await.unwrap().unwrap();
         assert_eq!(read, "late");
