@@ -32,6 +32,8 @@ impl Counting {
         );
         let t = hub.dispatch(json!({"node": node.id, "shell": {"argv": ["sh", "-c", script]}})).await;
         let new = Self { id: text(&t, "id"), gate, runs };
+        // Its output comes by another stream than the word that it runs.
+        hub.task_when(&new.id, "to run", |t| t["state"] == "running").await;
         new.goes_on(hub).await;
         new
     }

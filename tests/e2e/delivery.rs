@@ -156,6 +156,8 @@ async fn a_task_lives_through_kills_of_daemon_and_hub() {
     );
     let id = text(&hub.dispatch(json!({"shell": {"argv": ["sh", "-c", script]}})).await, "id");
     let lines = async |hub: &Hub| String::from_utf8(hub.output(&id, "?stream=stdout").await).unwrap().lines().count();
+    // Its output comes by another stream than the word that it runs.
+    hub.task_when(&id, "to run", |t| t["state"] == "running").await;
     until("some output", async || (lines(&hub).await > 3).then_some(())).await;
 
     node.daemon().kill9();

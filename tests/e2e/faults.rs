@@ -171,6 +171,7 @@ async fn a_full_disk_is_told_and_nothing_acknowledged_is_lost() {
     let script = format!("i=0; while [ ! -e {} ]; do i=$((i+1)); echo line $i; sleep 0.05; done; echo $i >&2", gate.display());
     let id = text(&hub.dispatch(json!({"shell": {"argv": ["sh", "-c", script]}})).await, "id");
     let lines = async || hub.output(&id, "").await.iter().filter(|b| **b == b'\n').count();
+    hub.task_when(&id, "to run", |t| t["state"] == "running").await;
     until("some output", async || (lines().await > 3).then_some(())).await;
 
     disk.fill();

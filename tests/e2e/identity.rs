@@ -311,8 +311,11 @@ async fn only_a_living_certificate_of_this_hub_speaks() {
         assert!(said.replace(' ', "").contains(&word.replace(' ', "")), "{what}: {said}");
     }
     // What fails in the handshake reaches the client as an alert or a reset, whichever is first.
-    let log = hub.process.log();
-    assert!(log.contains("certificate expired") && log.contains("UnknownIssuer"), "{log}");
+    until("both refusals in the log", async || {
+        let log = hub.process.log();
+        (log.contains("certificate expired") && log.contains("UnknownIssuer")).then_some(())
+    })
+    .await;
     assert_eq!(hub.get(&format!("/api/v1/nodes/{}", node.id)).await["status"], "online", "the true node is untouched");
 
     // TLS 1.2 is not spoken, and a session is not resumed.
