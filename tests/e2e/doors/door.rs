@@ -1,0 +1,305 @@
+//! The doors, each with its adapter: how what a test asks for is said there, and how what came is read.
+
+use crate::wire::{self, Answer, Io, chunk, exchange, soon};
+use futures::StreamExt;
+use mesh_tests::Hub;
+use serde_json::{Value, json};
+use tokio::net::TcpStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::http::HeaderValue;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Door {
+    Rest,
+    /// REST on the control socket.
+    Socket,
+    Events,
+    WebSocket,
+}
+
+/// What a caller asks for.
+#[derive(Debug, Clone, Copy)]
+pub enum Call<'a> {
+    /// What the key of the tests may have.
+    Read,
+    /// What it may not.
+    Forbidden,
+    /// A task, by its id.
+    Task(&'a str),
+    /// What no shape allows.
+    Bad,
+    /// A session of this name.
+    Make(&'a str),
+    /// A body of so many bytes.
+    Sized(usize),
+}
+
+/// One question, in the words that all doors have in common.
+#[derive(Debug, Clone, Copy)]
+pub struct Ask<'a> {
+    pub call: Call<'a>,
+    /// All of the header `Authorization`.
+    pub by: Option<&'a str>,
+    pub host: &'a str,
+    pub origin: Option<&'a str>,
+    pub request_id: Option<&'a str>,
+}
+
+impl<'a> Ask<'a> {
+    pub fn of(call: Call<'a>, by: Option<&'a str>) -> Self {
+        Self { call, by, host: "localhost", origin: None, request_id: None }
+    }
+}
+
+/// What a door told.
+#[derive(Debug, Default)]
+pub struct Told {
+    pub answer: Answer,
+    /// The problem object, wherever the door puts it; null where there is none.
+    pub problem: Value,
+    /// The id of what was made.
+    pub made: Option<String>,
+}
+
+impl Told {
+    pub fn code(&self) -> &str {
+        self.problem["code"].as_str().unwrap_or_default()
+    }
+    pub fn detail(&self) -> &str {
+        self.problem["detail"].as_str().unwrap_or_default()
+    }
+}
+
+/// What is asked of every door, in one word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Duty {
+    NoCredentials,
+    WrongCredentials,
+    Read,
+    Forbidden,
+    Absent,
+    Bad,
+    TooLarge,
+    ForeignHost,
+    ForeignOrigin,
+    TooOften,
+    /// The store does not answer.
+    Broken,
+    /// A body that does not come.
+    Silent,
+}
+
+/// The expected status and code; an empty code: no problem at all. `None`: the door cannot be asked that.
+pub type Want = Option<(u16, &'static str)>;
+
+impl Door {
+    pub const ALL: [Door; 4] = [Door::Rest, Door::Socket, Door::Events, Door::WebSocket];
+
+    /// By hand, from the reference: what each door owes.
+    pub fn owes(self, duty: Duty) -> Want {
+        use Door::{Events, Rest, Socket, WebSocket};
+        use Duty::*;
+        Some(match (duty, self) {
+            // Who may open the control socket owns the hub: it is asked for no credentials, by any name and
+            // as often as one likes.
+            (NoCredentials | ForeignHost | ForeignOrigin | TooOften, Socket) => (200, ""),
+            (NoCredentials | WrongCredentials, _) => (401, "unauthenticated"),
+            (Read, WebSocket) => (101, ""),
+            (Read, _) => (200, ""),
+            (Forbidden, _) => (403, "forbidden"),
+            (Absent, Rest | Socket) => (404, "not_found"),
+            (Bad, Rest | Socket) => (400, "bad_field"),
+            (Bad, Events | WebSocket) => (400, "bad_topic"),
+            (TooLarge, Rest | Socket) => (413, "body_too_large"),
+            (Silent, Rest | Socket) => (408, "body_too_slow"),
+            // They have no ids and no bodies.
+            (Absent | TooLarge | Silent, Events | WebSocket) => return None,
+            (ForeignHost, _) => (421, "foreign_host"),
+            // A page cannot add the header, and no page of another origin can read the answer.
+            (ForeignOrigin, Rest) => (200, ""),
+            (ForeignOrigin, _) => (403, "foreign_origin"),
+            (TooOften, _) => (429, "rate_limited"),
+            (Broken, _) => (503, "store_unavailable"),
+        })
+    }
+
+    /// What the audit calls it. Events are a part of REST.
+    pub fn audited_as(self) -> &'static str {
+        match self {
+            Door::Socket => "socket",
+            _ => "rest",
+        }
+    }
+
+    /// The door of a described path: None where it needs none of its own.
+    pub fn of(path: &str, streams: bool) -> Option<Self> {
+        match path {
+            "/api/v1/ws" => Some(Door::WebSocket),
+            "/api/v1/events" => Some(Door::Events),
+            // Its stream is REST's ear.
+            "/api/v1/tasks/{id}/output" => Some(Door::Rest),
+            _ if path.starts_with("/api/v1/") && !streams => Some(Door::Rest),
+            _ => None,
+        }
+    }
+
+    fn is_socket(self) -> bool {
+        self == Door::Socket
+    }
+
+    /// Method, path and body.
+    fn line(self, call: Call) -> Option<(&'static str, String, Option<String>)> {
+        let body = |v: Value| Some(v.to_string());
+        Some(match (self, call) {
+            (Door::Rest | Door::Socket, call) => match call {
+                Call::Read => ("GET", "/api/v1/nodes".into(), None),
+                Call::Forbidden => ("POST", "/api/v1/dispatch".into(), body(json!({"echo": {"payload": "x"}}))),
+                Call::Task(id) => ("GET", format!("/api/v1/tasks/{id}"), None),
+                Call::Bad => ("POST", "/api/v1/sessions".into(), body(json!({"nam": "x"}))),
+                Call::Make(name) => ("POST", "/api/v1/sessions".into(), body(json!({"name": name}))),
+                Call::Sized(bytes) => ("POST", "/api/v1/sessions".into(), body(json!({"name": "x".repeat(bytes)}))),
+            },
+            (Door::Events | Door::WebSocket, call) => {
+                let path = if self == Door::Events { "events" } else { "ws" };
+                let query = match call {
+                    Call::Read => "",
+                    Call::Forbidden => "?topics=sessions,audit",
+                    Call::Bad => "?topics=sessions,nonsense",
+                    Call::Task(_) | Call::Make(_) | Call::Sized(_) => return None,
+                };
+                ("GET", format!("/api/v1/{path}{query}"), None)
+            }
+        })
+    }
+
+    /// The head of a request, up to the length of its body.
+    fn head(self, method: &str, path: &str, ask: &Ask) -> String {
+        let mut head = format!("{method} {path} HTTP/1.1\r\nhost: {}\r\n", ask.host);
+        for (name, value) in [("authorization", ask.by), ("origin", ask.origin), ("x-request-id", ask.request_id)] {
+            head += &value.map(|v| format!("{name}: {v}\r\n")).unwrap_or_default();
+        }
+        if self == Door::WebSocket {
+            head +=
+                "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+        }
+        head
+    }
+
+    /// Asks, if this door can be asked that.
+    pub async fn ask(self, hub: &Hub, ask: &Ask<'_>) -> Option<Told> {
+        let (method, path, body) = self.line(ask.call)?;
+        let mut request = self.head(method, &path, ask);
+        if let Some(body) = &body {
+            request += &format!("content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        } else {
+            request += "\r\n";
+        }
+        let (answer, _) = exchange(hub, self.is_socket(), &request).await;
+        let v = answer.json();
+        let is_problem = answer.header("content-type") == Some("application/problem+json");
+        let made = v["id"].as_str().map(str::to_owned);
+        Some(Told { answer, problem: if is_problem { v } else { Value::Null }, made })
+    }
+
+    /// Begins to make a session of this name and says only so much of the body; None where there is no body.
+    pub async fn begin(self, hub: &Hub, by: &str, name: &str) -> Option<Io> {
+        use tokio::io::AsyncWriteExt;
+        let ask = Ask::of(Call::Make(name), Some(by));
+        let (method, path, body) = self.line(ask.call)?;
+        let body = body?;
+        let head = self.head(method, &path, &ask);
+        let begun = format!("{head}content-type: application/json\r\ncontent-length: {}\r\n\r\n{}", body.len(), &body[..body.len() / 2]);
+        let mut io = wire::connect(hub, self.is_socket()).await;
+        io.write_all(begun.as_bytes()).await.expect("the beginning is taken");
+        Some(io)
+    }
+
+    /// Half a head, and nothing more.
+    pub async fn knock(self, hub: &Hub) -> Io {
+        use tokio::io::AsyncWriteExt;
+        let (method, path, _) = self.line(Call::Read).expect("every door can be read");
+        let mut io = wire::connect(hub, self.is_socket()).await;
+        let half = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nx-half: ");
+        io.write_all(half.as_bytes()).await.expect("the beginning is taken");
+        io
+    }
+
+    /// Opens the door's stream as this bearer: of sessions, or of the task's output for REST itself.
+    pub async fn listen(self, hub: &Hub, bearer: &str, task: &str) -> Ear {
+        let by = format!("Bearer {bearer}");
+        let ask = Ask::of(Call::Read, Some(&by));
+        if self == Door::WebSocket {
+            let mut request = format!("ws://{}/api/v1/ws?topics=sessions", hub.address()).into_client_request().expect("a request");
+            request.headers_mut().insert("authorization", HeaderValue::try_from(by).expect("a header"));
+            let tcp = TcpStream::connect(hub.address()).await.expect("the hub takes the connection");
+            let (socket, _) = tokio_tungstenite::client_async(request, tcp).await.expect("a websocket");
+            return Ear::Socket(socket);
+        }
+        let path = match self {
+            Door::Rest => format!("/api/v1/tasks/{task}/output"),
+            _ => "/api/v1/events?topics=sessions".into(),
+        };
+        let request = format!("{}accept: text/event-stream\r\n\r\n", self.head("GET", &path, &ask));
+        let (answer, io) = exchange(hub, self.is_socket(), &request).await;
+        assert!(answer.status == 200 && answer.is_open(), "{self:?}: {answer:?}");
+        Ear::Stream { io, text: String::new() }
+    }
+}
+
+/// An open stream.
+pub enum Ear {
+    Stream { io: Io, text: String },
+    Socket(WebSocketStream<TcpStream>),
+}
+
+/// What a stream said.
+#[derive(Debug, PartialEq)]
+pub enum Heard {
+    Event(Value),
+    /// In the door's own word.
+    End(String),
+}
+
+impl Ear {
+    pub async fn next(&mut self) -> Heard {
+        soon("a word of a stream", async {
+            match self {
+                Ear::Stream { io, text } => loop {
+                    while let Some(at) = text.find("\n\n") {
+                        let block: String = text.drain(..at + 2).collect();
+                        let field = |name: &str| block.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(": "));
+                        let Some(data) = field("data") else { continue };
+                        let data: Value = serde_json::from_str(data).expect("JSON");
+                        if !["end", "denied", "stopping"].contains(&field("event").unwrap_or_default()) {
+                            return Heard::Event(data);
+                        }
+                        assert_eq!(chunk(io).await, Ok(None), "a body that says its end comes to it");
+                        return Heard::End(data["code"].as_str().expect("a code").to_owned());
+                    }
+                    let more = chunk(io).await.expect("the stream is not cut").expect("a stream says why it ends");
+                    text.push_str(&String::from_utf8_lossy(&more));
+                },
+                Ear::Socket(socket) => loop {
+                    match socket.next().await.expect("a close frame comes first").expect("the socket is not cut") {
+                        Message::Text(text) => return Heard::Event(serde_json::from_str(&text).expect("JSON")),
+                        Message::Close(Some(frame)) => return Heard::End(u16::from(frame.code).to_string()),
+                        Message::Ping(_) => {}
+                        other => panic!("{other:?}"),
+                    }
+                },
+            }
+        })
+        .await
+    }
+
+    /// Reads on until the end; gives its word.
+    pub async fn end(&mut self) -> String {
+        loop {
+            if let Heard::End(word) = self.next().await {
+                return word;
+            }
+        }
+    }
+}
