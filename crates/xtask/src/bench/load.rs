@@ -38,18 +38,19 @@ struct Answer {
     exit_code: Option<i32>,
 }
 
-impl Door {
-    async fn connect(&self) -> Result<SendRequest<Full<Bytes>>> {
-        let stream = TcpStream::connect(&self.address).await.with_context(|| format!("connect to {}", self.address))?;
-        stream.set_nodelay(true)?;
-        let (sender, connection) = handshake(TokioIo::new(stream)).await?;
-        self.connections.spawn_until_cancelled("connection", async move {
-            // What breaks it, the request that was under way reports.
-            let _ = connection.await;
-        });
-        Ok(sender)
-    }
+/// A connection that is kept, among those that end together.
+pub async fn connect(address: &str, connections: &Tasks) -> Result<SendRequest<Full<Bytes>>> {
+    let stream = TcpStream::connect(address).await.with_context(|| format!("connect to {address}"))?;
+    stream.set_nodelay(true)?;
+    let (sender, connection) = handshake(TokioIo::new(stream)).await?;
+    connections.spawn_until_cancelled("connection", async move {
+        // What breaks it, the request that was under way reports.
+        let _ = connection.await;
+    });
+    Ok(sender)
+}
 
+impl Door {
     async fn dispatch(&self, sender: &mut SendRequest<Full<Bytes>>, body: &Bytes) -> Result<()> {
         let request = hyper::Request::post("/api/v1/dispatch")
             .header("host", &self.address)
@@ -78,7 +79,7 @@ impl Door {
         let body = Bytes::from(serde_json::to_vec(body)?);
         let mut connections = Vec::new();
         for _ in 0..at_once {
-            connections.push(self.connect().await?);
+            connections.push(connect(&self.address, &self.connections).await?);
         }
         let (next, times) = (Cell::new(0), RefCell::new(vec![]));
         let begun = Instant::now();

@@ -4,7 +4,9 @@
 #![expect(clippy::disallowed_methods, reason = "a benchmark starts the real programs and watches the real clock")]
 
 mod account;
+pub mod bare;
 mod dispatch;
+mod doors;
 pub mod floor;
 mod load;
 mod mesh;
@@ -22,6 +24,8 @@ use std::process::Command;
 pub enum Bench {
     /// A task from the caller to a process and back, beside a bare spawn
     Dispatch(dispatch::Options),
+    /// Many REST clients and WebSockets on one hub, beside a bare server
+    Doors(doors::Options),
     /// A task that writes a gibibyte, and what the others feel of it
     Noisy(noisy::Options),
     /// The start of a hub with many tasks in its journal
@@ -36,6 +40,7 @@ pub fn run(what: &Bench) -> Result<bool> {
     }
     match what {
         Bench::Dispatch(options) => to_its_end(dispatch::measure(options, &built)),
+        Bench::Doors(options) => to_its_end(doors::measure(options, &built)),
         Bench::Noisy(options) => to_its_end(noisy::measure(options, &built)),
         Bench::Ready(options) => to_its_end(ready::measure(options, &built)),
     }
