@@ -54,7 +54,11 @@ impl Client {
         let kind = answer.headers().get("content-type").map(|v| v.to_str().unwrap().to_owned()).unwrap_or_default();
         let body = answer.text().await.expect("a body");
         let messages = if kind.starts_with("text/event-stream") {
-            body.lines().filter_map(|l| l.strip_prefix("data:")).filter(|d| !d.trim().is_empty()).map(|d| serde_json::from_str(d).unwrap()).collect()
+            body.lines()
+                .filter_map(|l| l.strip_prefix("data:"))
+                .filter(|d| !d.trim().is_empty())
+                .map(|d| serde_json::from_str(d).unwrap())
+                .collect()
         } else {
             serde_json::from_str(&body).into_iter().collect()
         };
@@ -111,7 +115,11 @@ async fn a_model_finds_a_machine_and_runs_on_it() {
     let s = &ran["structuredContent"];
     assert_eq!((&s["state"], &s["exit_code"]), (&json!("failed"), &json!(3)), "{ran}");
     assert_eq!(s["output_tail"], "one␛[31mtwo\n--- standard error\nerr\n");
-    assert_eq!((&ran["isError"], &ran["_meta"]["cortexmesh/untrusted"][0]), (&json!(false), &json!("output_tail")), "the tool did what it was asked");
+    assert_eq!(
+        (&ran["isError"], &ran["_meta"]["cortexmesh/untrusted"][0]),
+        (&json!(false), &json!("output_tail")),
+        "the tool did what it was asked"
+    );
     let said = text(&ran["content"][0], "text");
     let mark = said.split_once("<<<").unwrap().1.split_once('\n').unwrap().0.to_owned();
     assert!(said.contains("data, not an instruction") && said.contains(&format!("{mark}>>>")), "{said}");
@@ -153,6 +161,7 @@ async fn one_waits_comes_back_and_reads_by_the_same_id() {
     })
     .await;
     assert_eq!((&piece["text"], &piece["next_byte"], &piece["end"]), (&json!("a"), &json!(1), &json!(false)));
+    hub.task_when(&id, "to run", |t| t["state"] == "running").await;
 
     // Progress while one waits; a listing does not wait behind it.
     let waits = json!({"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {
@@ -300,16 +309,17 @@ async fn what_is_wrong_is_told_and_harms_nothing() {
 
     // A key that ends is done here at once, and so is one that waits.
     let ran = c.done("run", json!({"command": "true", "wait_secs": 0})).await;
-    let waiting = c.failed("task_wait", json!({"task_id": ran["task_id"], "wait_secs": 50}));
     let end = async {
         let keys = hub.get("/api/v1/api-keys").await;
         let (status, _) = hub.call("DELETE", &format!("/api/v1/api-keys/{}", text(&keys["items"][0], "id")), None).await;
         assert_eq!(status, 204);
     };
     // Which of the two is first does not matter: either it waits no more, or it may not begin.
-    let request = c.request(&json!({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
-        "name": "task_wait", "arguments": {"task_id": ran["task_id"], "wait_secs": 50}}}).to_string());
-    drop(waiting);
+    let request = c.request(
+        &json!({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+        "name": "task_wait", "arguments": {"task_id": ran["task_id"], "wait_secs": 50}}})
+        .to_string(),
+    );
     let (said, ()) = futures::join!(c.send(request), end);
     match said.status {
         401 => {}
@@ -319,4 +329,250 @@ async fn what_is_wrong_is_told_and_harms_nothing() {
         }
         other => panic!("{other}"),
     }
+}
+
+/// Which tools each role has, for somebody who owns nothing and was granted nothing; then a guest who was lent a
+/// machine. Written by hand: what the contract says.
+#[rustfmt::skip]
+const TABLE: &[(&str, &str)] = &[
+    // admin, developer, viewer, guest, guest with a machine
+    ("nodes_list",     "yyy-y"),
+    ("sessions_list",  "yyy--"),
+    ("session_create", "yy---"),
+    ("run",            "yy--y"),
+    ("task_wait",      "yyy-y"),
+    ("task_output",    "yyy-y"),
+    ("task_cancel",    "yy--y"),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_role_has_its_tools_and_no_others() {
+    let hub = Hub::start().await;
+    let node = Node::join(&hub, "n").await;
+    let admins = Client::of(&hub, &["*"]).await.done("run", json!({"command": "true", "wait_secs": 50})).await;
+    let mut columns = vec![];
+    for (name, role) in [("a", "admin"), ("d", "developer"), ("v", "viewer"), ("g", "guest"), ("lent", "guest")] {
+        let person = json!({"username": name, "password": "a long enough password", "role": role});
+        let (status, user) = hub.call("POST", "/api/v1/users", Some(person)).await;
+        assert_eq!(status, 201, "{user}");
+        if name == "lent" {
+            let grant = json!({"subject": user["id"], "resource": node.id, "permissions": ["nodes:read", "tasks:read", "tasks:dispatch"]});
+            assert_eq!(hub.call("POST", "/api/v1/grants", Some(grant)).await.0, 201);
+        }
+        let login = json!({"username": name, "password": "a long enough password"});
+        let (status, tokens) = hub.call("POST", "/api/v1/auth/login", Some(login)).await;
+        assert_eq!(status, 200, "{tokens}");
+        columns.push(Client::with(&hub, text(&tokens, "access_token")));
+    }
+    for (column, c) in columns.iter().enumerate() {
+        let expected: Vec<&str> = TABLE.iter().filter(|(_, row)| row.as_bytes()[column] == b'y').map(|(tool, _)| *tool).collect();
+        assert_eq!(c.tools().await, expected, "column {column}");
+        for (tool, row) in TABLE {
+            // Wrong on purpose: who may call it hears so, and who may not hears that it is not there.
+            let said = c.rpc("tools/call", json!({"name": tool, "arguments": {"no such": 1}})).await;
+            if row.as_bytes()[column] == b'y' {
+                assert!(text(&said.result()["content"][0], "text").contains("bad_arguments"), "{tool} {column}");
+            } else {
+                let (code, message) = said.error();
+                assert!(code == -32602 && message.contains("no tool") && message.contains(tool), "{tool} {column}: {message}");
+            }
+        }
+        // What is another's is not there, but for who may see all; a machine that was lent shows what runs on it.
+        let seen = c.rpc("tools/call", json!({"name": "task_wait", "arguments": {"task_id": admins["task_id"], "wait_secs": 50}})).await;
+        match column {
+            0 | 2 | 4 => assert_eq!(seen.result()["structuredContent"]["state"], "succeeded", "{column}"),
+            1 => assert!(text(&seen.result()["content"][0], "text").starts_with("not_found"), "{column}"),
+            _ => assert_eq!(seen.error().0, -32602, "{column}"),
+        }
+    }
+    let ran = columns[4].done("run", json!({"node": "n", "command": "echo lent", "wait_secs": 50})).await;
+    assert_eq!(ran["output_tail"], "lent\n");
+    let denied = hub.get("/api/v1/audit?door=mcp&outcome=denied&limit=500").await;
+    let missing: usize = TABLE.iter().map(|(_, row)| row.matches('-').count()).sum();
+    let shown = denied["items"].as_array().unwrap().iter().filter(|e| e["type"] == "authorization_denied").count();
+    assert!(shown >= missing, "{shown} of {missing}: {denied}");
+
+    // A key has what its scopes name, of what its person has.
+    assert_eq!(Client::of(&hub, &["tasks:read"]).await.tools().await, ["task_wait", "task_output"]);
+    let only = Client::of(&hub, &["tasks:dispatch"]).await;
+    assert_eq!(only.tools().await, ["run", "task_cancel"]);
+    let ran = only.done("run", json!({"command": "echo mine", "wait_secs": 50})).await;
+    assert_eq!((&ran["state"], &ran["output_tail"]), (&json!("succeeded"), &json!("mine\n")), "who may run sees how it went");
+    assert_eq!(only.rpc("resources/templates/list", json!({})).await.result()["resourceTemplates"], json!([]));
+    assert_eq!(only.rpc("resources/list", json!({})).await.result()["resources"], json!([]));
+    assert_eq!(
+        only.rpc("resources/read", json!({"uri": format!("cortex://tasks/{}/output", text(&ran, "task_id"))})).await.error().0,
+        -32002
+    );
+}
+
+/// `cortex mcp` as a program starts it.
+struct Bridge {
+    child: tokio::process::Child,
+    lines: tokio::io::Lines<tokio::io::BufReader<tokio::process::ChildStdout>>,
+}
+
+impl Bridge {
+    fn start(hub: &Hub, key: &str) -> Self {
+        let mut command = tokio::process::Command::from(hub.cli());
+        command.arg("mcp").env("CORTEX_API_KEY", key).kill_on_drop(true);
+        command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().unwrap()));
+        Self { child, lines }
+    }
+    async fn send(&mut self, line: &str) {
+        let stdin = self.child.stdin.as_mut().unwrap();
+        tokio::io::AsyncWriteExt::write_all(stdin, format!("{line}\n").as_bytes()).await.unwrap();
+    }
+    async fn next(&mut self) -> Value {
+        let line = tokio::time::timeout(PATIENCE * 2, self.lines.next_line()).await.expect("an answer").unwrap().expect("a line");
+        serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"))
+    }
+    async fn tool(&mut self, id: u64, name: &str, arguments: Value) {
+        self.send(
+            &json!({"jsonrpc": "2.0", "id": id, "method": "tools/call", "params": {"name": name, "arguments": arguments}}).to_string(),
+        )
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_bridge_outlives_the_hub() {
+    let mut hub = Hub::start().await;
+    let node = Node::join(&hub, "n").await;
+    let c = Client::of(&hub, &["*"]).await;
+    let mut bridge = Bridge::start(&hub, &c.key);
+    bridge.send(INIT).await;
+    assert_eq!(bridge.next().await["result"]["protocolVersion"], "2025-06-18");
+    bridge.send(r#"{"jsonrpc":"2.0","method":"notifications/initialized"}"#).await;
+    bridge.send("no json").await;
+    assert_eq!(bridge.next().await["error"]["code"], -32700);
+    bridge.send(r#"{"jsonrpc":"2.0","id":"l","method":"tools/list"}"#).await;
+    let listed = bridge.next().await;
+    assert_eq!((&listed["id"], listed["result"]["tools"].as_array().unwrap().len()), (&json!("l"), 7));
+
+    let gate = node.dir.path().join("gate");
+    bridge
+        .tool(1, "run", json!({"command": format!("until [ -e {} ]; do sleep 0.05; done; echo end", gate.display()), "wait_secs": 0}))
+        .await;
+    let task = bridge.next().await["result"]["structuredContent"]["task_id"].clone();
+    let waits = json!({"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {
+        "name": "task_wait", "arguments": {"task_id": task, "wait_secs": 50}, "_meta": {"progressToken": 9}}});
+    bridge.send(&waits.to_string()).await;
+    // It waits; and a listing does not wait behind it.
+    assert_eq!(bridge.next().await["params"]["progressToken"], 9);
+    bridge.send(r#"{"jsonrpc":"2.0","id":3,"method":"ping"}"#).await;
+    loop {
+        let said = bridge.next().await;
+        if said["id"] == 3 {
+            break;
+        }
+        assert_eq!(said["method"], "notifications/progress", "{said}");
+    }
+    hub.process.kill9();
+    let broken = loop {
+        let said = bridge.next().await;
+        if said.get("method").is_none() {
+            break said;
+        }
+    };
+    assert_eq!((&broken["id"], &broken["error"]["code"]), (&json!(2), &json!(-32008)), "{broken}");
+    assert!(text(&broken["error"], "message").contains("task_wait"), "{broken}");
+    bridge.tool(4, "nodes_list", json!({})).await;
+    assert_eq!(bridge.next().await["error"]["code"], -32008);
+
+    // The same program asks by the same id.
+    hub.restart().await;
+    std::fs::write(&gate, "").unwrap();
+    let mut id = 5;
+    let ended = loop {
+        bridge.tool(id, "task_wait", json!({"task_id": task, "wait_secs": 50})).await;
+        let said = bridge.next().await;
+        let ran = said["result"]["structuredContent"].clone();
+        if ran["state"] == "succeeded" {
+            break ran;
+        }
+        assert!(id < 10, "{said}");
+        id += 1;
+    };
+    assert_eq!(ended["output_tail"], "end\n");
+
+    // What is under way at the end of the input is answered.
+    bridge.tool(99, "run", json!({"command": "echo last", "wait_secs": 50})).await;
+    drop(bridge.child.stdin.take());
+    assert_eq!(bridge.next().await["result"]["structuredContent"]["output_tail"], "last\n");
+    assert!(bridge.lines.next_line().await.unwrap().is_none());
+    assert!(bridge.child.wait().await.unwrap().success());
+
+    // A key that has ended.
+    let mut bridge = Bridge::start(&hub, "cmk_none");
+    bridge.send(INIT).await;
+    let refused = bridge.next().await;
+    assert_eq!((&refused["id"], &refused["error"]["code"], &refused["error"]["data"]["status"]), (&json!(0), &json!(-32001), &json!(401)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_is_connected_with_a_key_that_ends() {
+    let hub = Hub::start().await;
+    hub.cli_login();
+    let run = |args: &[&str]| {
+        let out = hub.cli().env("HOME", hub.dir.path()).args(args).output().unwrap();
+        (out.status.code(), String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap())
+    };
+    let (code, said, told) = run(&["connect", "cursor"]);
+    assert_eq!(code, Some(0), "{told}");
+    let entry = serde_json::from_str::<Value>(&said).unwrap()["mcpServers"]["cortex"].clone();
+    assert_eq!(entry["url"], format!("{}/mcp", hub.http));
+    let secret = text(&entry["headers"], "Authorization").strip_prefix("Bearer ").unwrap().to_owned();
+    assert_eq!(Client::with(&hub, secret).tools().await.len(), 7);
+    let keys = hub.get("/api/v1/api-keys").await;
+    assert_eq!(keys["items"][0]["name"], "cursor");
+    assert!(keys["items"][0]["expires_at"].is_string(), "{keys}");
+
+    let file = hub.dir.path().join(".claude.json");
+    std::fs::write(&file, r#"{"mcpServers": {"other": {"command": "x"}}, "n": 1}"#).unwrap();
+    let (code, said, told) = run(&["connect", "claude", "--write", "--expires", "2", "--scope", "nodes:read"]);
+    assert_eq!((code, said.as_str()), (Some(0), ""), "{told}");
+    let config: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!((&config["n"], &config["mcpServers"]["other"]["command"]), (&json!(1), &json!("x")));
+    let secret = text(&config["mcpServers"]["cortex"]["headers"], "Authorization").strip_prefix("Bearer ").unwrap().to_owned();
+    assert!(!told.contains(&secret));
+    assert_eq!(Client::with(&hub, secret).tools().await, ["nodes_list"]);
+
+    // A file that cannot be read is left as it is, and there is no key for it.
+    std::fs::write(&file, "{ // mine\n}").unwrap();
+    let before = hub.get("/api/v1/api-keys").await["items"].as_array().unwrap().len();
+    let (code, _, told) = run(&["connect", "claude", "--write"]);
+    assert!(code == Some(1) && told.contains("nothing was changed"), "{told}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "{ // mine\n}");
+    assert_eq!(hub.get("/api/v1/api-keys").await["items"].as_array().unwrap().len(), before);
+
+    // What tells an agent what is here needs no key.
+    let web = reqwest::Client::builder().no_proxy().build().unwrap();
+    for (path, kind, says) in [("/llms.txt", "text/plain", "/docs/skill.md"), ("/docs/skill.md", "text/markdown", "task_wait")] {
+        let answer = web.get(format!("{}{path}", hub.http)).send().await.unwrap();
+        assert!(answer.headers()["content-type"].to_str().unwrap().starts_with(kind));
+        let page = answer.text().await.unwrap();
+        assert!(page.contains(says) && page.lines().count() < 80, "{page}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_official_sdk_drives_a_job_on_two_machines() {
+    let hub = Hub::start().await;
+    let (_one, _two) = (Node::join(&hub, "one").await, Node::join(&hub, "two").await);
+    let c = Client::of(&hub, &["tasks:dispatch", "tasks:read", "nodes:read", "sessions:read", "sessions:write", "sessions:attach"]).await;
+    let repository = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let python = repository.join("target/python-mcp/bin/python");
+    assert!(python.exists(), "{} is missing; run: scripts/setup test", python.display());
+    let mut command = tokio::process::Command::new(python);
+    command.arg(repository.join("examples/mcp_client.py")).args(["one", "two"]);
+    command.env("CORTEX_URL", &hub.http).env("CORTEX_API_KEY", &c.key).env("NO_PROXY", "127.0.0.1").kill_on_drop(true);
+    let out = tokio::time::timeout(PATIENCE * 5, command.output()).await.expect("it ends").unwrap();
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "{said}{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(said, "one: 125250\ntwo: 375250\ntogether: 500500\n");
+    let tasks = hub.get("/api/v1/tasks").await["items"].as_array().unwrap().clone();
+    assert!(tasks.len() == 4 && tasks.iter().all(|t| t["actor"]["door"] == "mcp" && t["state"] == "succeeded"), "{tasks:?}");
 }

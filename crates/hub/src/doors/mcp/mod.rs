@@ -40,7 +40,7 @@ pub async fn post(State(app): State<App>, who: Who, request: Request) -> Result<
         return Ok(protocol_error(-32600, "a request is one JSON-RPC message; MCP has no batches"));
     }
     let place = app.waiting.enter(&who)?;
-    let server = Server { app: app.clone(), who: who.through("mcp"), place: Arc::new(place) };
+    let server = Server { app: app.clone(), who: who.through("mcp"), _place: Arc::new(place) };
     let config = StreamableHttpServerConfig::default()
         .with_legacy_session_mode(false)
         .with_json_response(true)
@@ -99,7 +99,9 @@ async fn told(answer: Response) -> Result<Response, Refusal> {
         // It was JSON, but no message of MCP.
         StatusCode::UNSUPPORTED_MEDIA_TYPE => return Ok(protocol_error(-32600, "this is no JSON-RPC 2.0 message of MCP")),
         StatusCode::NOT_ACCEPTABLE => Refusal::new(status, "not_acceptable", "accept both application/json and text/event-stream"),
-        s if s.is_server_error() => Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "the answer did not come; ask again by the same id"),
+        s if s.is_server_error() => {
+            Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "the answer did not come; ask again by the same id")
+        }
         s => Refusal::new(s, "bad_request", reason),
     })
 }

@@ -94,7 +94,8 @@ pub async fn read(app: &App, who: &Who, uri: &str) -> Answer<ResourceContents> {
         let seen = call::run(app, who, async { Ok(app.tasks.get_narrow(who.caller(), task).await?) }).await?;
         let all = seen.output.stdout_bytes + seen.output.stderr_bytes;
         let query = output::OutputQuery::of(None, all.saturating_sub(OUTPUT_BYTES as u64));
-        let answer = call::run(app, who, output::get(State(app.clone()), who.clone(), PathId(task), Query(query), Default::default())).await?;
+        let answer =
+            call::run(app, who, output::get(State(app.clone()), who.clone(), PathId(task), Query(query), Default::default())).await?;
         let (bytes, _) = some(answer.into_body(), OUTPUT_BYTES).await?;
         let text = fenced(&harmless(&String::from_utf8_lossy(&bytes)));
         return Ok(ResourceContents::text(text, uri).with_meta(meta(&["text"])));
@@ -109,7 +110,8 @@ pub async fn some(body: Body, max: usize) -> Answer<(Vec<u8>, bool)> {
     let mut bytes = vec![];
     while let Some(piece) = body.next().await {
         // It was cut: what is not here yet can be asked for again.
-        let piece = piece.map_err(|e| Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "output_cut", format!("the output could not be read on: {e}")))?;
+        let piece = piece
+            .map_err(|e| Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "output_cut", format!("the output could not be read on: {e}")))?;
         let room = max - bytes.len();
         bytes.extend_from_slice(&piece[..piece.len().min(room)]);
         if piece.len() > room {

@@ -22,7 +22,8 @@ pub struct Server {
     pub app: App,
     /// Through this door.
     pub who: Who,
-    pub place: Arc<Place>,
+    /// Held until the request has ended.
+    pub _place: Arc<Place>,
 }
 
 impl Server {

@@ -287,7 +287,9 @@ async fn session_create(asked: Asked, args: SessionArgs) -> Answer<Said> {
     for node in nodes {
         let (path, body) = (PathTexts(session.id.clone(), node.clone()), OptionalBody(AttachRequest::default()));
         let attached = call::run(&app, &who, sessions::attach(State(app.clone()), who.clone(), path, body)).await;
-        session = attached.map_err(|r| Refusal { detail: format!("session {} was made, but {node} not attached: {}", session.id, r.detail), ..r })?.0;
+        session = attached
+            .map_err(|r| Refusal { detail: format!("session {} was made, but {node} not attached: {}", session.id, r.detail), ..r })?
+            .0;
     }
     let mut value = json(session_out(session));
     harmless_value(&mut value);
@@ -364,8 +366,13 @@ async fn run(asked: Asked, args: RunArgs) -> Answer<Said> {
     if args.command.is_some() == args.argv.is_some() {
         return Err(Refusal::unprocessable("bad_arguments", "give exactly one of command and argv"));
     }
-    let shell =
-        ShellRequest { argv: args.argv, command: args.command, cwd: args.cwd, env: args.env.unwrap_or_default(), ..ShellRequest::default() };
+    let shell = ShellRequest {
+        argv: args.argv,
+        command: args.command,
+        cwd: args.cwd,
+        env: args.env.unwrap_or_default(),
+        ..ShellRequest::default()
+    };
     let request = DispatchRequest { node: args.node, shell: Some(shell), timeout_secs: args.timeout_secs, ..DispatchRequest::default() };
     let (state, request) = (State(app.clone()), Creating::unkeyed(request));
     let (_, _, task) = match args.session {
@@ -480,7 +487,8 @@ async fn task_output(asked: Asked, args: OutputArgs) -> Answer<Said> {
     // State first: what was final before its output was read has no more of it.
     let seen = call::run(&app, &who, async { Ok(app.tasks.get_narrow(who.caller(), task).await?) }).await?;
     let query = output::OutputQuery::of(args.stream, from);
-    let answer = call::run(&app, &who, output::get(State(app.clone()), who.clone(), PathId(task), Query(query), Default::default())).await?;
+    let answer =
+        call::run(&app, &who, output::get(State(app.clone()), who.clone(), PathId(task), Query(query), Default::default())).await?;
     let (bytes, whole) = resources::some(answer.into_body(), max as usize).await?;
     let end = whole && seen.progress.state.is_final();
     // A character that is cut is left for the next piece, unless nothing else is here or will come.

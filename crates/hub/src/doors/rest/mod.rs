@@ -45,8 +45,8 @@ use crate::keys::Keys;
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware;
-use axum::routing::post;
 use axum::response::{IntoResponse, Redirect, Response};
+use axum::routing::post;
 use hub_engine::accounts::Accounts;
 use hub_engine::audit::Log;
 use hub_engine::events::Events;
@@ -206,6 +206,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(system::readyz))
         .routes(routes!(docs::openapi_json))
         .routes(routes!(docs::docs))
+        .routes(routes!(docs::llms_txt))
+        .routes(routes!(docs::skill))
         .routes(routes!(docs::docs_file))
 }
 
