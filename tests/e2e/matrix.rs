@@ -32,6 +32,8 @@ const TABLE: &[Row] = &[
     ("GET /readyz", "", ALL),
     ("GET /openapi.json", "", ALL),
     ("GET /docs", "", ALL),
+    ("GET /llms.txt", "", ALL),
+    ("GET /docs/skill.md", "", ALL),
     ("GET /docs/{file}", "", NOBODY),
     ("GET /api/v1/downloads", "", ALL),
     ("GET /api/v1/downloads/{target}/cortex-node", "", NOBODY),

@@ -17,6 +17,7 @@ pub enum Door {
     Socket,
     Events,
     WebSocket,
+    Mcp,
 }
 
 /// What a caller asks for.
@@ -59,6 +60,8 @@ pub struct Told {
     pub answer: Answer,
     /// The problem object, wherever the door puts it; null where there is none.
     pub problem: Value,
+    /// Of a JSON-RPC error.
+    pub number: Option<i64>,
     /// The id of what was made.
     pub made: Option<String>,
 }
@@ -66,6 +69,9 @@ pub struct Told {
 impl Told {
     pub fn code(&self) -> &str {
         self.problem["code"].as_str().unwrap_or_default()
+    }
+    pub fn is(&self) -> Want<'_> {
+        Want { status: self.answer.status, code: self.code(), number: self.number }
     }
     pub fn detail(&self) -> &str {
         self.problem["detail"].as_str().unwrap_or_default()
@@ -91,37 +97,54 @@ pub enum Duty {
     Silent,
 }
 
-/// The expected status and code; an empty code: no problem at all. `None`: the door cannot be asked that.
-pub type Want = Option<(u16, &'static str)>;
+/// What an answer must be: the status of HTTP, the code of the problem (empty: there is none), and the number of the
+/// JSON-RPC error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Want<'a> {
+    pub status: u16,
+    pub code: &'a str,
+    pub number: Option<i64>,
+}
+
+fn plain(status: u16, code: &'static str) -> Want<'static> {
+    Want { status, code, number: None }
+}
 
 impl Door {
-    pub const ALL: [Door; 4] = [Door::Rest, Door::Socket, Door::Events, Door::WebSocket];
+    pub const ALL: [Door; 5] = [Door::Rest, Door::Socket, Door::Events, Door::WebSocket, Door::Mcp];
 
-    /// By hand, from the reference: what each door owes.
-    pub fn owes(self, duty: Duty) -> Want {
-        use Door::{Events, Rest, Socket, WebSocket};
+    /// By hand, from the reference: what each door owes. None: the door cannot be asked that.
+    pub fn owes(self, duty: Duty) -> Option<Want<'static>> {
+        use Door::{Events, Mcp, Rest, Socket, WebSocket};
         use Duty::*;
         Some(match (duty, self) {
             // Who may open the control socket owns the hub: it is asked for no credentials, by any name and
             // as often as one likes.
-            (NoCredentials | ForeignHost | ForeignOrigin | TooOften, Socket) => (200, ""),
-            (NoCredentials | WrongCredentials, _) => (401, "unauthenticated"),
-            (Read, WebSocket) => (101, ""),
-            (Read, _) => (200, ""),
-            (Forbidden, _) => (403, "forbidden"),
-            (Absent, Rest | Socket) => (404, "not_found"),
-            (Bad, Rest | Socket) => (400, "bad_field"),
-            (Bad, Events | WebSocket) => (400, "bad_topic"),
-            (TooLarge, Rest | Socket) => (413, "body_too_large"),
-            (Silent, Rest | Socket) => (408, "body_too_slow"),
+            (NoCredentials | ForeignHost | ForeignOrigin | TooOften, Socket) => plain(200, ""),
+            (NoCredentials | WrongCredentials, _) => plain(401, "unauthenticated"),
+            (Read, WebSocket) => plain(101, ""),
+            (Read, _) => plain(200, ""),
+            // A model is told of no tool that it may not use.
+            (Forbidden, Mcp) => Want { status: 200, code: "", number: Some(-32602) },
+            (Forbidden, _) => plain(403, "forbidden"),
+            (Absent, Rest | Socket) => plain(404, "not_found"),
+            // What a tool could not do is a result, for the model to read.
+            (Absent, Mcp) => plain(200, "not_found"),
+            (Bad, Rest | Socket) => plain(400, "bad_field"),
+            (Bad, Events | WebSocket) => plain(400, "bad_topic"),
+            (Bad, Mcp) => plain(200, "bad_arguments"),
+            (TooLarge, Rest | Socket | Mcp) => plain(413, "body_too_large"),
+            (Silent, Rest | Socket | Mcp) => plain(408, "body_too_slow"),
             // They have no ids and no bodies.
             (Absent | TooLarge | Silent, Events | WebSocket) => return None,
-            (ForeignHost, _) => (421, "foreign_host"),
+            // The status that MCP has for it.
+            (ForeignHost, Mcp) => plain(403, "foreign_host"),
+            (ForeignHost, _) => plain(421, "foreign_host"),
             // A page cannot add the header, and no page of another origin can read the answer.
-            (ForeignOrigin, Rest) => (200, ""),
-            (ForeignOrigin, _) => (403, "foreign_origin"),
-            (TooOften, _) => (429, "rate_limited"),
-            (Broken, _) => (503, "store_unavailable"),
+            (ForeignOrigin, Rest) => plain(200, ""),
+            (ForeignOrigin, _) => plain(403, "foreign_origin"),
+            (TooOften, _) => plain(429, "rate_limited"),
+            (Broken, _) => plain(503, "store_unavailable"),
         })
     }
 
@@ -129,7 +152,8 @@ impl Door {
     pub fn audited_as(self) -> &'static str {
         match self {
             Door::Socket => "socket",
-            _ => "rest",
+            Door::Mcp => "mcp",
+            Door::Rest | Door::Events | Door::WebSocket => "rest",
         }
     }
 
@@ -138,6 +162,7 @@ impl Door {
         match path {
             "/api/v1/ws" => Some(Door::WebSocket),
             "/api/v1/events" => Some(Door::Events),
+            "/mcp" => Some(Door::Mcp),
             // Its stream is REST's ear.
             "/api/v1/tasks/{id}/output" => Some(Door::Rest),
             _ if path.starts_with("/api/v1/") && !streams => Some(Door::Rest),
@@ -161,6 +186,18 @@ impl Door {
                 Call::Make(name) => ("POST", "/api/v1/sessions".into(), body(json!({"name": name}))),
                 Call::Sized(bytes) => ("POST", "/api/v1/sessions".into(), body(json!({"name": "x".repeat(bytes)}))),
             },
+            (Door::Mcp, call) => {
+                let (tool, arguments) = match call {
+                    Call::Read => ("nodes_list", json!({})),
+                    Call::Forbidden => ("run", json!({"command": "true"})),
+                    Call::Task(id) => ("task_wait", json!({"task_id": id, "wait_secs": 0})),
+                    Call::Bad => ("session_create", json!({"nam": "x"})),
+                    Call::Make(name) => ("session_create", json!({"name": name})),
+                    Call::Sized(bytes) => ("session_create", json!({"name": "x".repeat(bytes)})),
+                };
+                let params = json!({"name": tool, "arguments": arguments});
+                ("POST", "/mcp".into(), body(json!({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})))
+            }
             (Door::Events | Door::WebSocket, call) => {
                 let path = if self == Door::Events { "events" } else { "ws" };
                 let query = match call {
@@ -197,10 +234,19 @@ impl Door {
             request += "\r\n";
         }
         let (answer, _) = exchange(hub, self.is_socket(), &request).await;
+        Some(self.told(answer))
+    }
+
+    pub fn told(self, answer: Answer) -> Told {
         let v = answer.json();
         let is_problem = answer.header("content-type") == Some("application/problem+json");
-        let made = v["id"].as_str().map(str::to_owned);
-        Some(Told { answer, problem: if is_problem { v } else { Value::Null }, made })
+        let (problem, made) = match self {
+            _ if is_problem => (&v, &Value::Null),
+            Door::Mcp => (&v["result"]["_meta"]["cortexmesh/problem"], &v["result"]["structuredContent"]["id"]),
+            _ => (&Value::Null, &v["id"]),
+        };
+        let (problem, made) = (problem.clone(), made.as_str().map(str::to_owned));
+        Told { answer, problem, number: v["error"]["code"].as_i64(), made }
     }
 
     /// Begins to make a session of this name and says only so much of the body; None where there is no body.
@@ -226,8 +272,8 @@ impl Door {
         io
     }
 
-    /// Opens the door's stream as this bearer: of sessions, or of the task's output for REST itself.
-    pub async fn listen(self, hub: &Hub, bearer: &str, task: &str) -> Ear {
+    /// Opens the door's stream as this bearer, if it has one: of sessions, or of the task's output for REST itself.
+    pub async fn listen(self, hub: &Hub, bearer: &str, task: &str) -> Option<Ear> {
         let by = format!("Bearer {bearer}");
         let ask = Ask::of(Call::Read, Some(&by));
         if self == Door::WebSocket {
@@ -235,16 +281,17 @@ impl Door {
             request.headers_mut().insert("authorization", HeaderValue::try_from(by).expect("a header"));
             let tcp = TcpStream::connect(hub.address()).await.expect("the hub takes the connection");
             let (socket, _) = tokio_tungstenite::client_async(request, tcp).await.expect("a websocket");
-            return Ear::Socket(socket);
+            return Some(Ear::Socket(socket));
         }
         let path = match self {
             Door::Rest => format!("/api/v1/tasks/{task}/output"),
-            _ => "/api/v1/events?topics=sessions".into(),
+            Door::Socket | Door::Events => "/api/v1/events?topics=sessions".into(),
+            Door::Mcp | Door::WebSocket => return None,
         };
         let request = format!("{}accept: text/event-stream\r\n\r\n", self.head("GET", &path, &ask));
         let (answer, io) = exchange(hub, self.is_socket(), &request).await;
         assert!(answer.status == 200 && answer.is_open(), "{self:?}: {answer:?}");
-        Ear::Stream { io, text: String::new() }
+        Some(Ear::Stream { io, text: String::new() })
     }
 }
 

@@ -5,5 +5,8 @@ pub mod forwarded;
 pub mod hosts;
 pub mod https;
 pub mod listener;
+mod mcp;
 pub mod rest;
 mod ws;
+
+pub use mcp::Waiting;

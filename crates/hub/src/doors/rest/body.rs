@@ -20,7 +20,7 @@ pub struct Body<T>(pub T);
 impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
     type Rejection = Refusal;
     async fn from_request(request: Request, app: &App) -> Result<Self, Refusal> {
-        parse(&json(request, app).await?).map(Body)
+        parse(&json_body(request, app).await?).map(Body)
     }
 }
 
@@ -44,7 +44,7 @@ impl<T: DeserializeOwned> FromRequest<App> for Creating<T> {
         let text = key(&request)?;
         let path = request.extensions().get::<OriginalUri>().map_or(request.uri(), |u| &u.0).path();
         let call = format!("{} {path}", request.method());
-        let bytes = json(request, app).await?;
+        let bytes = json_body(request, app).await?;
         let body = parse(&bytes)?;
         let key = match text {
             None => None,
@@ -82,8 +82,14 @@ fn key(request: &Request) -> Result<Option<String>, Refusal> {
     }
 }
 
+/// The first bytes of an answer that is not ours, as text.
+pub async fn read_text(body: axum::body::Body, limit: usize) -> String {
+    let bytes = axum::body::to_bytes(body, limit).await.unwrap_or_default();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
 /// The bytes of a body that says it is JSON.
-async fn json(request: Request, app: &App) -> Result<Bytes, Refusal> {
+pub async fn json_body(request: Request, app: &App) -> Result<Bytes, Refusal> {
     let kind = request.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
     let kind = kind.split(';').next().unwrap_or_default().trim();
     let bytes = read(request.into_body(), app.facts.body_bytes).await?;

@@ -29,7 +29,7 @@ const COMMENT_EVERY: Duration = Duration::from_secs(15);
 /// A stream outlives its token, but not the rights behind it.
 const RIGHTS_EVERY: Duration = Duration::from_secs(60);
 /// Nor what was granted, which may expire, or end at another hub.
-pub(super) const GRANTED_EVERY: Duration = Duration::from_secs(4);
+pub(in crate::doors) const GRANTED_EVERY: Duration = Duration::from_secs(4);
 /// Longer than any id that was given.
 const MAX_ID: usize = 128;
 

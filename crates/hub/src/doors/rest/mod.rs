@@ -17,7 +17,7 @@ pub(super) mod nodes;
 mod openapi;
 pub(super) mod origin;
 pub(super) mod output;
-mod page;
+pub(super) mod page;
 pub(super) mod problem;
 mod rate;
 mod requests;
@@ -40,11 +40,13 @@ pub(super) use who::Who;
 
 use super::forwarded::Networks;
 use super::hosts::{self, Hosts};
+use super::mcp;
 use crate::keys::Keys;
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware;
 use axum::response::{IntoResponse, Redirect, Response};
+use axum::routing::post;
 use hub_engine::accounts::Accounts;
 use hub_engine::audit::Log;
 use hub_engine::events::Events;
@@ -96,6 +98,7 @@ pub struct RestState {
     pub meta: Arc<dyn Meta>,
     pub recovery: Arc<Recovery>,
     pub rates: Arc<Rates>,
+    pub waiting: mcp::Waiting,
     pub keys: Arc<Keys>,
     pub binaries: Binaries,
     pub clock: SharedClock,
@@ -130,6 +133,8 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub fn router(app: App) -> Router {
     let (router, _) = routes().split_for_parts();
     router
+        // It describes itself, in its own words.
+        .route("/mcp", post(mcp::post))
         .fallback(unversioned)
         .method_not_allowed_fallback(system::unknown)
         .layer(middleware::from_fn_with_state(app.facts.hosts.clone(), hosts::guard))
@@ -201,6 +206,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(system::readyz))
         .routes(routes!(docs::openapi_json))
         .routes(routes!(docs::docs))
+        .routes(routes!(docs::llms_txt))
+        .routes(routes!(docs::skill))
         .routes(routes!(docs::docs_file))
 }
 

@@ -45,6 +45,13 @@ pub struct OutputQuery {
     follow: Option<bool>,
 }
 
+impl OutputQuery {
+    /// What there is now, as raw bytes.
+    pub fn of(stream: Option<String>, from_byte: u64) -> Self {
+        Self { stream, from_byte: Some(from_byte), from_seq: None, follow: None }
+    }
+}
+
 /// The output of a task
 ///
 /// Raw bytes, or with `Accept: text/event-stream` events `output`, `gap`, `end`, `stopping` and `denied` whose data are OutputEvent, GapEvent, EndEvent and StreamEnd.

@@ -138,7 +138,7 @@ const NOT_YET_BELOW: &[(&str, &[&str])] = &[
     ("sessions", &["files", "manifest", "rewind", "conflicts", "sync"]),
     ("tasks", &["approve", "deny", "attach", "recording"]),
 ];
-const NOT_YET_OUTSIDE: &[&str] = &["/rpc", "/rpc/ws", "/mcp", "/capabilities", "/install.sh"];
+const NOT_YET_OUTSIDE: &[&str] = &["/rpc", "/rpc/ws", "/capabilities", "/install.sh"];
 
 /// 501 for what the contract promises, 405 for a wrong method, 404 for the rest.
 pub async fn unknown(request: Request) -> Response {
