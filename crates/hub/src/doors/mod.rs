@@ -6,4 +6,5 @@ pub mod hosts;
 pub mod https;
 pub mod listener;
 pub mod rest;
+mod rpc;
 mod ws;
