@@ -7,4 +7,5 @@ pub mod https;
 pub mod listener;
 pub mod rest;
 mod rpc;
+mod socket;
 mod ws;

@@ -198,6 +198,7 @@ fn routes() -> OpenApiRouter<App> {
         .nest("/api/v1", api)
         .routes(routes!(system::root, super::rpc::post_at_root))
         .routes(routes!(super::rpc::post))
+        .routes(routes!(super::rpc::ws::get))
         .routes(routes!(system::healthz))
         .routes(routes!(system::readyz))
         .routes(routes!(docs::openapi_json))

@@ -48,7 +48,7 @@ use utoipa::OpenApi;
         (name = "json-rpc", description = "JSON-RPC 2.0: the same calls by name"),
         (name = "downloads", description = "Programs to run on nodes"),
     ),
-    components(schemas(Problem, AuditEntry, EventView, StreamEnd, OutputEvent, GapEvent, AttemptEvent, EndEvent, HealthReply, StateReply, TaskOutputRequest, TaskOutputView)),
+    components(schemas(Problem, AuditEntry, EventView, StreamEnd, OutputEvent, GapEvent, AttemptEvent, EndEvent, HealthReply, StateReply, TaskOutputRequest, TaskOutputView, SubscribeRequest, SubscribeReply, UnsubscribeRequest, UnsubscribeReply, DiscoverReply, EventNotice)),
 )]
 pub struct Head;
 

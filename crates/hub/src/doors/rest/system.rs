@@ -139,7 +139,7 @@ const NOT_YET_BELOW: &[(&str, &[&str])] = &[
     ("sessions", &["files", "manifest", "rewind", "conflicts", "sync"]),
     ("tasks", &["approve", "deny", "attach", "recording"]),
 ];
-const NOT_YET_OUTSIDE: &[&str] = &["/rpc/ws", "/mcp", "/capabilities", "/install.sh"];
+const NOT_YET_OUTSIDE: &[&str] = &["/mcp", "/capabilities", "/install.sh"];
 
 /// 501 for what the contract promises, 405 for a wrong method, 404 for the rest.
 pub async fn unknown(request: Request) -> Response {

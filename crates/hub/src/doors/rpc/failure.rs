@@ -17,6 +17,23 @@ const TIMED_OUT: i32 = -32007;
 const UNAVAILABLE: i32 = -32008;
 const POLICY_DENIED: i32 = -32009;
 
+/// What a method may answer besides its result.
+pub const CODES: &[(i32, &str)] = &[
+    (protocol::METHOD_NOT_FOUND, "Method not found"),
+    (protocol::INVALID_PARAMS, "Invalid params"),
+    (protocol::INTERNAL_ERROR, "The answer cannot be written"),
+    (INTERNAL, "Internal error; nothing was changed"),
+    (UNAUTHENTICATED, "Unauthenticated"),
+    (FORBIDDEN, "Forbidden"),
+    (NOT_FOUND, "Not found, or the caller may not know of it"),
+    (CONFLICT, "Conflict"),
+    (RATE_LIMITED, "Rate limited"),
+    (EXHAUSTED, "Resource exhausted"),
+    (TIMED_OUT, "Timed out"),
+    (UNAVAILABLE, "Unavailable"),
+    (POLICY_DENIED, "Policy denied"),
+];
+
 /// The number for a refusal.
 fn code(status: StatusCode, code: &str) -> i32 {
     match (status.as_u16(), code) {
@@ -32,6 +49,8 @@ fn code(status: StatusCode, code: &str) -> i32 {
         (408 | 504, _) => TIMED_OUT,
         (503, _) => UNAVAILABLE,
         (501, _) => protocol::METHOD_NOT_FOUND,
+        // What was done may have been done: it is the answer that cannot be written.
+        (500, "internal") => protocol::INTERNAL_ERROR,
         (400..=499, _) => protocol::INVALID_PARAMS,
         _ => INTERNAL,
     }
@@ -88,7 +107,8 @@ mod tests {
             (422, "bad_name", -32602),
             (403, "policy_denied", -32009),
             (429, "rate_limited", -32005),
-            (500, "internal", -32000),
+            (500, "internal", -32603),
+            (500, "other", -32000),
             (501, "not_yet", -32601),
             (503, "store_unavailable", -32008),
             (503, "timed_out", -32007),

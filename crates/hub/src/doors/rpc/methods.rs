@@ -14,6 +14,15 @@ pub enum Run {
     /// Needs no credentials.
     Open(fn(App) -> Work),
     Known(fn(App, Who, Params) -> Work),
+    /// Belongs to one connection, which does it.
+    Socket(Act),
+}
+
+/// What only a WebSocket can do.
+#[derive(Debug, Clone, Copy)]
+pub enum Act {
+    Subscribe,
+    Unsubscribe,
 }
 
 /// Where parameters and result are described: in the description of REST, by a call or by a shape's name.
@@ -96,6 +105,16 @@ pub static METHODS: &[Method] = &[
         |app, who, p| own::output(app, who, p)),
     known!("state.query", ["agent_id", "key", "limit", "cursor"], Like("GET /state", "StateReply"), "What agents keep",
         |app, who, p| own::state(app, who, p)),
+    Method {
+        name: "event.subscribe", params: &["topics", "after"], shape: Own(Some("SubscribeRequest"), "SubscribeReply"),
+        summary: "Hear of what happens: events come as notifications event.notify", run: Run::Socket(Act::Subscribe),
+    },
+    Method {
+        name: "event.unsubscribe", params: &["subscription_id"], shape: Own(Some("UnsubscribeRequest"), "UnsubscribeReply"),
+        summary: "End a subscription", run: Run::Socket(Act::Unsubscribe),
+    },
+    known!("rpc.discover", [], Own(None, "DiscoverReply"), "This description, as OpenRPC",
+        |app, who, p| own::discover(app, who, p)),
 ];
 
 pub fn named(name: &str) -> Option<&'static Method> {

@@ -3,11 +3,13 @@
 //! The one rule here is how a message becomes calls. Each call is a handler of [`super::rest`], with an audit
 //! entry, a place in its caller's rate and a time of its own.
 
+mod discover;
 mod failure;
 pub mod methods;
 mod own;
 mod params;
 mod protocol;
+pub mod ws;
 
 use super::call;
 use super::rest::body::{self, IDEMPOTENCY_KEY};
@@ -24,6 +26,8 @@ use hub_engine::throttle::Principal;
 use methods::{Method, Run};
 use params::Params;
 use protocol::{Call, Failure, Item, Message, Outcome};
+use serde_json::value::RawValue;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -98,27 +102,31 @@ async fn serve(app: App, request: Request) -> Response {
             return whole(StatusCode::OK, refusal.as_ref(), failure);
         }
     };
-    let needed = message.items().iter().any(needs_caller);
+    let needed = message.items().iter().any(|item| needs_caller(item, false));
     let anonymous = needed && is_anonymous(&parts);
     let who = if needed { Some(Who::from_request_parts(&mut parts, &app).await) } else { None };
-    let limited = admit(&app, &mut message, who.as_ref(), &asked);
+    let asker = Asker { app, who, asked, connection: None };
+    // The caller was counted once when it was looked at.
+    let limited = asker.admit(&mut message, 1);
     let silent = message.is_silent();
-    let answer = protocol::answer(message, |call| run(&app, who.as_ref(), call, &asked), || failure(&failure::no_room(), &asked)).await;
+    let answer = asker.answer(message).await;
     let status = match (anonymous, silent) {
         (true, _) => StatusCode::UNAUTHORIZED,
         (false, true) => StatusCode::NO_CONTENT,
         (false, false) => StatusCode::OK,
     };
-    let unknown = who.and_then(Result::err).filter(|_| anonymous);
+    let unknown = asker.who.and_then(Result::err).filter(|_| anonymous);
     respond(status, limited.as_ref().or(unknown.as_ref()), answer)
 }
 
-fn method_of(item: &Item) -> Option<&'static Method> {
-    item.as_ref().ok().and_then(|call| methods::named(&call.method))
-}
-
-fn needs_caller(item: &Item) -> bool {
-    method_of(item).is_some_and(|m| matches!(m.run, Run::Known(_)))
+/// Does a call need to know who makes it? What is only for a WebSocket is no call elsewhere.
+fn needs_caller(item: &Item, connected: bool) -> bool {
+    let method = item.as_ref().ok().and_then(|call| methods::named(&call.method));
+    method.is_some_and(|m| match m.run {
+        Run::Known(_) => true,
+        Run::Socket(_) => connected,
+        Run::Open(_) => false,
+    })
 }
 
 /// Counts what needs nobody's credentials, for the address that it comes from.
@@ -126,48 +134,95 @@ fn stranger(app: &App, asked: &Asked) -> Result<(), Refusal> {
     asked.address.map_or(Ok(()), |address| Ok(app.rates.admit(Principal::at(address))?))
 }
 
-/// Counts each call of a message as a request of its caller, who was counted once when it was looked at. Those
-/// for which the rate has no room are refused; gives the last such refusal.
-fn admit(app: &App, message: &mut Message, who: Option<&Result<Who, Refusal>>, asked: &Asked) -> Option<Refusal> {
-    // The control socket has no rate.
-    asked.address?;
-    let principal = who.and_then(|w| w.as_ref().ok()).and_then(|w| Principal::of(w.caller()));
-    let mut counted = true;
-    let mut limited = None;
-    for item in message.items_mut() {
-        let admitted = match needs_caller(item) {
-            false => stranger(app, asked),
-            true if std::mem::take(&mut counted) => Ok(()),
-            true => principal.map_or(Ok(()), |p| app.rates.admit(p).map_err(Refusal::from)),
-        };
-        if let Err(refusal) = admitted {
-            protocol::refuse(item, failure(&refusal, asked));
-            limited = Some(refusal);
-        }
-    }
-    limited
+/// Who sends a message.
+struct Asker {
+    app: App,
+    /// None where no call needs it.
+    who: Option<Result<Who, Refusal>>,
+    asked: Asked,
+    connection: Option<Arc<ws::Heard>>,
 }
 
-/// Runs one call.
-async fn run(app: &App, who: Option<&Result<Who, Refusal>>, call: Call, asked: &Asked) -> Outcome {
-    let method = methods::named(&call.method).ok_or_else(Failure::method_not_found)?;
-    let told = |refusal: Refusal| failure(&refusal, asked);
-    let until = Instant::now() + Duration::from_secs(app.facts.request_secs);
-    let params = || call.params(method.params).map(Params).map_err(|e| told(Refusal::bad_request("bad_params", e)));
-    let done = match (&method.run, who) {
-        (Run::Open(work), _) => {
+impl Asker {
+    fn told(&self, refusal: &Refusal) -> Failure {
+        failure(refusal, &self.asked)
+    }
+
+    /// Counts each call of a message as a request of its caller, of whom `counted` have been counted before.
+    /// Those for which the rate has no room are refused; gives the last such refusal.
+    fn admit(&self, message: &mut Message, mut counted: usize) -> Option<Refusal> {
+        // The control socket has no rate.
+        self.asked.address?;
+        let principal = self.who.as_ref().and_then(|w| w.as_ref().ok()).and_then(|w| Principal::of(w.caller()));
+        let mut limited = None;
+        for item in message.items_mut() {
+            let admitted = if !needs_caller(item, self.connection.is_some()) {
+                stranger(&self.app, &self.asked)
+            } else if counted > 0 {
+                counted -= 1;
+                Ok(())
+            } else {
+                principal.map_or(Ok(()), |p| self.app.rates.admit(p).map_err(Refusal::from))
+            };
+            if let Err(refusal) = admitted {
+                protocol::refuse(item, self.told(&refusal));
+                limited = Some(refusal);
+            }
+        }
+        limited
+    }
+
+    /// Takes the rights of now: a connection outlives them.
+    async fn look_again(&mut self) {
+        if let Some(Ok(who)) = &mut self.who {
+            match self.app.accounts.still(&who.authenticated).await {
+                Ok(now) => who.authenticated = now,
+                Err(e) => self.who = Some(Err(e.into())),
+            }
+        }
+    }
+
+    async fn answer(&self, message: Message) -> Option<String> {
+        protocol::answer(message, |call| self.run(call), || self.told(&failure::no_room())).await
+    }
+
+    /// Runs one call.
+    async fn run(&self, call: Call) -> Outcome {
+        let method = methods::named(&call.method).ok_or_else(Failure::method_not_found)?;
+        let done = self.work(method, &call).await;
+        let outcome = if done.is_ok() { "ok" } else { "refused" };
+        metrics::counter!("cortex_rpc_calls_total", "method" => method.name, "outcome" => outcome).increment(1);
+        done.map_err(|refusal| self.told(&refusal))
+    }
+
+    async fn work(&self, method: &Method, call: &Call) -> Result<Box<RawValue>, Refusal> {
+        let until = Instant::now() + Duration::from_secs(self.app.facts.request_secs);
+        let params = || call.params(method.params).map(Params).map_err(|e| Refusal::bad_request("bad_params", e));
+        if let Run::Open(work) = method.run {
             params()?;
-            in_time(until, asked, work(app.clone())).await
+            return in_time(until, &self.asked.alone(), work(self.app.clone())).await?;
         }
-        (Run::Known(_), None) => Err(Refusal::new(StatusCode::UNAUTHORIZED, "unauthenticated", "nobody is known to ask")),
-        (Run::Known(_), Some(Err(refusal))) => Err(refusal.clone()),
-        (Run::Known(work), Some(Ok(who))) => {
-            let who = Who { asked: asked.alone(), ..who.through(DOOR) };
-            let asked = who.asked.clone();
-            in_time(until, &asked, call::run(app, &who, work(app.clone(), who.clone(), params()?))).await
-        }
-    };
-    done.and_then(|done| done).map_err(told)
+        let connection = match (&method.run, &self.connection) {
+            (Run::Socket(_), None) => {
+                return Err(Refusal::new(StatusCode::NOT_IMPLEMENTED, "websocket_only", format!("{} is for GET /rpc/ws", method.name)));
+            }
+            (_, connection) => connection,
+        };
+        let who = match &self.who {
+            Some(Ok(who)) => Who { asked: self.asked.alone(), ..who.through(DOOR) },
+            Some(Err(refusal)) => return Err(refusal.clone()),
+            None => {
+                return Err(Refusal::new(StatusCode::UNAUTHORIZED, "unauthenticated", "come with credentials: log in, or use an API key"));
+            }
+        };
+        let (app, asked, params) = (self.app.clone(), who.asked.clone(), params()?);
+        let work = match (&method.run, connection) {
+            (Run::Known(work), _) => work(app, who.clone(), params),
+            (Run::Socket(act), Some(connection)) => connection.clone().act(*act, app, who.clone(), params),
+            (Run::Open(_), _) | (Run::Socket(_), None) => unreachable!("answered above"),
+        };
+        in_time(until, &asked, call::run(&self.app, &who, work)).await?
+    }
 }
 
 fn respond(status: StatusCode, refusal: Option<&Refusal>, body: Option<String>) -> Response {

@@ -1,5 +1,6 @@
 //! What no one call of REST answers in JSON.
 
+use super::discover::document_of_methods;
 use super::params::Params;
 use crate::doors::rest::output::{self, stream_named};
 use crate::doors::rest::state::{self, ListQuery};
@@ -88,6 +89,11 @@ pub async fn state(app: App, who: Who, p: Params) -> Result<Json<StateReply>, Re
         all.entry(entry.agent_id).or_default().insert(entry.key, entry.value);
     }
     Ok(Json(StateReply { state: all, next_cursor: page.next_cursor, timestamp }))
+}
+
+/// The same for all who are known.
+pub async fn discover(_: App, _: Who, _: Params) -> Result<Json<&'static Value>, Refusal> {
+    Ok(Json(document_of_methods()))
 }
 
 #[cfg(test)]

@@ -259,3 +259,197 @@ pub async fn answer<R: Future<Output = Outcome>>(message: Message, run: impl Fn(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// The methods of the specification's examples.
+    async fn example(call: Call) -> Outcome {
+        let result = match call.method.as_str() {
+            "subtract" => {
+                let p = call.params(&["minuend", "subtrahend"]).unwrap();
+                json!(p["minuend"].as_i64().unwrap() - p["subtrahend"].as_i64().unwrap())
+            }
+            "sum" => {
+                let p = call.params(&["a", "b", "c"]).unwrap();
+                json!(p.values().map(|v| v.as_i64().unwrap()).sum::<i64>())
+            }
+            "get_data" => json!(["hello", 5]),
+            "update" | "notify_sum" | "notify_hello" => json!(null),
+            _ => return Err(Failure::method_not_found()),
+        };
+        Ok(serde_json::value::to_raw_value(&result).unwrap())
+    }
+
+    fn serve(text: &str) -> Option<Value> {
+        serve_by(text, example)
+    }
+    fn serve_by<R: Future<Output = Outcome>>(text: &str, run: impl Fn(Call) -> R) -> Option<Value> {
+        let said = match read(text.as_bytes()) {
+            Err(failure) => Some(refusal(failure)),
+            Ok(message) => futures::executor::block_on(answer(message, run, || Failure::new(-32006, "full"))),
+        };
+        said.map(|text| serde_json::from_str(&text).unwrap())
+    }
+
+    /// All of section 7 of the specification, in its order.
+    #[test]
+    fn the_examples_of_the_specification() {
+        let invalid = json!({"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Request"}, "id": null});
+        let parse = json!({"jsonrpc": "2.0", "error": {"code": -32700, "message": "Parse error"}, "id": null});
+        for (sent, expected) in [
+            (r#"{"jsonrpc": "2.0", "method": "subtract", "params": [42, 23], "id": 1}"#, json!({"jsonrpc": "2.0", "result": 19, "id": 1})),
+            (r#"{"jsonrpc": "2.0", "method": "subtract", "params": [23, 42], "id": 2}"#, json!({"jsonrpc": "2.0", "result": -19, "id": 2})),
+            (
+                r#"{"jsonrpc": "2.0", "method": "subtract", "params": {"subtrahend": 23, "minuend": 42}, "id": 3}"#,
+                json!({"jsonrpc": "2.0", "result": 19, "id": 3}),
+            ),
+            (
+                r#"{"jsonrpc": "2.0", "method": "subtract", "params": {"minuend": 42, "subtrahend": 23}, "id": 4}"#,
+                json!({"jsonrpc": "2.0", "result": 19, "id": 4}),
+            ),
+            (
+                r#"{"jsonrpc": "2.0", "method": "foobar", "id": "1"}"#,
+                json!({"jsonrpc": "2.0", "error": {"code": -32601, "message": "Method not found"}, "id": "1"}),
+            ),
+            (r#"{"jsonrpc": "2.0", "method": "foobar, "params": "bar", "baz]"#, parse.clone()),
+            (r#"{"jsonrpc": "2.0", "method": 1, "params": "bar"}"#, invalid.clone()),
+            (r#"[{"jsonrpc": "2.0", "method": "sum", "params": [1,2,4], "id": "1"}, {"jsonrpc": "2.0", "method"]"#, parse),
+            ("[]", invalid.clone()),
+            ("[1]", json!([invalid])),
+            ("[1,2,3]", json!([invalid, invalid, invalid])),
+            (
+                r#"[{"jsonrpc": "2.0", "method": "sum", "params": [1,2,4], "id": "1"},
+                    {"jsonrpc": "2.0", "method": "notify_hello", "params": [7]},
+                    {"jsonrpc": "2.0", "method": "subtract", "params": [42,23], "id": "2"},
+                    {"foo": "boo"},
+                    {"jsonrpc": "2.0", "method": "foo.get", "params": {"name": "myself"}, "id": "5"},
+                    {"jsonrpc": "2.0", "method": "get_data", "id": "9"}]"#,
+                json!([
+                    {"jsonrpc": "2.0", "result": 7, "id": "1"},
+                    {"jsonrpc": "2.0", "result": 19, "id": "2"},
+                    invalid,
+                    {"jsonrpc": "2.0", "error": {"code": -32601, "message": "Method not found"}, "id": "5"},
+                    {"jsonrpc": "2.0", "result": ["hello", 5], "id": "9"}
+                ]),
+            ),
+        ] {
+            assert_eq!(serve(sent), Some(expected), "{sent}");
+        }
+        for silent in [
+            r#"{"jsonrpc": "2.0", "method": "update", "params": [1,2,3,4,5]}"#,
+            r#"{"jsonrpc": "2.0", "method": "foobar"}"#,
+            r#"[{"jsonrpc": "2.0", "method": "notify_sum", "params": [1,2,4]}, {"jsonrpc": "2.0", "method": "notify_hello", "params": [7]}]"#,
+        ] {
+            assert_eq!(serve(silent), None, "{silent}");
+            assert!(read(silent.as_bytes()).unwrap().is_silent(), "{silent}");
+        }
+    }
+
+    #[test]
+    fn ids_come_back_to_the_letter() {
+        for id in ["1", "-7", "0", "1.5", "1e3", "123456789012345678901234567890", "\"\"", "\"a\\u00e4\"", "null"] {
+            let sent = format!("{{\"jsonrpc\":\"2.0\",\"method\":\"get_data\",\"id\":{id}}}");
+            let message = read(sent.as_bytes()).unwrap();
+            assert!(!message.is_silent(), "{id}");
+            let said = futures::executor::block_on(answer(message, example, Failure::method_not_found)).unwrap();
+            assert_eq!(said, format!("{{\"jsonrpc\":\"2.0\",\"result\":[\"hello\",5],\"id\":{id}}}"));
+        }
+        for id in ["true", "[]", "{}", "[1]", "\"\\ud800\""] {
+            let sent = format!("{{\"jsonrpc\":\"2.0\",\"method\":\"get_data\",\"id\":{id}}}");
+            let said = serve(&sent).unwrap();
+            assert_eq!((&said["error"]["code"], &said["id"]), (&json!(INVALID_REQUEST), &json!(null)), "{id}");
+        }
+        // Each is answered, though they have the same.
+        let twice = r#"[{"jsonrpc":"2.0","method":"sum","params":[1],"id":1},{"jsonrpc":"2.0","method":"sum","params":[2],"id":1}]"#;
+        let said = serve(twice).unwrap();
+        assert_eq!((said.as_array().unwrap().len(), &said[0]["result"], &said[1]["result"]), (2, &json!(1), &json!(2)));
+    }
+
+    #[test]
+    fn what_is_no_request() {
+        let with = |members: &str| format!("{{{members}}}");
+        for (sent, id) in [
+            (with(r#""method":"sum","id":1"#), json!(1)),
+            (with(r#""jsonrpc":"1.0","method":"sum","id":1"#), json!(1)),
+            (with(r#""jsonrpc":2.0,"method":"sum","id":1"#), json!(1)),
+            (with(r#""jsonrpc":"2.0","id":"x""#), json!("x")),
+            (with(r#""jsonrpc":"2.0","method":null,"id":1"#), json!(1)),
+            (with(r#""jsonrpc":"2.0","method":"sum","params":null,"id":1"#), json!(1)),
+            (with(r#""jsonrpc":"2.0","method":"sum","params":7,"id":1"#), json!(1)),
+            (with(r#""jsonrpc":"2.0","method":"sum","params":"x""#), json!(null)),
+            (with(r#""jsonrpc":"2.0","method":"sum","method":"update","id":1"#), json!(null)),
+            (r#"["2.0","sum",[],1]"#.to_owned(), json!(null)),
+            ("1".to_owned(), json!(null)),
+            ("\"sum\"".to_owned(), json!(null)),
+            ("null".to_owned(), json!(null)),
+        ] {
+            let said = serve(&sent).unwrap();
+            let said = said.get(0).unwrap_or(&said);
+            assert_eq!((&said["error"]["code"], &said["id"]), (&json!(INVALID_REQUEST), &id), "{sent}");
+        }
+        for no_json in [&b""[..], b"  ", b"{", b"{}{}", b"[1,]", b"\xff", b"{\"jsonrpc\":\"2.0\",\"method\":\"\xc3\x28\",\"id\":1}"] {
+            assert_eq!(read(no_json).unwrap_err().code, PARSE_ERROR, "{no_json:?}");
+        }
+        let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+        assert_eq!(serve(&deep).unwrap()[0]["error"]["code"], INVALID_REQUEST, "a batch in a batch");
+        // What the specification does not name is passed over.
+        assert_eq!(serve(&with(r#""jsonrpc":"2.0","method":"sum","id":1,"meta":{"x":1}"#)).unwrap()["result"], 0);
+        assert_eq!(serve(" \n [ {\"jsonrpc\":\"2.0\",\"method\":\"sum\",\"id\":1} ] ").unwrap()[0]["result"], 0);
+    }
+
+    #[test]
+    fn a_batch_has_an_end() {
+        let batch = |n: usize| {
+            let one = r#"{"jsonrpc":"2.0","method":"sum","id":1}"#;
+            format!("[{}]", vec![one; n].join(","))
+        };
+        assert_eq!(serve(&batch(MAX_BATCH)).unwrap().as_array().unwrap().len(), MAX_BATCH);
+        let more = serve(&batch(MAX_BATCH + 1)).unwrap();
+        assert_eq!((&more["error"]["code"], &more["id"]), (&json!(INVALID_REQUEST), &json!(null)));
+        let nested = serve(&format!("[{}]", batch(2))).unwrap();
+        assert_eq!(
+            (nested.as_array().unwrap().len(), &nested[0]["error"]["code"]),
+            (1, &json!(INVALID_REQUEST)),
+            "a batch in a batch is none"
+        );
+
+        // Results have an end too; what comes behind it hears so.
+        let large = async |_: Call| Ok(serde_json::value::to_raw_value(&"x".repeat(MAX_RESULTS / 4)).unwrap());
+        let said = serve_by(&batch(10), large).unwrap();
+        let full = said.as_array().unwrap().iter().filter(|a| a["error"]["code"] == -32006).count();
+        assert_eq!((full, said[0]["error"].is_null(), said[9]["error"]["code"].as_i64()), (6, true, Some(-32006)));
+    }
+
+    #[test]
+    fn the_calls_of_a_batch_run_side_by_side() {
+        let gate = tokio::sync::Barrier::new(3);
+        let met = async |_: Call| {
+            gate.wait().await;
+            Ok(serde_json::value::to_raw_value(&1).unwrap())
+        };
+        let one = r#"{"jsonrpc":"2.0","method":"x","id":1}"#;
+        // The first would wait for ever for those behind it.
+        assert_eq!(serve_by(&format!("[{one},{one},{one}]"), met).unwrap().as_array().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn parameters_find_their_names() {
+        let params = |given: &str, names: &[&str]| {
+            let sent = format!("{{\"jsonrpc\":\"2.0\",\"method\":\"x\",\"params\":{given}}}");
+            let Message::One(Ok(call)) = read(sent.as_bytes()).unwrap() else { panic!("{sent}") };
+            call.params(names).map(Value::Object)
+        };
+        assert_eq!(params("[1, null, 3]", &["a", "b", "c"]), Ok(json!({"a": 1, "c": 3})));
+        assert_eq!(params("[]", &["a"]), Ok(json!({})));
+        assert_eq!(params("{}", &[]), Ok(json!({})));
+        assert_eq!(params(r#"{"b": [1]}"#, &["a", "b"]), Ok(json!({"b": [1]})));
+        assert!(params("[1, 2]", &["a"]).is_err_and(|e| e.contains("too many") && e.contains('a')));
+        assert!(params(r#"{"x": 1}"#, &["a"]).is_err_and(|e| e.contains("\"x\"")));
+        assert!(params("[1]", &[]).is_err_and(|e| e.contains("none")));
+        let deep = format!("[{}{}]", "[".repeat(100_000), "]".repeat(100_000));
+        assert!(params(&deep, &["a"]).is_err(), "deeper than anything that is asked for");
+    }
+}
