@@ -7,6 +7,8 @@ pub mod https;
 pub mod listener;
 mod mcp;
 pub mod rest;
+mod rpc;
+mod socket;
 mod ws;
 
 pub use mcp::Waiting;

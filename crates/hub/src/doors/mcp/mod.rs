@@ -11,7 +11,7 @@ mod waiting;
 
 pub use waiting::Waiting;
 
-use super::rest::body::{json_body, read_text};
+use super::rest::body::{self, read_text};
 use super::rest::{App, Refusal, Who, origin};
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -31,7 +31,7 @@ pub async fn post(State(app): State<App>, who: Who, request: Request) -> Result<
     judge(&app, &who, &request)?;
     let (parts, body) = request.into_parts();
     let request = Request::from_parts(parts.clone(), body);
-    let bytes = json_body(request, &app).await?;
+    let bytes = body::json(request, &app).await?;
     let message = match serde_json::from_slice::<Value>(&bytes) {
         Ok(message) => message,
         Err(e) => return Ok(protocol_error(-32700, &format!("the body is no JSON: {e}"))),
