@@ -1,7 +1,7 @@
 //! The doors, each with its adapter: how what a test asks for is said there, and how what came is read.
 
 use crate::wire::{self, Answer, Io, chunk, exchange, soon};
-use futures::StreamExt;
+use futures::{SinkExt, StreamExt};
 use mesh_tests::Hub;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
@@ -9,6 +9,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
+use tokio_tungstenite::tungstenite::protocol::Role;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Door {
@@ -17,6 +18,9 @@ pub enum Door {
     Socket,
     Events,
     WebSocket,
+    Rpc,
+    /// JSON-RPC over a WebSocket, with subscriptions.
+    RpcSocket,
     Mcp,
 }
 
@@ -60,7 +64,7 @@ pub struct Told {
     pub answer: Answer,
     /// The problem object, wherever the door puts it; null where there is none.
     pub problem: Value,
-    /// Of a JSON-RPC error.
+    /// Of a JSON-RPC error, or of the frame that closed a WebSocket.
     pub number: Option<i64>,
     /// The id of what was made.
     pub made: Option<String>,
@@ -98,7 +102,7 @@ pub enum Duty {
 }
 
 /// What an answer must be: the status of HTTP, the code of the problem (empty: there is none), and the number of the
-/// JSON-RPC error.
+/// JSON-RPC error or of the closing frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Want<'a> {
     pub status: u16,
@@ -110,40 +114,61 @@ fn plain(status: u16, code: &'static str) -> Want<'static> {
     Want { status, code, number: None }
 }
 
+fn numbered(status: u16, number: i64, code: &'static str) -> Want<'static> {
+    Want { status, code, number: Some(number) }
+}
+
 impl Door {
-    pub const ALL: [Door; 5] = [Door::Rest, Door::Socket, Door::Events, Door::WebSocket, Door::Mcp];
+    pub const ALL: [Door; 7] = [Door::Rest, Door::Socket, Door::Events, Door::WebSocket, Door::Rpc, Door::RpcSocket, Door::Mcp];
 
     /// By hand, from the reference: what each door owes. None: the door cannot be asked that.
     pub fn owes(self, duty: Duty) -> Option<Want<'static>> {
-        use Door::{Events, Mcp, Rest, Socket, WebSocket};
+        use Door::{Events, Mcp, Rest, Rpc, RpcSocket, Socket, WebSocket};
         use Duty::*;
         Some(match (duty, self) {
             // Who may open the control socket owns the hub: it is asked for no credentials, by any name and
             // as often as one likes.
             (NoCredentials | ForeignHost | ForeignOrigin | TooOften, Socket) => plain(200, ""),
+            // HTTP's own 401 is for who gives no credentials at all; each call has its own answer else.
+            (NoCredentials, Rpc) => numbered(401, -32001, "unauthenticated"),
+            (WrongCredentials, Rpc) => numbered(200, -32001, "unauthenticated"),
+            // Some methods need nobody's, so the socket opens.
+            (NoCredentials, RpcSocket) => numbered(101, -32001, "unauthenticated"),
             (NoCredentials | WrongCredentials, _) => plain(401, "unauthenticated"),
-            (Read, WebSocket) => plain(101, ""),
+            (Read, WebSocket | RpcSocket) => plain(101, ""),
             (Read, _) => plain(200, ""),
             // A model is told of no tool that it may not use.
-            (Forbidden, Mcp) => Want { status: 200, code: "", number: Some(-32602) },
+            (Forbidden, Mcp) => numbered(200, -32602, ""),
+            (Forbidden, Rpc) => numbered(200, -32002, "forbidden"),
+            (Forbidden, RpcSocket) => numbered(101, -32002, "forbidden"),
             (Forbidden, _) => plain(403, "forbidden"),
             (Absent, Rest | Socket) => plain(404, "not_found"),
+            (Absent, Rpc) => numbered(200, -32003, "not_found"),
+            (Absent, RpcSocket) => numbered(101, -32003, "not_found"),
             // What a tool could not do is a result, for the model to read.
             (Absent, Mcp) => plain(200, "not_found"),
             (Bad, Rest | Socket) => plain(400, "bad_field"),
             (Bad, Events | WebSocket) => plain(400, "bad_topic"),
+            (Bad, Rpc) => numbered(200, -32602, "bad_params"),
+            (Bad, RpcSocket) => numbered(101, -32602, "bad_params"),
             (Bad, Mcp) => plain(200, "bad_arguments"),
+            (TooLarge, Rpc) => numbered(413, -32006, "body_too_large"),
+            // Of a message that is too large nothing is read, so nobody knows which call it was.
+            (TooLarge, RpcSocket) => numbered(101, 1009, ""),
+            (Silent, Rpc) => numbered(408, -32007, "body_too_slow"),
             (TooLarge, Rest | Socket | Mcp) => plain(413, "body_too_large"),
             (Silent, Rest | Socket | Mcp) => plain(408, "body_too_slow"),
             // They have no ids and no bodies.
-            (Absent | TooLarge | Silent, Events | WebSocket) => return None,
+            (Absent | TooLarge | Silent, Events | WebSocket) | (Silent, RpcSocket) => return None,
             // The status that MCP has for it.
             (ForeignHost, Mcp) => plain(403, "foreign_host"),
             (ForeignHost, _) => plain(421, "foreign_host"),
             // A page cannot add the header, and no page of another origin can read the answer.
-            (ForeignOrigin, Rest) => plain(200, ""),
+            (ForeignOrigin, Rest | Rpc) => plain(200, ""),
             (ForeignOrigin, _) => plain(403, "foreign_origin"),
+            (TooOften, Rpc) => numbered(200, -32005, "rate_limited"),
             (TooOften, _) => plain(429, "rate_limited"),
+            (Broken, Rpc) => numbered(200, -32008, "store_unavailable"),
             (Broken, _) => plain(503, "store_unavailable"),
         })
     }
@@ -153,6 +178,7 @@ impl Door {
         match self {
             Door::Socket => "socket",
             Door::Mcp => "mcp",
+            Door::Rpc | Door::RpcSocket => "jsonrpc",
             Door::Rest | Door::Events | Door::WebSocket => "rest",
         }
     }
@@ -163,6 +189,8 @@ impl Door {
             "/api/v1/ws" => Some(Door::WebSocket),
             "/api/v1/events" => Some(Door::Events),
             "/mcp" => Some(Door::Mcp),
+            "/" | "/rpc" => Some(Door::Rpc),
+            "/rpc/ws" => Some(Door::RpcSocket),
             // Its stream is REST's ear.
             "/api/v1/tasks/{id}/output" => Some(Door::Rest),
             _ if path.starts_with("/api/v1/") && !streams => Some(Door::Rest),
@@ -186,6 +214,18 @@ impl Door {
                 Call::Make(name) => ("POST", "/api/v1/sessions".into(), body(json!({"name": name}))),
                 Call::Sized(bytes) => ("POST", "/api/v1/sessions".into(), body(json!({"name": "x".repeat(bytes)}))),
             },
+            (Door::Rpc | Door::RpcSocket, call) => {
+                let (method, params) = match call {
+                    Call::Read => ("node.list", json!({})),
+                    Call::Forbidden => ("task.dispatch", json!({"echo": {"payload": "x"}})),
+                    Call::Task(id) => ("task.get", json!({"task_id": id})),
+                    Call::Bad => ("session.create", json!({"nam": "x"})),
+                    Call::Make(name) => ("session.create", json!({"name": name})),
+                    Call::Sized(bytes) => ("session.create", json!({"name": "x".repeat(bytes)})),
+                };
+                let path = if self == Door::Rpc { "/rpc" } else { "/rpc/ws" };
+                ("POST", path.into(), body(json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params})))
+            }
             (Door::Mcp, call) => {
                 let (tool, arguments) = match call {
                     Call::Read => ("nodes_list", json!({})),
@@ -227,6 +267,9 @@ impl Door {
     /// Asks, if this door can be asked that.
     pub async fn ask(self, hub: &Hub, ask: &Ask<'_>) -> Option<Told> {
         let (method, path, body) = self.line(ask.call)?;
+        if self == Door::RpcSocket {
+            return Some(self.say(hub, &format!("{}\r\n", self.head("GET", &path, ask)), body.unwrap_or_default()).await);
+        }
         let mut request = self.head(method, &path, ask);
         if let Some(body) = &body {
             request += &format!("content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}", body.len());
@@ -237,11 +280,39 @@ impl Door {
         Some(self.told(answer))
     }
 
+    /// Opens a WebSocket and says one thing; gives the first answer, be it to the opening.
+    async fn say(self, hub: &Hub, opening: &str, text: String) -> Told {
+        let (mut answer, io) = exchange(hub, false, opening).await;
+        if answer.status != 101 {
+            return self.told(answer);
+        }
+        let mut socket = WebSocketStream::from_raw_socket(io, Role::Client, None).await;
+        let heard = soon("an answer to a message", async {
+            // The hub may have closed it before all was said.
+            let _ = socket.send(Message::text(text)).await;
+            loop {
+                match socket.next().await.expect("an answer, or a reason").expect("the socket is not cut") {
+                    Message::Ping(_) => {}
+                    other => return other,
+                }
+            }
+        });
+        match heard.await {
+            Message::Text(text) => {
+                answer.body = text.to_string();
+                self.told(answer)
+            }
+            Message::Close(Some(frame)) => Told { answer, number: Some(u16::from(frame.code).into()), ..Told::default() },
+            other => panic!("{other:?}"),
+        }
+    }
+
     pub fn told(self, answer: Answer) -> Told {
         let v = answer.json();
         let is_problem = answer.header("content-type") == Some("application/problem+json");
         let (problem, made) = match self {
             _ if is_problem => (&v, &Value::Null),
+            Door::Rpc | Door::RpcSocket => (&v["error"]["data"], &v["result"]["id"]),
             Door::Mcp => (&v["result"]["_meta"]["cortexmesh/problem"], &v["result"]["structuredContent"]["id"]),
             _ => (&Value::Null, &v["id"]),
         };
@@ -254,7 +325,7 @@ impl Door {
         use tokio::io::AsyncWriteExt;
         let ask = Ask::of(Call::Make(name), Some(by));
         let (method, path, body) = self.line(ask.call)?;
-        let body = body?;
+        let body = body.filter(|_| self != Door::RpcSocket)?;
         let head = self.head(method, &path, &ask);
         let begun = format!("{head}content-type: application/json\r\ncontent-length: {}\r\n\r\n{}", body.len(), &body[..body.len() / 2]);
         let mut io = wire::connect(hub, self.is_socket()).await;
@@ -276,17 +347,24 @@ impl Door {
     pub async fn listen(self, hub: &Hub, bearer: &str, task: &str) -> Option<Ear> {
         let by = format!("Bearer {bearer}");
         let ask = Ask::of(Call::Read, Some(&by));
-        if self == Door::WebSocket {
-            let mut request = format!("ws://{}/api/v1/ws?topics=sessions", hub.address()).into_client_request().expect("a request");
+        if matches!(self, Door::WebSocket | Door::RpcSocket) {
+            let path = if self == Door::WebSocket { "/api/v1/ws?topics=sessions" } else { "/rpc/ws" };
+            let mut request = format!("ws://{}{path}", hub.address()).into_client_request().expect("a request");
             request.headers_mut().insert("authorization", HeaderValue::try_from(by).expect("a header"));
             let tcp = TcpStream::connect(hub.address()).await.expect("the hub takes the connection");
-            let (socket, _) = tokio_tungstenite::client_async(request, tcp).await.expect("a websocket");
+            let (mut socket, _) = tokio_tungstenite::client_async(request, tcp).await.expect("a websocket");
+            if self == Door::RpcSocket {
+                let subscribe = json!({"jsonrpc": "2.0", "id": 1, "method": "event.subscribe", "params": {"topics": ["sessions"]}});
+                socket.send(Message::text(subscribe.to_string())).await.expect("the hub hears");
+                let said = soon("a subscription", socket.next()).await.expect("an answer").expect("an answer");
+                assert!(said.to_text().expect("text").contains("subscription_id"), "{said}");
+            }
             return Some(Ear::Socket(socket));
         }
         let path = match self {
             Door::Rest => format!("/api/v1/tasks/{task}/output"),
             Door::Socket | Door::Events => "/api/v1/events?topics=sessions".into(),
-            Door::Mcp | Door::WebSocket => return None,
+            _ => return None,
         };
         let request = format!("{}accept: text/event-stream\r\n\r\n", self.head("GET", &path, &ask));
         let (answer, io) = exchange(hub, self.is_socket(), &request).await;
@@ -330,7 +408,11 @@ impl Ear {
                 },
                 Ear::Socket(socket) => loop {
                     match socket.next().await.expect("a close frame comes first").expect("the socket is not cut") {
-                        Message::Text(text) => return Heard::Event(serde_json::from_str(&text).expect("JSON")),
+                        Message::Text(text) => {
+                            let said: Value = serde_json::from_str(&text).expect("JSON");
+                            let notified = said["method"] == "event.notify";
+                            return Heard::Event(if notified { said["params"]["event"].clone() } else { said });
+                        }
                         Message::Close(Some(frame)) => return Heard::End(u16::from(frame.code).to_string()),
                         Message::Ping(_) => {}
                         other => panic!("{other:?}"),
