@@ -66,6 +66,9 @@ async fn owed(hub: &Hub, door: Door, duty: Duty, ask: &Ask<'_>) -> Option<Told> 
     // Every answer names its request, and no error tells more than its sentence.
     let id = told.answer.header("x-request-id").unwrap_or_default();
     assert!(!id.is_empty(), "{door:?} {duty:?}: {told:?}");
+    if want.status == 401 {
+        assert_eq!(told.answer.header("www-authenticate"), Some("Bearer"), "{door:?} {duty:?}: {told:?}");
+    }
     if !code.is_empty() {
         assert_eq!(told.problem["request_id"], id, "{door:?} {duty:?}: {told:?}");
         assert!(told.detail().len() > 10, "{door:?} {duty:?}: an error says what to do: {told:?}");

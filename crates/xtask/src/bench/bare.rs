@@ -54,21 +54,29 @@ async fn hear(State(app): State<App>, upgrade: WebSocketUpgrade) -> Response {
     })
 }
 
+/// Serves answers of so many bytes, for ever.
+pub async fn serve(listener: TcpListener, bytes: usize) -> Result<()> {
+    let app = App { body: Bytes::from(vec![b'x'; bytes]), events: broadcast::channel(BEHIND).0 };
+    let router = Router::new().route(READ, get(read)).route(EVENTS, post(tell).get(hear)).with_state(app);
+    axum::serve(listener, router).await.context("the bare server")
+}
+
 /// The other side of [`Bare`]: prints its address and serves until its standard input ends.
 pub fn child(o: &Options) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let app = App { body: Bytes::from(vec![b'x'; o.bytes]), events: broadcast::channel(BEHIND).0 };
-        let router = Router::new().route(READ, get(read)).route(EVENTS, post(tell).get(hear)).with_state(app);
+    let done = runtime.block_on(async {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         println!("{}", listener.local_addr()?);
         // Its owner holds the other end, and may die.
         let owner = tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut vec![]));
         tokio::select! {
-            served = axum::serve(listener, router) => served.context("the bare server"),
+            served = serve(listener, o.bytes) => served,
             _ = owner => Ok(()),
         }
-    })
+    });
+    // A thread still reads standard input if it was not that which ended.
+    runtime.shutdown_background();
+    done
 }
 
 /// A bare server in a process of its own, which ends with its owner.

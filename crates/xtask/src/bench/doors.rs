@@ -30,7 +30,7 @@ const OPENED_AT_ONCE: usize = 50;
 /// Files that this program needs beside its connections.
 const OTHER_FILES: u64 = 100;
 /// After the last read, for what is under way.
-const GRACE: Duration = Duration::from_secs(10);
+const GRACE: Duration = Duration::from_secs(30);
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -239,4 +239,32 @@ async fn under_load(o: &Options, server: &Server) -> Result<Times> {
     ensure!(heard.iter().all(|h| *h == made), "{made} events, and not every WebSocket heard each");
     connections.end(GRACE).await;
     Ok(times)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn every_read_and_every_event_is_counted_once() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let server = Server { address, token: "t".into(), read: bare::READ, hear: bare::EVENTS, make: (bare::EVENTS, name) };
+        let o = Options { websockets: 3, rest: 4, read_every: 200, event_every: 300, seconds: 1, rounds: 1, json: None };
+        let load = async {
+            let times = under_load(&o, &server).await.unwrap();
+            (times.reads.into_inner().len(), times.events.into_inner().len())
+        };
+        tokio::select! {
+            // However slow the machine is: what was due is asked for.
+            counts = load => assert_eq!(counts, (4 * 5, 3 * 3)),
+            end = bare::serve(listener, 10) => panic!("{end:?}"),
+        }
+    }
+
+    #[test]
+    fn events_have_numbers() {
+        assert_eq!(number(&json!({"data": {"name": name(17)}}).to_string()), Some(17));
+        assert_eq!(number("event-x"), None);
+    }
 }
