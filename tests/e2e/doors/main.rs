@@ -197,9 +197,15 @@ async fn what_the_audit_says(hub: &Hub, scopes: &[&str]) {
         let made = door.ask(hub, &Ask { request_id: Some(&make), ..Ask::of(Call::Make("made"), Some(&by)) }).await;
         let refused = Ask { request_id: Some(&refuse), ..Ask::of(Call::Forbidden, Some(&by)) };
         owed(hub, door, Duty::Forbidden, &refused).await.expect("all can refuse");
+        let wrong = id("wrong");
+        owed(hub, door, Duty::WrongCredentials, &Ask { request_id: Some(&wrong), ..Ask::of(Call::Read, Some("Bearer garbage")) }).await;
         let log = hub.get("/api/v1/audit?limit=500").await;
         let of =
             |request: &str| log["items"].as_array().unwrap().iter().filter(|e| e["request_id"] == request).cloned().collect::<Vec<_>>();
+        let entry = &of(&wrong)[..];
+        let [entry] = entry else { panic!("{door:?}: one entry of a wrong token, not {entry:?}") };
+        assert_eq!((&entry["action"], &entry["outcome"]), (&json!("auth.token"), &json!("denied")), "{door:?}: {entry}");
+        assert_eq!((&entry["actor"]["door"], &entry["address"]), (&json!(door.audited_as()), &address), "{door:?}: {entry}");
         let mut entries = vec![(of(&refuse), "denied")];
         if let Some(made) = made {
             let made = made.made.unwrap_or_else(|| panic!("{door:?} made nothing"));

@@ -11,6 +11,7 @@ mod waiting;
 
 pub use waiting::Waiting;
 
+use super::call;
 use super::rest::body::{self, read_text};
 use super::rest::{App, Refusal, Who, origin};
 use axum::body::Body;
@@ -27,7 +28,10 @@ use std::sync::Arc;
 const MAX_REASON: usize = 4 << 10;
 
 /// Answers one message. Who asks is found out anew each time, and counted as on any other call.
-pub async fn post(State(app): State<App>, who: Who, request: Request) -> Result<Response, Refusal> {
+pub async fn post(State(app): State<App>, request: Request) -> Result<Response, Refusal> {
+    let (mut parts, body) = request.into_parts();
+    let who = call::caller(&app, &mut parts, "mcp").await?;
+    let request = Request::from_parts(parts, body);
     judge(&app, &who, &request)?;
     let (parts, body) = request.into_parts();
     let request = Request::from_parts(parts.clone(), body);

@@ -17,7 +17,7 @@ use super::rest::problem::hints;
 use super::rest::requests::{Asked, in_time};
 use super::rest::who::is_anonymous;
 use super::rest::{App, Refusal, Who};
-use axum::extract::{FromRequestParts, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use failure::{failure, of_message};
@@ -104,7 +104,7 @@ async fn serve(app: App, request: Request) -> Response {
     };
     let needed = message.items().iter().any(|item| needs_caller(item, false));
     let anonymous = needed && is_anonymous(&parts);
-    let who = if needed { Some(Who::from_request_parts(&mut parts, &app).await) } else { None };
+    let who = if needed { Some(call::caller(&app, &mut parts, DOOR).await) } else { None };
     let asker = Asker { app, who, asked, connection: None };
     // The caller was counted once when it was looked at.
     let limited = asker.admit(&mut message, 1);

@@ -8,6 +8,7 @@ use super::methods::{Act, Work};
 use super::params::{Params, Said};
 use super::protocol;
 use super::{Asker, DOOR, stranger};
+use crate::doors::call;
 use crate::doors::rest::events::{Do, Reader, reader, topic};
 use crate::doors::rest::requests::Asked;
 use crate::doors::rest::who::is_anonymous;
@@ -55,7 +56,7 @@ pub async fn get(State(app): State<App>, request: Request) -> Result<Response, R
         stranger(&app, &asked)?;
         None
     } else {
-        Some(Who::from_request_parts(&mut parts, &app).await?)
+        Some(call::caller(&app, &mut parts, DOOR).await?)
     };
     let upgrade = WebSocketUpgrade::from_request_parts(&mut parts, &app).await.map_err(bad_upgrade)?;
     let most = app.facts.body_bytes;
