@@ -201,8 +201,12 @@ async fn one_waits_comes_back_and_reads_by_the_same_id() {
     }
     assert_eq!((all.as_str(), from), ("aébend\n", 8));
 
-    // What is cancelled is cancelled by name alone.
-    let ran = c.done("run", json!({"argv": ["sleep", "600"], "wait_secs": 0})).await;
+    // What is cancelled is cancelled by name alone; what is asked for twice with one key runs once.
+    let sleep = json!({"argv": ["sleep", "600"], "wait_secs": 0, "idempotency_key": "k1"});
+    let ran = c.done("run", sleep.clone()).await;
+    assert_eq!(again.done("run", sleep).await["task_id"], ran["task_id"]);
+    let told = c.failed("run", json!({"argv": ["sleep", "700"], "wait_secs": 0, "idempotency_key": "k1"})).await;
+    assert!(told.starts_with("idempotency_mismatch"), "{told}");
     c.done("task_cancel", json!({"task_id": ran["task_id"]})).await;
     let ended = c.done("task_wait", json!({"task_id": ran["task_id"], "wait_secs": 50})).await;
     assert_eq!(ended["state"], "cancelled", "{ended}");
@@ -388,9 +392,11 @@ async fn each_role_has_its_tools_and_no_others() {
     let ran = columns[4].done("run", json!({"node": "n", "command": "echo lent", "wait_secs": 50})).await;
     assert_eq!(ran["output_tail"], "lent\n");
     let denied = hub.get("/api/v1/audit?door=mcp&outcome=denied&limit=500").await;
-    let missing: usize = TABLE.iter().map(|(_, row)| row.matches('-').count()).sum();
-    let shown = denied["items"].as_array().unwrap().iter().filter(|e| e["type"] == "authorization_denied").count();
-    assert!(shown >= missing, "{shown} of {missing}: {denied}");
+    // Of one caller who asks again and again, the log notes it once in a while.
+    let mut who: Vec<&str> = denied["items"].as_array().unwrap().iter().filter_map(|e| e["actor"]["username"].as_str()).collect();
+    who.sort_unstable();
+    who.dedup();
+    assert!(["v", "g", "lent"].iter().all(|name| who.contains(name)) && !who.contains(&"a"), "{denied}");
 
     // A key has what its scopes name, of what its person has.
     assert_eq!(Client::of(&hub, &["tasks:read"]).await.tools().await, ["task_wait", "task_output"]);
