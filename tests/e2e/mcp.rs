@@ -447,6 +447,15 @@ impl Bridge {
         let line = tokio::time::timeout(PATIENCE * 2, self.lines.next_line()).await.expect("an answer").unwrap().expect("a line");
         serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"))
     }
+    /// The next message that is no progress.
+    async fn answer(&mut self) -> Value {
+        loop {
+            let said = self.next().await;
+            if said.get("method").is_none() {
+                return said;
+            }
+        }
+    }
     async fn tool(&mut self, id: u64, name: &str, arguments: Value) {
         self.send(
             &json!({"jsonrpc": "2.0", "id": id, "method": "tools/call", "params": {"name": name, "arguments": arguments}}).to_string(),
@@ -481,20 +490,16 @@ async fn the_bridge_outlives_the_hub() {
     // It waits; and a listing does not wait behind it.
     assert_eq!(bridge.next().await["params"]["progressToken"], 9);
     bridge.send(r#"{"jsonrpc":"2.0","id":3,"method":"ping"}"#).await;
-    loop {
-        let said = bridge.next().await;
-        if said["id"] == 3 {
-            break;
-        }
-        assert_eq!(said["method"], "notifications/progress", "{said}");
-    }
+    assert_eq!(bridge.answer().await["id"], 3);
+    // Who cancels a request hears no more of it; the task goes on.
+    bridge.tool(20, "task_wait", json!({"task_id": task, "wait_secs": 50})).await;
+    bridge.send(r#"{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":20}}"#).await;
+    bridge.tool(21, "task_wait", json!({"task_id": task, "wait_secs": 0})).await;
+    let looked = bridge.answer().await;
+    assert_eq!(looked["id"], 21, "{looked}");
+    assert!(looked["result"]["structuredContent"].get("exit_code").is_none(), "{looked}");
     hub.process.kill9();
-    let broken = loop {
-        let said = bridge.next().await;
-        if said.get("method").is_none() {
-            break said;
-        }
-    };
+    let broken = bridge.answer().await;
     assert_eq!((&broken["id"], &broken["error"]["code"]), (&json!(2), &json!(-32008)), "{broken}");
     assert!(text(&broken["error"], "message").contains("task_wait"), "{broken}");
     bridge.tool(4, "nodes_list", json!({})).await;
