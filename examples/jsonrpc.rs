@@ -37,7 +37,8 @@ impl Client {
 
     /// Several calls in one message, side by side; their results in the order of the calls.
     async fn batch(&self, calls: &[(&str, Value)]) -> Result<Vec<Value>, Box<dyn Error>> {
-        let message = calls.iter().enumerate().map(|(n, (method, params))| json!({"jsonrpc": "2.0", "method": method, "params": params, "id": n}));
+        let message =
+            calls.iter().enumerate().map(|(n, (method, params))| json!({"jsonrpc": "2.0", "method": method, "params": params, "id": n}));
         let mut answers = self.send(&message.collect()).await?;
         let of = |n: usize| answers.as_array_mut().and_then(|all| all.iter_mut().find(|a| a["id"] == n)).map(Value::take);
         let answers: Vec<Option<Value>> = (0..calls.len()).map(of).collect();

@@ -516,7 +516,14 @@ async fn every_role_on_every_route_through_every_door() {
     let wrong: Vec<String> = futures::stream::iter(asked)
         .map(|(row, role, column, door, method, expected)| async move {
             let status = ask(shared, row, role, column, door, method).await;
-            let at = || format!("{} as {} on {:?} by {door:?}: {status}, and not {expected}", method.unwrap_or(row.0), role.as_str(), RELATIONS[column]);
+            let at = || {
+                format!(
+                    "{} as {} on {:?} by {door:?}: {status}, and not {expected}",
+                    method.unwrap_or(row.0),
+                    role.as_str(),
+                    RELATIONS[column]
+                )
+            };
             (!is(expected, status)).then(at)
         })
         .buffer_unordered(32)

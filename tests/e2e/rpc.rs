@@ -217,7 +217,10 @@ async fn each_method_does_and_answers_what_its_description_says() {
     // Output a part at a time, cut on characters.
     let part = async |params: Value| ask("task.output", params).await;
     let whole = part(json!({"task_id": task_id, "stream": "stdout"})).await;
-    assert_eq!((&whole["text"], &whole["next_byte"], &whole["end"], &whole["attempt"]), (&json!("a€b"), &json!(5), &json!(true), &json!(1)));
+    assert_eq!(
+        (&whole["text"], &whole["next_byte"], &whole["end"], &whole["attempt"]),
+        (&json!("a€b"), &json!(5), &json!(true), &json!(1))
+    );
     let first = part(json!([task_id, 0, 3, "stdout"])).await;
     assert_eq!((&first["text"], &first["next_byte"], &first["end"]), (&json!("a"), &json!(1), &json!(false)));
     let rest = part(json!([task_id, 1, 3, "stdout"])).await;
@@ -418,7 +421,8 @@ async fn a_socket_carries_calls_and_events() {
     assert_eq!(waited["result"]["state"], "pending", "{waited}");
 
     // Subscriptions: each has an id, which its events name.
-    let subscribe = |topics: Value, id: &str| json!({"jsonrpc": "2.0", "method": "event.subscribe", "params": {"topics": topics}, "id": id});
+    let subscribe =
+        |topics: Value, id: &str| json!({"jsonrpc": "2.0", "method": "event.subscribe", "params": {"topics": topics}, "id": id});
     send(&mut socket, &subscribe(json!(["sessions"]), "one")).await;
     let one = answer(&mut socket, &json!("one"), &mut told).await["result"]["subscription_id"].clone();
     send(&mut socket, &subscribe(json!(["sessions", "tasks"]), "two")).await;
@@ -460,9 +464,9 @@ async fn a_socket_carries_calls_and_events() {
     assert_eq!(full, 2);
 
     // As many calls at once as a batch has, and no more.
-    let waiting: Vec<Value> = (0..100).map(|n| {
-        json!({"jsonrpc": "2.0", "method": "task.dispatch", "params": {"echo": {"payload": "x"}, "wait_secs": 60}, "id": n})
-    }).collect();
+    let waiting: Vec<Value> = (0..100)
+        .map(|n| json!({"jsonrpc": "2.0", "method": "task.dispatch", "params": {"echo": {"payload": "x"}, "wait_secs": 60}, "id": n}))
+        .collect();
     send(&mut socket, &json!(waiting)).await;
     send(&mut socket, &json!({"jsonrpc": "2.0", "method": "system.health", "id": "beyond"})).await;
     assert_eq!(answer(&mut socket, &json!("beyond"), &mut told).await["error"]["data"]["code"], "calls_full");
