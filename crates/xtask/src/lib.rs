@@ -36,6 +36,8 @@ enum Chore {
     BenchFloor(bench::floor::Options),
     #[command(name = bench::bare::SUBCOMMAND, hide = true)]
     BenchBare(bench::bare::Options),
+    #[command(name = bench::rpc::SUBCOMMAND, hide = true)]
+    BenchFloorHttp,
     /// Not yet: reference pages and clients from the contracts
     Generate(Rest),
 }
@@ -55,6 +57,7 @@ pub fn run() -> ExitCode {
         Chore::Bench(what) => bench::run(&what),
         Chore::BenchFloor(options) => bench::floor::child(&options).map(|()| true),
         Chore::BenchBare(options) => bench::bare::child(&options).map(|()| true),
+        Chore::BenchFloorHttp => bench::rpc::serve_floor().map(|()| true),
         Chore::Generate(_) => return not_yet("generate"),
     };
     match done {
