@@ -257,7 +257,7 @@ impl Door {
         for (name, value) in [("authorization", ask.by), ("origin", ask.origin), ("x-request-id", ask.request_id)] {
             head += &value.map(|v| format!("{name}: {v}\r\n")).unwrap_or_default();
         }
-        if self == Door::WebSocket {
+        if matches!(self, Door::WebSocket | Door::RpcSocket) {
             head +=
                 "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
         }

@@ -115,12 +115,14 @@ async fn serve(app: App, request: Request) -> Response {
         (false, true) => StatusCode::NO_CONTENT,
         (false, false) => StatusCode::OK,
     };
-    let unknown = asker.who.and_then(Result::err).filter(|_| anonymous);
-    if let (Some(refusal), None) = (&unknown, &answer) {
+    let refused = asker.who.and_then(Result::err);
+    if let (Some(refusal), None) = (refused.as_ref().filter(|_| anonymous), &answer) {
         // Notifications that nobody will do: that at least is said.
         answer = Some(protocol::refusal(failure(refusal, &asker.asked)));
     }
-    respond(status, limited.as_ref().or(unknown.as_ref()), answer)
+    // When to come back is said to whoever has to; what to log in with, with HTTP's own 401 alone.
+    let hinted = refused.as_ref().filter(|r| anonymous || r.status != StatusCode::UNAUTHORIZED);
+    respond(status, limited.as_ref().or(hinted), answer)
 }
 
 /// Does a call need to know who makes it? What is only for a WebSocket is no call elsewhere.
