@@ -103,6 +103,7 @@ pub(crate) struct Call {
     accept: &'static str,
     last_event_id: Option<String>,
     idempotency_key: Option<String>,
+    headers: Vec<(&'static str, String)>,
     timeout: Option<Duration>,
     anonymous: bool,
 }
@@ -130,6 +131,11 @@ impl Call {
     }
     pub(crate) fn idempotency_key(mut self, key: Option<&str>) -> Self {
         self.idempotency_key = key.map(str::to_owned);
+        self
+    }
+    /// A header that only this call has.
+    pub(crate) fn header(mut self, name: &'static str, value: Option<String>) -> Self {
+        self.headers.extend(value.map(|v| (name, v)));
         self
     }
     pub(crate) fn wait_at_most(mut self, time: Option<Duration>) -> Self {
@@ -207,6 +213,7 @@ impl Client {
             accept: "application/json",
             last_event_id: None,
             idempotency_key: None,
+            headers: vec![],
             timeout: Some(CALL_TIMEOUT),
             anonymous: false,
         }
@@ -233,6 +240,11 @@ impl Client {
 
     /// Sends a call; renews the log-in once when the hub no longer takes it. Gives only 2xx answers.
     pub(crate) async fn send(&self, call: &Call) -> Result<Response, Error> {
+        self.judge(call, self.ask(call).await?).await
+    }
+
+    /// The same, and gives whatever is answered.
+    pub(crate) async fn ask(&self, call: &Call) -> Result<Response, Error> {
         let token = match &self.inner.auth {
             _ if call.anonymous => None,
             Auth::None => None,
@@ -244,9 +256,9 @@ impl Client {
             (response.status(), call.anonymous, &self.inner.auth, token)
         {
             let fresh = self.renew_to_the_end(stale).await?;
-            return self.judge(call, self.send_once(call, Some(&fresh)).await?).await;
+            return self.send_once(call, Some(&fresh)).await;
         }
-        self.judge(call, response).await
+        Ok(response)
     }
 
     async fn send_once(&self, call: &Call, token: Option<&str>) -> Result<Response, Error> {
@@ -260,6 +272,9 @@ impl Client {
         if let Some(key) = &call.idempotency_key {
             let value = HeaderValue::from_str(key).map_err(|_| Error::Setting("an idempotency key has visible ASCII characters".into()))?;
             request = request.header("Idempotency-Key", value);
+        }
+        for (name, value) in &call.headers {
+            request = request.header(*name, value);
         }
         if let Some(body) = &call.body {
             request = request.header(CONTENT_TYPE, "application/json").body(body.clone());
@@ -325,7 +340,7 @@ impl Client {
         self.decode(&call, response).await
     }
 
-    async fn judge(&self, call: &Call, response: Response) -> Result<Response, Error> {
+    pub(crate) async fn judge(&self, call: &Call, response: Response) -> Result<Response, Error> {
         let status = response.status();
         if status.is_success() {
             return Ok(response);

@@ -20,6 +20,7 @@ pub mod cli;
 mod client;
 mod error;
 mod follow;
+pub mod mcp;
 pub mod sse;
 
 pub use calls::{AuditFilter, OutputQuery, Stream, TaskFilter};

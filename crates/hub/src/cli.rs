@@ -268,6 +268,9 @@ fn checked(flags: &Flags) -> Result<Config, BadSetting> {
     Ok(config)
 }
 
+/// The crate of MCP logs whole messages, and what tasks said is for who may read it.
+const QUIET: &str = "rmcp=error";
+
 async fn serve(flags: &Flags) -> ExitCode {
     let config = match checked(flags) {
         Ok(c) => c,
@@ -277,7 +280,7 @@ async fn serve(flags: &Flags) -> ExitCode {
         Ok(started) => started.unzip(),
         Err(e) => return usage(&format!("log.otlp_endpoint: {e:#}")),
     };
-    if let Err(e) = telemetry::init_with(&config.log_level, config.log_json, spans) {
+    if let Err(e) = telemetry::init_with(&format!("{},{QUIET}", config.log_level), config.log_json, spans) {
         return usage(&format!("log.level: {e}"));
     }
     let hub = match Hub::start(config, SystemClock::shared()).await {

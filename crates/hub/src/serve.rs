@@ -293,6 +293,7 @@ impl Hub {
             meta: store.clone(),
             recovery: services.recovery,
             rates: Arc::new(Rates::new(config.api_per_second, config.api_burst, clock.clone())),
+            waiting: Default::default(),
             keys: keys.clone(),
             binaries: Binaries::beside(&own_dir),
             clock,

@@ -15,7 +15,7 @@ pub struct Cli {
 }
 
 const NOT_YET: &str = "Exit codes: 0 fine, 1 failed, 2 wrong usage or config (`cortex run --help` has its own).
-Not yet: shell, cp, file, approval, agent, workflow, bundle, tool, policy, events, connect, mcp, doctor, completions.";
+Not yet: shell, cp, file, approval, agent, workflow, bundle, tool, policy, events, completions.";
 
 #[derive(Debug, Clone, Default, Args)]
 pub struct Global {
@@ -74,6 +74,10 @@ pub enum Command {
     Audit(AuditCommand),
     /// Check the way to the hub; name the hop that fails
     Doctor,
+    /// Let an agent's program use the machines: makes a key for it and prints its configuration
+    Connect(ConnectArgs),
+    /// Speak MCP on standard input and output, for programs that start their servers themselves
+    Mcp,
     #[command(flatten)]
     Later(Later),
 }
@@ -111,10 +115,6 @@ pub enum Later {
     #[command(hide = true)]
     Events(Anything),
     #[command(hide = true)]
-    Connect(Anything),
-    #[command(hide = true)]
-    Mcp(Anything),
-    #[command(hide = true)]
     Completions(Anything),
 }
 
@@ -132,8 +132,6 @@ impl Later {
             Self::Tool(_) => "`cortex tool` is not built.",
             Self::Policy(_) => "`cortex policy` is not built; on the machine itself use: cortex-node policy",
             Self::Events(_) => "`cortex events` is not built; one task is followed with: cortex task logs -f TASK",
-            Self::Connect(_) => "`cortex connect` is not built.",
-            Self::Mcp(_) => "`cortex mcp` is not built.",
             Self::Completions(_) => "`cortex completions` is not built.",
         }
     }
@@ -459,6 +457,36 @@ pub struct TaskLs {
     pub limit: u32,
 }
 
+#[derive(Debug, Args)]
+pub struct ConnectArgs {
+    pub program: Program,
+    /// What the key may do; may be given several times [default: run tasks, read nodes, tasks and sessions, make sessions]
+    #[arg(long = "scope", value_name = "SCOPE", num_args = 1..)]
+    pub scopes: Vec<String>,
+    /// After how many days the key ends
+    #[arg(long, value_name = "DAYS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=365))]
+    pub expires: u32,
+    /// What the key is called [default: the program's name]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Add it to the program's own file instead of printing it; what is there stays
+    #[arg(long)]
+    pub write: bool,
+    /// The file, where it is not the program's usual one
+    #[arg(long, value_name = "FILE", requires = "write")]
+    pub file: Option<PathBuf>,
+}
+
+/// A program whose configuration is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Program {
+    Claude,
+    Codex,
+    Cursor,
+    Vscode,
+    Gemini,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum KeyCommand {
     /// Make a key; its secret is shown this once
@@ -655,7 +683,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_takes_anything() {
-        for verb in "shell cp file approval agent workflow bundle tool policy events connect mcp completions".split(' ') {
+        for verb in "shell cp file approval agent workflow bundle tool policy events completions".split(' ') {
             for rest in ["", " --help", " -x y --z=1 -- a"] {
                 let Ok(Command::Later(l)) = parse(&format!("cortex {verb}{rest}")) else { panic!("{verb}{rest}") };
                 assert!(l.sentence().contains(&format!("`cortex {verb}` is not built")), "{}", l.sentence());

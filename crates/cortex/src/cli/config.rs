@@ -45,6 +45,7 @@ pub struct Settings {
     pub url: String,
     pub format: Format,
     pub store: LoginFile,
+    pub home: Option<PathBuf>,
     api_key: Option<String>,
 }
 
@@ -52,13 +53,14 @@ impl Settings {
     /// Decides between flags, environment and file. Nothing is sent.
     pub fn resolve(flags: &Global, environment: Environment) -> Result<Self, Error> {
         let store = LoginFile { path: environment.folder().map(|f| f.join("login.json")) };
+        let home = environment.home.clone();
         let url = match flags.url.clone().or(environment.url) {
             Some(url) => url,
             None => store.read()?.current.unwrap_or_else(|| DEFAULT_URL.to_owned()),
         };
         // One spelling, because logins are kept by it.
         let url = Client::new(&url, Credentials::None)?.url().to_owned();
-        Ok(Self { url, format: flags.output, store, api_key: flags.api_key.clone().or(environment.api_key) })
+        Ok(Self { url, format: flags.output, store, home, api_key: flags.api_key.clone().or(environment.api_key) })
     }
     pub fn uses_api_key(&self) -> bool {
         self.api_key.is_some()

@@ -73,8 +73,12 @@ pub fn plain(host: &str) -> Option<String> {
 /// Refuses what asks for another host. No page can reach the control socket, so it takes any.
 pub async fn guard(State(hosts): State<Hosts>, request: Request, next: Next) -> Response {
     if request.extensions().get::<Door>() != Some(&Door::Socket)
-        && let Err(refusal) = hosts.check(&request)
+        && let Err(mut refusal) = hosts.check(&request)
     {
+        // As MCP has it.
+        if request.uri().path() == "/mcp" && refusal.status == StatusCode::MISDIRECTED_REQUEST {
+            refusal.status = StatusCode::FORBIDDEN;
+        }
         return refusal.into_response();
     }
     next.run(request).await

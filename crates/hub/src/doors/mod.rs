@@ -5,5 +5,10 @@ pub mod forwarded;
 pub mod hosts;
 pub mod https;
 pub mod listener;
+mod mcp;
 pub mod rest;
+mod rpc;
+mod socket;
 mod ws;
+
+pub use mcp::Waiting;

@@ -4,13 +4,16 @@
 #![expect(clippy::disallowed_methods, reason = "a benchmark starts the real programs and watches the real clock")]
 
 mod account;
+pub mod bare;
 mod dispatch;
+mod doors;
 pub mod floor;
 mod load;
 mod mesh;
 mod noisy;
 mod ready;
 mod report;
+pub mod rpc;
 mod syncs;
 
 use anyhow::{Context, Result, bail};
@@ -22,10 +25,14 @@ use std::process::Command;
 pub enum Bench {
     /// A task from the caller to a process and back, beside a bare spawn
     Dispatch(dispatch::Options),
+    /// Many REST clients and WebSockets on one hub, beside a bare server
+    Doors(doors::Options),
     /// A task that writes a gibibyte, and what the others feel of it
     Noisy(noisy::Options),
     /// The start of a hub with many tasks in its journal
     Ready(ready::Options),
+    /// A call of JSON-RPC, beside a bare axum
+    Rpc(rpc::Options),
 }
 
 pub fn run(what: &Bench) -> Result<bool> {
@@ -36,8 +43,10 @@ pub fn run(what: &Bench) -> Result<bool> {
     }
     match what {
         Bench::Dispatch(options) => to_its_end(dispatch::measure(options, &built)),
+        Bench::Doors(options) => to_its_end(doors::measure(options, &built)),
         Bench::Noisy(options) => to_its_end(noisy::measure(options, &built)),
         Bench::Ready(options) => to_its_end(ready::measure(options, &built)),
+        Bench::Rpc(options) => to_its_end(rpc::measure(options, &built)),
     }
 }
 

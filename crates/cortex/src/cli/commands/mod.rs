@@ -1,12 +1,14 @@
 //! One file per noun. [`perform`] decides which one it is.
 
 mod audit;
+mod connect;
 mod device;
 mod doctor;
 mod grant;
 mod input;
 mod key;
 mod login;
+mod mcp;
 mod node;
 pub mod run;
 mod session;
@@ -79,6 +81,8 @@ pub async fn perform(cli: Cli, io: &mut Io<'_>) -> u8 {
         Command::Key(command) => key::perform(command, &mut context).await,
         Command::Grant(command) => grant::perform(command, &mut context).await,
         Command::Device(command) => device::perform(command, &mut context).await,
+        Command::Connect(args) => connect::perform(args, &mut context).await,
+        Command::Mcp => mcp::perform(&mut context).await,
         Command::Doctor | Command::Later(_) => Ok(()),
     };
     renewing.settle(SETTLE).await;

@@ -60,30 +60,55 @@ impl<T> Creating<T> {
     pub fn unkeyed(body: T) -> Self {
         Self { body, key: None }
     }
+    /// With the key that another door was given for its call.
+    pub fn keyed(body: T, call: String, text: Option<String>) -> Result<Self, Refusal>
+    where
+        T: serde::Serialize,
+    {
+        let key = match text {
+            None => None,
+            Some(text) if is_key(&text) => {
+                let whole = serde_json::to_value(&body).map_err(|e| Refusal::bad_request("bad_field", e))?;
+                Some(Key { text, call, request: sha256(whole.to_string().as_bytes()) })
+            }
+            Some(_) => return Err(bad_key("an idempotency key")),
+        };
+        Ok(Self { body, key })
+    }
     /// What the engine needs to make one thing of it, however often it comes.
     pub fn split(self, app: &App, who: &Who) -> (T, Option<Keyed>) {
         (self.body, self.key.map(|k| app.idempotency.keyed(who.caller(), &k.call, &k.text, k.request)))
     }
 }
 
-const IDEMPOTENCY_KEY: &str = "idempotency-key";
+pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
 pub const MAX_KEY: usize = 255;
 
 fn key(request: &Request) -> Result<Option<String>, Refusal> {
     let mut values = request.headers().get_all(IDEMPOTENCY_KEY).iter();
     let Some(value) = values.next() else { return Ok(None) };
-    let visible = |v: &&str| (1..=MAX_KEY).contains(&v.len()) && v.bytes().all(|b| b.is_ascii_graphic());
-    match (value.to_str().ok().filter(visible), values.next()) {
+    match (value.to_str().ok().filter(|v| is_key(v)), values.next()) {
         (Some(text), None) => Ok(Some(text.to_owned())),
-        _ => {
-            let detail = format!("Idempotency-Key is given once and has 1 to {MAX_KEY} visible ASCII characters");
-            Err(Refusal::bad_request("bad_idempotency_key", detail))
-        }
+        _ => Err(bad_key("Idempotency-Key is given once and")),
     }
 }
 
+fn is_key(text: &str) -> bool {
+    (1..=MAX_KEY).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic())
+}
+
+fn bad_key(what: &str) -> Refusal {
+    Refusal::bad_request("bad_idempotency_key", format!("{what} has 1 to {MAX_KEY} visible ASCII characters"))
+}
+
+/// The first bytes of an answer that is not ours, as text.
+pub async fn read_text(body: axum::body::Body, limit: usize) -> String {
+    let bytes = axum::body::to_bytes(body, limit).await.unwrap_or_default();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
 /// The bytes of a body that says it is JSON.
-async fn json(request: Request, app: &App) -> Result<Bytes, Refusal> {
+pub async fn json(request: Request, app: &App) -> Result<Bytes, Refusal> {
     let kind = request.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
     let kind = kind.split(';').next().unwrap_or_default().trim();
     let bytes = read(request.into_body(), app.facts.body_bytes).await?;
@@ -198,6 +223,12 @@ impl<S: Send + Sync> FromRequestParts<S> for PathTexts {
 /// An id in the path; one that cannot be one is as absent as an unknown one.
 pub struct PathId<T>(pub T);
 
+impl<T: std::str::FromStr<Err = mesh_core::BadId>> PathId<T> {
+    pub fn of(text: &str) -> Result<Self, Refusal> {
+        text.parse().map(Self).map_err(|e: mesh_core::BadId| Refusal::new(StatusCode::NOT_FOUND, "not_found", e))
+    }
+}
+
 impl<S: Send + Sync, T> FromRequestParts<S> for PathId<T>
 where
     T: std::str::FromStr<Err = mesh_core::BadId> + Send,
@@ -205,6 +236,6 @@ where
     type Rejection = Refusal;
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
         let PathText(text) = PathText::from_request_parts(parts, state).await?;
-        text.parse().map(Self).map_err(|e: mesh_core::BadId| Refusal::new(StatusCode::NOT_FOUND, "not_found", e))
+        Self::of(&text)
     }
 }

@@ -54,6 +54,22 @@ fn html_headers(kind: &'static str) -> [(HeaderName, &'static str); 2] {
     [(header::CONTENT_TYPE, kind), (header::CONTENT_SECURITY_POLICY, POLICY)]
 }
 
+/// What this is, for agents
+///
+/// The page that agents look for first; it leads to the others.
+#[utoipa::path(get, path = "/llms.txt", tag = "system", security(()), responses((status = 200, description = "A page", body = String, content_type = "text/plain")))]
+pub async fn llms_txt() -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], include_str!("texts/llms.txt"))
+}
+
+/// How an agent works here
+///
+/// In two screens, in the form of a skill.
+#[utoipa::path(get, path = "/docs/skill.md", tag = "system", security(()), responses((status = 200, description = "A page", body = String, content_type = "text/markdown")))]
+pub async fn skill() -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "text/markdown; charset=utf-8")], include_str!("texts/skill.md"))
+}
+
 /// A file of that page
 #[utoipa::path(
     get, path = "/docs/{file}", tag = "system", security(()),

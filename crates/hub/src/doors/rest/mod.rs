@@ -17,34 +17,36 @@ pub(super) mod nodes;
 mod openapi;
 pub(super) mod origin;
 pub(super) mod output;
-mod page;
+pub(super) mod page;
 pub(super) mod problem;
 mod rate;
-mod requests;
+pub(super) mod requests;
 pub(super) mod sessions;
 pub(super) mod state;
 pub(super) mod system;
 pub(super) mod tasks;
 pub(super) mod users;
 pub(super) mod views;
-mod who;
+pub(super) mod who;
 
 pub use downloads::Binaries;
 pub use openapi::document;
 pub use requests::{TraceParent, ended};
 pub use who::Door;
 
-pub(super) use body::Query;
+pub(super) use body::{Creating, OptionalBody, PathId, PathTexts, Query};
 pub(super) use problem::Refusal;
 pub(super) use who::Who;
 
 use super::forwarded::Networks;
 use super::hosts::{self, Hosts};
+use super::mcp;
 use crate::keys::Keys;
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware;
 use axum::response::{IntoResponse, Redirect, Response};
+use axum::routing::post;
 use hub_engine::accounts::Accounts;
 use hub_engine::audit::Log;
 use hub_engine::events::Events;
@@ -96,6 +98,7 @@ pub struct RestState {
     pub meta: Arc<dyn Meta>,
     pub recovery: Arc<Recovery>,
     pub rates: Arc<Rates>,
+    pub waiting: mcp::Waiting,
     pub keys: Arc<Keys>,
     pub binaries: Binaries,
     pub clock: SharedClock,
@@ -130,6 +133,8 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub fn router(app: App) -> Router {
     let (router, _) = routes().split_for_parts();
     router
+        // It describes itself, in its own words.
+        .route("/mcp", post(mcp::post))
         .fallback(unversioned)
         .method_not_allowed_fallback(system::unknown)
         .layer(middleware::from_fn_with_state(app.facts.hosts.clone(), hosts::guard))
@@ -196,11 +201,15 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(super::ws::get));
     OpenApiRouter::with_openapi(openapi::Head::openapi())
         .nest("/api/v1", api)
-        .routes(routes!(system::root))
+        .routes(routes!(system::root, super::rpc::post_at_root))
+        .routes(routes!(super::rpc::post))
+        .routes(routes!(super::rpc::ws::get))
         .routes(routes!(system::healthz))
         .routes(routes!(system::readyz))
         .routes(routes!(docs::openapi_json))
         .routes(routes!(docs::docs))
+        .routes(routes!(docs::llms_txt))
+        .routes(routes!(docs::skill))
         .routes(routes!(docs::docs_file))
 }
 

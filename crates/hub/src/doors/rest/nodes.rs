@@ -22,10 +22,10 @@ use utoipa::IntoParams;
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct ListQuery {
-    limit: Option<u32>,
-    cursor: Option<String>,
+    pub limit: Option<u32>,
+    pub cursor: Option<String>,
     /// Labels that a node must have: `os=linux,gpu`
-    select: Option<String>,
+    pub select: Option<String>,
 }
 
 /// Nodes that the caller may see

@@ -3,6 +3,7 @@
 
 use super::body::MAX_KEY;
 use super::page::{DEFAULT_LIMIT, MAX_LIMIT};
+use crate::doors::rpc::own::MAX_OUTPUT_BYTES;
 use hub_engine::events::Topic;
 use hub_engine::manage::MAX_TASK_LIMIT;
 use hub_engine::records::{MessageRole, SessionAct};
@@ -45,9 +46,10 @@ use utoipa::OpenApi;
         (name = "events", description = "What happens, as it happens"),
         (name = "audit", description = "What was done, by whom and how it ended"),
         (name = "system", description = "The hub itself"),
+        (name = "json-rpc", description = "JSON-RPC 2.0: the same calls by name"),
         (name = "downloads", description = "Programs to run on nodes"),
     ),
-    components(schemas(Problem, AuditEntry, EventView, StreamEnd, OutputEvent, GapEvent, AttemptEvent, EndEvent)),
+    components(schemas(Problem, AuditEntry, EventView, StreamEnd, OutputEvent, GapEvent, AttemptEvent, EndEvent, HealthReply, StateReply, TaskOutputRequest, TaskOutputView, SubscribeRequest, SubscribeReply, UnsubscribeRequest, UnsubscribeReply, DiscoverReply, EventNotice)),
 )]
 pub struct Head;
 
@@ -143,7 +145,8 @@ fn describe(path: &str, method: &str, operation: &mut Value) {
     ];
     let responses = operation["responses"].as_object_mut().expect("an operation has responses");
     for (status, response) in responses.iter_mut() {
-        if let Some(status) = status.parse().ok().filter(|s| *s >= 400) {
+        // A refusal with a shape of its own is described where it is made.
+        if let Some(status) = status.parse().ok().filter(|s| *s >= 400 && response.get("content").is_none()) {
             *response = refusal(status, response["description"].as_str().unwrap_or_default());
         }
     }
@@ -272,6 +275,9 @@ static WORDS: LazyLock<Vec<(&str, Vec<&str>)>> = LazyLock::new(|| {
         ("MessageView.role", MessageRole::ALL.iter().map(|r| r.as_str()).collect()),
         ("MessageRequest.role", MessageRole::ALL.iter().map(|r| r.as_str()).collect()),
         ("OutputEvent.stream", vec!["stdout", "stderr"]),
+        ("TaskOutputRequest.stream", vec!["stdout", "stderr", "all"]),
+        ("TaskOutputRequest.encoding", vec!["text", "base64"]),
+        ("SubscribeRequest.topics", Topic::ALL.iter().map(|t| t.as_str()).collect()),
         ("EventView.topic", Topic::ALL.iter().map(|t| t.as_str()).collect()),
         ("StreamEnd.code", vec!["stopping", "rights"]),
     ]
@@ -285,6 +291,7 @@ const BOUNDS: &[(&str, i64, i64)] = &[
     ("RetriesView.backoff_ms", 0, MAX_BACKOFF_MS as i64),
     ("NodeChangeRequest.max_tasks", 0, MAX_TASK_LIMIT as i64),
     ("InputRequest.seq", 1, i64::MAX),
+    ("TaskOutputRequest.max_bytes", 1, MAX_OUTPUT_BYTES as i64),
 ];
 
 /// Fields that hold one kind of id wherever they stand in a reply.

@@ -17,6 +17,9 @@ use std::sync::LazyLock;
 /// What load balancers and supervisors ask; it says little, and its answer must not hang on others.
 const PROBES: [&str; 2] = ["/healthz", "/readyz"];
 
+/// Doors that are no part of that description, and ask for credentials.
+const DOORS: [&str; 1] = ["/mcp"];
+
 /// Methods that ask for credentials, by route: as the description of the API says.
 static ASKS: LazyLock<HashMap<&'static str, Vec<&'static str>>> = LazyLock::new(|| {
     let of = |item: &'static Value| {
@@ -27,6 +30,9 @@ static ASKS: LazyLock<HashMap<&'static str, Vec<&'static str>>> = LazyLock::new(
 });
 
 fn asks(route: &str, method: &Method) -> bool {
+    if DOORS.contains(&route) {
+        return method == Method::POST;
+    }
     let method = if method == Method::HEAD { "GET" } else { method.as_str() };
     ASKS.get(route).is_some_and(|methods| methods.iter().any(|m| m.eq_ignore_ascii_case(method)))
 }
@@ -51,6 +57,8 @@ mod tests {
             ("/api/v1/tasks/{id}", Method::HEAD, true),
             ("/api/v1/dispatch", Method::POST, true),
             ("/api/v1/dispatch", Method::GET, false),
+            ("/mcp", Method::POST, true),
+            ("/mcp", Method::GET, false),
             ("/api/v1/auth/login", Method::POST, false),
             ("/api/v1/auth/refresh", Method::POST, false),
             ("/openapi.json", Method::GET, false),

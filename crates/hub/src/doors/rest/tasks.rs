@@ -189,7 +189,7 @@ fn read_shell(s: ShellRequest) -> Answer<Shell> {
     Ok(Shell { program, cwd: s.cwd.unwrap_or_default(), env: s.env, stdin, stdin_open: s.stdin_open })
 }
 
-#[derive(Debug, Deserialize, IntoParams)]
+#[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub struct ListQuery {
@@ -210,6 +210,13 @@ pub struct ListQuery {
     since: Option<String>,
     /// Made before this time
     until: Option<String>,
+}
+
+impl ListQuery {
+    /// A page of all.
+    pub fn page(limit: u32, cursor: Option<String>) -> Self {
+        Self { limit: Some(limit), cursor, ..Self::default() }
+    }
 }
 
 /// Tasks that the caller may see
