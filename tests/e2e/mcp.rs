@@ -1,6 +1,5 @@
 //! The MCP door against a real hub with real nodes: by plain HTTP, by the bridge on standard input and output, and
 //! by the official SDK.
-#![expect(clippy::disallowed_methods, reason = "tests start the real binaries")]
 
 use mesh_tests::{Hub, Node, PATIENCE, text, until};
 use serde_json::{Value, json};
