@@ -491,12 +491,12 @@ async fn a_socket_carries_calls_and_events() {
     send(&mut socket, &subscribe(json!(["sessions"]), "good")).await;
     assert!(next(&mut socket).await.unwrap()["result"].is_object());
     assert_eq!(hub.call("DELETE", &format!("/api/v1/api-keys/{id}"), None).await.0, 204);
-    loop {
-        match next(&mut socket).await {
-            Ok(_) => {}
-            Err(code) => break assert_eq!(code, 1008),
+    let code = loop {
+        if let Err(code) = next(&mut socket).await {
+            break code;
         }
-    }
+    };
+    assert_eq!(code, 1008);
 
     // Without credentials: what needs none.
     let mut socket = ws(&hub, "", None).await.unwrap();
