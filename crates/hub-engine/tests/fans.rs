@@ -239,6 +239,9 @@ async fn a_hundred_nodes_are_one_write() {
     let one = w.tasks.dispatch(&admin(), Dispatch { all: false, node: Some(machines[9].node.id.to_string()), ..dispatch() }).await.unwrap();
     assert_eq!(machines[9].orders(), 1);
     let writes = Arc::new(AtomicUsize::new(0));
+    let Spec::Shell(shell) = dispatch().spec else { panic!() };
+    let large = Spec::Shell(Shell { stdin: vec![b'x'; 400_000], ..shell });
+    assert_eq!(code(w.tasks.dispatch(&admin(), Dispatch { spec: large, ..dispatch() }).await), "too_large", "times a hundred");
     let counted = writes.clone();
     w.journal.fail(move |write| {
         assert!(matches!(write, Write::AcceptFan(_)), "nothing else is written");
@@ -323,9 +326,6 @@ async fn who_matches_and_who_does_not() {
 
     let named = Dispatch { node: Some(sample::node_id(3).to_string()), ..dispatch() };
     assert_eq!(code(w.tasks.dispatch(&admin(), named).await), "bad_select");
-    let mut large = dispatch();
-    large.spec = Spec::Echo { payload: vec![b'x'; 33 << 20] };
-    assert_eq!(code(w.tasks.dispatch(&admin(), large).await), "too_large");
     assert_eq!(code(w.tasks.dispatch(&Caller::person(sample::user_id(1), Role::Viewer), dispatch()).await), "forbidden");
 }
 
