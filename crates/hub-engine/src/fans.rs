@@ -61,7 +61,11 @@ impl Pool {
         }
         if parent.spec.len().saturating_mul(nodes.len()) > MAX_FAN_BYTES {
             let most = MAX_FAN_BYTES / nodes.len();
-            let detail = format!("for {} nodes a task may have {most} bytes, its input included, and this one has {}", nodes.len(), parent.spec.len());
+            let detail = format!(
+                "for {} nodes a task may have {most} bytes, its input included, and this one has {}",
+                nodes.len(),
+                parent.spec.len()
+            );
             return Err(Error::invalid("too_large", detail));
         }
         audit::detail("nodes", nodes.len());

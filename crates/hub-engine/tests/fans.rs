@@ -2,8 +2,8 @@
 //! a clock that the test holds.
 
 use hub_engine::Error;
-use hub_engine::delivery::{Delivery, Hello, Reported, Welcome};
 use hub_engine::bus::{Bus, LocalBus, Next};
+use hub_engine::delivery::{Delivery, Hello, Reported, Welcome};
 use hub_engine::events::{Data, Events, TaskKind};
 use hub_engine::idempotency::Idempotency;
 use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
@@ -15,11 +15,11 @@ use hub_engine::rights::Rights;
 use hub_engine::sessions::Sessions;
 use hub_engine::tasks::{Dispatch, TaskService};
 use hub_engine::watch::Watchers;
+use hub_testkit::TestJournal;
 use hub_testkit::contract::{HandClock, sample};
 use hub_testkit::journal::Write;
 use hub_testkit::keys::TestKeys;
 use hub_testkit::memory::MemoryStore;
-use hub_testkit::TestJournal;
 use mesh_core::ceiling::Closed;
 use mesh_core::permission::{Caller, Granted, Permission, Role};
 use mesh_core::select::Selector;
@@ -28,8 +28,8 @@ use mesh_core::task::{Event, NeverStarted, Outcome, Reason, ReasonCode, TaskStat
 use mesh_core::*;
 use mesh_process::{Clock, Tasks};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -265,7 +265,8 @@ async fn a_hundred_nodes_are_one_write() {
     // The one that waited has its turn, and the parent ends with the last of them and not before.
     let caller = Caller::Node { node: machines[9].node.id, generation: machines[9].welcome.generation };
     let attempt = one.progress.attempt.unwrap().no;
-    let over = Reported { task: one.id, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None, digests: None };
+    let over =
+        Reported { task: one.id, attempt, outcome: Outcome::Exited(0), last_seq: 0, result: None, sandbox_applied: None, digests: None };
     w.delivery.result(&caller, over).await.unwrap();
     w.round().await;
     assert_eq!(machines[9].orders(), 1);
@@ -467,7 +468,8 @@ async fn a_store_that_fails_leaves_no_half() {
     let child = w.child(parent, &machines[1]).await;
     let attempt = child.progress.attempt.unwrap().no;
     let caller = Caller::Node { node: machines[1].node.id, generation: machines[1].welcome.generation };
-    let r = Reported { task: child.id, attempt, outcome: Outcome::Exited(2), last_seq: 0, result: None, sandbox_applied: None, digests: None };
+    let r =
+        Reported { task: child.id, attempt, outcome: Outcome::Exited(2), last_seq: 0, result: None, sandbox_applied: None, digests: None };
     assert_eq!(code(w.delivery.result(&caller, r).await), "store");
     w.journal.unanswered.store(false, Ordering::SeqCst);
     w.round().await;

@@ -114,7 +114,11 @@ mod tests {
         let echoed = end(1, 1, Succeeded, None, None);
         assert_eq!(said(&[echoed]), (Succeeded, None, None), "a skill without a process has no code");
         assert_eq!(said(&[exited(1, 5, 3), exited(2, 1, 5), well(3)]), (Failed, Some(Exit), Some(5)), "the highest");
-        assert_eq!(said(&[failed(1, 1, PolicyDenied), exited(2, 9, 3)]), (Failed, Some(Exit), Some(3)), "a code weighs more than what came first");
+        assert_eq!(
+            said(&[failed(1, 1, PolicyDenied), exited(2, 9, 3)]),
+            (Failed, Some(Exit), Some(3)),
+            "a code weighs more than what came first"
+        );
         assert_eq!(said(&[failed(1, 7, Lost), failed(2, 3, PolicyDenied), well(3)]), (Failed, Some(PolicyDenied), None), "the first");
         assert_eq!(said(&[failed(2, 3, Lost), failed(1, 3, Timeout)]), (Failed, Some(Timeout), None), "at one moment the lower id");
         let alone = end(1, 1, Cancelled, Some(CancelledByUser), None);

@@ -315,11 +315,9 @@ impl Event {
             | Self::NodeRevoked { attempt }
             | Self::NodeSilent { attempt }
             | Self::Ended { attempt, .. } => Some(*attempt),
-            Self::CancelRequested { .. }
-            | Self::DeadlinePassed
-            | Self::Expired { .. }
-            | Self::Restored
-            | Self::ChildrenEnded { .. } => None,
+            Self::CancelRequested { .. } | Self::DeadlinePassed | Self::Expired { .. } | Self::Restored | Self::ChildrenEnded { .. } => {
+                None
+            }
         }
     }
 }

@@ -344,7 +344,8 @@ impl View<'_, '_> {
             write!(self.io.out, "{text}")?;
             self.io.out.flush()?;
         }
-        let unwell: Vec<String> = all.iter().filter(|c| c.task.state != "succeeded").map(|c| format!("{}: {}", c.name, state(&c.task))).collect();
+        let unwell: Vec<String> =
+            all.iter().filter(|c| c.task.state != "succeeded").map(|c| format!("{}: {}", c.name, state(&c.task))).collect();
         if !self.live {
             unwell.iter().for_each(|line| self.io.note(line));
         }
