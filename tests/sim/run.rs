@@ -505,6 +505,8 @@ impl Sim {
                 sandbox_applied: None,
                 signed: None,
                 digests: None,
+                parent: None,
+                children: None,
             };
             task.seal = self.world.keys().seal(&task.intent());
             task

@@ -9,8 +9,9 @@ use hub_engine::ports::*;
 use hub_engine::records::*;
 use hub_testkit::MemoryStore;
 use mesh_core::capability::Capabilities;
+use mesh_core::fan::ChildEnd;
 use mesh_core::output::Digests;
-use mesh_core::task::{Action, AttemptNo, Event, Outcome, TaskState, step};
+use mesh_core::task::{Action, AttemptNo, Event, Outcome, TaskState};
 use mesh_core::{Digest, InviteId, NodeId, SessionId, TaskId, UnixMs};
 use mesh_process::Tasks;
 use std::sync::Arc;
@@ -112,7 +113,7 @@ impl SimStore {
     /// Broken on purpose: answers now, commits two seconds later.
     async fn apply_later(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
         let Some(mut task) = self.disk.task(id).await? else { return Ok(Applied::Unknown) };
-        let (progress, actions) = match step(&task.terms, &task.progress, event, now) {
+        let (progress, actions) = match task.decide(event, now) {
             Ok(decided) => decided,
             Err(refused) => return Ok(Applied::Refused(refused)),
         };
@@ -132,7 +133,7 @@ fn kind(event: &Event) -> Option<Write> {
         Event::Started { .. } => Some(Write::Started),
         Event::Ended { .. } | Event::NodeRevoked { .. } | Event::NodeSilent { .. } => Some(Write::Ended),
         Event::CancelRequested { .. } | Event::DeadlinePassed => Some(Write::CancelRequested),
-        Event::Granted { .. } | Event::Withdrawn { .. } | Event::Expired { .. } | Event::Restored => None,
+        Event::Granted { .. } | Event::Withdrawn { .. } | Event::Expired { .. } | Event::Restored | Event::ChildrenEnded { .. } => None,
     }
 }
 
@@ -198,6 +199,12 @@ impl Journal for SimStore {
     }
     async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>> {
         self.read("journal.history", self.disk.history(id)).await
+    }
+    async fn accept_fan(&self, fan: &Fan) -> Stored<()> {
+        self.write("journal.accept", Some(Write::Accept), self.disk.accept_fan(fan)).await
+    }
+    async fn ends_of(&self, parent: TaskId) -> Stored<Option<Vec<ChildEnd>>> {
+        self.read("journal.ends_of", self.disk.ends_of(parent)).await
     }
 }
 

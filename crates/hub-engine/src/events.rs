@@ -320,7 +320,9 @@ impl Events {
     /// A task that is in the journal now, perhaps with its first attempt.
     pub fn accepted(&self, task: &Task) {
         let mut news = TaskNews::of(TaskKind::Accepted, task);
-        (news.state, news.node, news.attempt) = (TaskState::Pending, None, 0);
+        if !task.is_parent() {
+            (news.state, news.node, news.attempt) = (TaskState::Pending, None, 0);
+        }
         self.tell(task.actor.user, Data::Task(Box::new(news)));
         if task.progress.attempt.is_some() {
             self.task(TaskKind::Assigned, task);

@@ -138,6 +138,9 @@ impl TaskService {
         audit::about(id);
         let mut task = self.permitted_narrow(caller, id, Permission::TasksDispatch).await?;
         check(&piece)?;
+        if task.is_parent() {
+            return Err(Error::conflict("no_input", "the parent of a fan-out takes no live input; send it to its children"));
+        }
         self.not_restored()?;
         let inputs = self.links.inputs();
         let known = task.spec.is_empty() && inputs.is_fed(id, task.digest);

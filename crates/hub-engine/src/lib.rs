@@ -14,6 +14,7 @@ pub mod devices;
 pub mod error;
 pub mod events;
 pub mod expiry;
+mod fans;
 pub mod grants;
 pub mod health;
 pub mod idempotency;

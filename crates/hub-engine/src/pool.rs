@@ -17,7 +17,7 @@ use crate::watch::Watchers;
 use mesh_core::permission::{Caller, Permission, Reach};
 use mesh_core::placement::{Candidate, Waiting, choose};
 use mesh_core::spec::INLINE_SPEC_BYTES;
-use mesh_core::task::{Action, AttemptNo, Event, MAYBE_RAN, Outcome, ReasonCode, TaskState, step};
+use mesh_core::task::{Action, AttemptNo, Event, MAYBE_RAN, Outcome, ReasonCode, TaskState};
 use mesh_core::{Digest, NodeId, SessionId, TaskId, UserId};
 use mesh_process::SharedClock;
 use std::cmp::Reverse;
@@ -30,7 +30,7 @@ pub use crate::queue::{PoolStanding, Queue};
 /// A node refuses to start an order later than this after it was sent: hub time.
 const START_WITHIN_MS: i64 = 120_000;
 /// Tasks that one round of placing commits together.
-const PLACE_AT_ONCE: usize = 256;
+pub(crate) const PLACE_AT_ONCE: usize = 256;
 /// Attempts that a task may have; one that comes too late at every node fails in the end.
 const MAX_ATTEMPTS: u32 = crate::records::MAX_ATTEMPTS;
 /// How long a task rests before it is placed again after it came too late.
@@ -55,6 +55,9 @@ pub enum Accepted {
     /// Its key had made this one before, and nothing was written.
     Before(TaskId),
 }
+
+/// Where a new task goes at once and what that asks for, or why it waits.
+pub(crate) type FirstPlace = std::result::Result<(NodeId, Vec<Action>), Waiting>;
 
 /// Which nodes a group may use.
 enum Rights {
@@ -106,13 +109,14 @@ impl Pool {
         (1..self.incarnation).contains(&attempt.incarnation())
     }
 
-    fn tracks(&self) -> Tracks<'_> {
+    pub(crate) fn tracks(&self) -> Tracks<'_> {
         Tracks(&self.queue.origins)
     }
 
     /// Takes up what the journal holds as not ended, at the start of the process.
     pub async fn recover(&self) -> Result<()> {
         let mut closed: BTreeMap<SessionId, bool> = BTreeMap::new();
+        let mut cancelled: Vec<(TaskId, ReasonCode)> = vec![];
         let mut open = OpenTasks::all(&*self.journal);
         while let Some(task) = open.next().await? {
             if let Some(id) = task.session {
@@ -132,13 +136,23 @@ impl Pool {
                     }
                 }
             }
+            cancelled.extend(task.progress.cancel.as_ref().filter(|_| task.is_parent()).map(|c| (task.id, c.reason)));
             self.take_up(&task).await?;
+        }
+        for (parent, reason) in cancelled {
+            // The process ended between the parent's cancel and its children's.
+            self.cancel_children(parent, reason).await?;
         }
         Ok(())
     }
 
     /// Takes up an open task as the journal holds it: what is granted has its slot, what is not waits.
     async fn take_up(&self, task: &Task) -> Result<()> {
+        if task.is_parent() {
+            // The process may have ended between its last child's end and its own.
+            self.queue.child_ended(task.id);
+            return Ok(());
+        }
         self.queue.watch_deadline(task);
         match (task.progress.state, &task.progress.attempt) {
             (TaskState::Assigned | TaskState::Running, Some(a)) if a.granted.is_some() => self.links.hold(a.node, task, a.no),
@@ -182,6 +196,7 @@ impl Pool {
             }
             self.forget(task.id);
             self.watchers.finished(task);
+            task.parent.into_iter().for_each(|parent| self.queue.child_ended(parent));
             return Ok(());
         }
         match attempt.filter(|_| p.state != TaskState::Pending) {
@@ -204,6 +219,12 @@ impl Pool {
                 self.after_commit(Box::new(task.clone())).await;
             }
             Some(_) => self.take_up(task).await?,
+            None if task.is_parent() => {
+                self.take_up(task).await?;
+                if let Some(c) = &p.cancel {
+                    self.cancel_children(task.id, c.reason).await?;
+                }
+            }
             None if self.queue.why(task.id).is_some() => self.queue.taken_back(task.id),
             None => {
                 if let Some(a) = attempt {
@@ -216,10 +237,7 @@ impl Pool {
             && let Some(session) = task.session
             && self.sessions.session(session).await?.is_none_or(|s| !s.is_active())
         {
-            let event = Event::CancelRequested { reason: ReasonCode::SessionClosed };
-            if let Applied::Done(task, actions) = self.apply(task.id, &event, Besides::default()).await? {
-                self.perform(&task, &actions);
-            }
+            self.ask_end(task.id, ReasonCode::SessionClosed).await?;
         }
         Ok(())
     }
@@ -241,69 +259,80 @@ impl Pool {
         session: Option<&Session>,
         keyed: Option<&Keyed>,
     ) -> Result<Accepted> {
-        let own = || caller.as_person().map_or_else(Eligible::none, |p| Eligible::of(p.user, p.role, &p.granted));
-        let eligible = match session {
-            None => own(),
-            Some(s) => {
-                let owners = if caller.user() == Some(s.owner) { own() } else { self.usable_by(s.owner).await? };
-                Eligible::Attached(s.nodes.clone(), Box::new(owners))
+        let eligible = self.eligible_now(caller, session).await?;
+        let placed = self.first_place(&mut task, &eligible);
+        match self.write(&task, keyed).await {
+            Ok(None) => {
+                self.accepted(&task, placed, &eligible);
+                Ok(Accepted::New(self.after_commit(task).await))
             }
-        };
+            Ok(Some(before)) => {
+                self.unplace(&task, &placed);
+                Ok(Accepted::Before(before))
+            }
+            Err(e) => {
+                self.unplace(&task, &placed);
+                self.queue.doubt(task.id);
+                Err(e)
+            }
+        }
+    }
+
+    /// Which nodes may take what this caller asks for now.
+    pub(crate) async fn eligible_now(&self, caller: &Caller, session: Option<&Session>) -> Result<Eligible> {
+        let own = || caller.as_person().map_or_else(Eligible::none, |p| Eligible::of(p.user, p.role, &p.granted));
+        let Some(s) = session else { return Ok(own()) };
+        let owners = if caller.user() == Some(s.owner) { own() } else { self.usable_by(s.owner).await? };
+        Ok(Eligible::Attached(s.nodes.clone(), Box::new(owners)))
+    }
+
+    /// Reserves a place for a new task, if one is free and nobody waits for it, and gives the task its first
+    /// attempt there.
+    pub(crate) fn first_place(&self, task: &mut Task, eligible: &Eligible) -> FirstPlace {
         let now = self.clock.now_ms();
         let attempt = AttemptNo::first(self.incarnation);
-        let group = Group::of(&task);
-        let placed = match task.terms.not_before {
+        let group = Group::of(task);
+        let link = match task.terms.not_before {
             Some(start) if start > now => Err(Waiting::NotBefore),
             // Those of the same kind that wait go first.
             _ if self.queue.is_waiting(&group) => Err(Waiting::NoSlot),
             _ => self.reserve(
                 task.id,
-                |_| Hold::of(&task, attempt),
+                |_| Hold::of(task, attempt),
                 &group,
-                &eligible,
+                eligible,
                 |link, taken| {
                     let wanted = self.queue.is_wanted(link, taken, task.terms.priority);
                     if wanted { Err(Waiting::NoSlot) } else { Ok(()) }
                 },
             ),
-        };
-        let Ok(link) = placed else {
-            if let Some(before) = self.write(&task, keyed).await.inspect_err(|_| self.queue.doubt(task.id))? {
-                return Ok(Accepted::Before(before));
-            }
-            self.events.accepted(&task);
-            self.tracks().accepted(&task);
-            self.enqueue(&task, placed.err().unwrap_or(Waiting::NoSlot), Duration::ZERO);
-            self.queue.seed_rights(&group, &eligible);
-            self.queue.watch_deadline(&task);
-            return Ok(Accepted::New(self.after_commit(task).await));
-        };
+        }?;
         let event = Event::Assigned { attempt, node: link.node, granted: Some(link.spool) };
-        let written = match step(&task.terms, &task.progress, &event, now) {
-            Err(refused) => Err(Error::conflict("bad_state", refused)),
-            Ok((progress, actions)) => {
-                task.progress = progress;
-                task.signed = Some((self.keyring.key_id(), self.policy));
-                self.write(&task, keyed).await.map(|before| (before, actions))
-            }
+        let Ok((progress, actions)) = task.decide(&event, now) else {
+            self.give_back(link.node, task.id);
+            return Err(Waiting::NoSlot);
         };
-        match written {
-            Ok((None, actions)) => {
-                self.events.accepted(&task);
-                self.tracks().accepted(&task);
-                self.queue.watch_deadline(&task);
-                self.perform(&task, &actions);
-                Ok(Accepted::New(self.after_commit(task).await))
+        task.progress = progress;
+        task.signed = Some((self.keyring.key_id(), self.policy));
+        Ok((link.node, actions))
+    }
+    /// A new task is committed.
+    pub(crate) fn accepted(&self, task: &Task, placed: FirstPlace, eligible: &Eligible) {
+        self.events.accepted(task);
+        self.tracks().accepted(task);
+        self.queue.watch_deadline(task);
+        match placed {
+            Ok((_, actions)) => self.perform(task, &actions),
+            Err(why) => {
+                self.enqueue(task, why, Duration::ZERO);
+                self.queue.seed_rights(&Group::of(task), eligible);
             }
-            Ok((Some(before), _)) => {
-                self.give_back(link.node, task.id);
-                Ok(Accepted::Before(before))
-            }
-            Err(e) => {
-                self.give_back(link.node, task.id);
-                self.queue.doubt(task.id);
-                Err(e)
-            }
+        }
+    }
+    /// A new task was not committed, as far as is known.
+    pub(crate) fn unplace(&self, task: &Task, placed: &FirstPlace) {
+        if let Ok((node, _)) = placed {
+            self.give_back(*node, task.id);
         }
     }
 
@@ -328,7 +357,9 @@ impl Pool {
         yields: impl FnOnce(&Link, &BTreeMap<String, u32>) -> std::result::Result<(), Waiting>,
     ) -> std::result::Result<Link, Waiting> {
         let choose = |candidates: &[Candidate]| choose(id, group.named, group.select.as_ref(), candidates);
-        self.links.reserve(id, hold, |l| eligible.allows(l), choose, yields)
+        // One that is named is the only candidate.
+        let eligible = |l: &Link| group.named.is_none_or(|n| n == l.node) && eligible.allows(l);
+        self.links.reserve(id, hold, eligible, choose, yields)
     }
     /// Gives back what was reserved, to whoever waits for it.
     fn give_back(&self, node: NodeId, id: TaskId) {
@@ -459,7 +490,10 @@ impl Pool {
                 }
                 Action::Finished => {
                     self.forget(task.id);
-                    self.queue.count_finished();
+                    if !task.is_parent() {
+                        self.queue.count_finished();
+                    }
+                    task.parent.into_iter().for_each(|parent| self.queue.child_ended(parent));
                     self.tracks().finished(task);
                     self.watchers.finished(task);
                 }
@@ -563,7 +597,8 @@ impl Pool {
         // What was reserved is committed or given back, whatever the look came to.
         let committed = self.commit_placed(placed).await;
         let expired = self.end_expired().await;
-        let all = ended.and(looked).and(committed).and(expired);
+        let fans = self.end_fans().await;
+        let all = ended.and(looked).and(committed).and(expired).and(fans);
         if all.is_err() {
             // Who was not reached has not been looked at.
             self.queue.changed_everywhere();

@@ -7,6 +7,7 @@ use crate::audit;
 use crate::records::*;
 use async_trait::async_trait;
 use mesh_core::audit::{Head, Row, Signed};
+use mesh_core::fan::ChildEnd;
 use mesh_core::output::Digests;
 use mesh_core::task::{Action, AttemptNo, Event, Refused, TaskState};
 use mesh_core::{
@@ -82,6 +83,8 @@ pub trait Journal: Send + Sync {
     /// Writes a new task and its history: `accepted`, and `assigned` when it has an attempt already,
     /// all in one commit.
     async fn accept(&self, task: &Task) -> Stored<()>;
+    /// The same of a parent and its children, of which all are written or none.
+    async fn accept_fan(&self, fan: &Fan) -> Stored<()>;
     /// Runs `mesh_core::task::step` on the stored state and writes what it decides, with a line of
     /// history, in one commit; concurrent events on one task are serialised. A start may be seen before
     /// it is synced: it is durable with the next write.
@@ -98,12 +101,31 @@ pub trait Journal: Send + Sync {
     /// At most `limit` narrow tasks that are not final, oldest first, newer than `after`; of one session, or all.
     async fn open_tasks(&self, session: Option<SessionId>, after: Option<TaskId>, limit: u32) -> Stored<Vec<Task>>;
     async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>>;
+    /// How the children of a parent ended, in any order; None while one of them is open. To know that takes
+    /// as long as one row, however many there are.
+    async fn ends_of(&self, parent: TaskId) -> Stored<Option<Vec<ChildEnd>>>;
+}
+
+/// One task for each of many nodes, before it is written.
+#[derive(Debug, Clone)]
+pub struct Fan {
+    pub parent: Task,
+    /// At least one; each has its node named.
+    pub children: Vec<Task>,
+}
+
+impl Fan {
+    /// The parent first.
+    pub fn tasks(&self) -> impl Iterator<Item = &Task> {
+        std::iter::once(&self.parent).chain(&self.children)
+    }
 }
 
 /// A thing that a caller's key makes once.
 #[derive(Debug, Clone)]
 pub enum Creation {
     Task(Box<Task>),
+    Fan(Box<Fan>),
     Session(Session),
     Invite(Invite),
     Key(ApiKey),
@@ -116,6 +138,7 @@ impl Creation {
     pub fn id(&self) -> String {
         match self {
             Self::Task(t) => t.id.to_string(),
+            Self::Fan(f) => f.parent.id.to_string(),
             Self::Session(s) => s.id.to_string(),
             Self::Invite(i) => i.id.to_string(),
             Self::Key(k) => k.id.to_string(),
@@ -357,7 +380,8 @@ pub trait Retention: Send + Sync {
     /// until `enough` bytes are gone.
     async fn erase_files(&self, enough: u64, limit: u32) -> Stored<Erased>;
     /// Takes away up to `limit` tasks that ended before `before`, first those that ended first, with all
-    /// that is theirs, until about `enough` bytes of the database are gone.
+    /// that is theirs, until about `enough` bytes of the database are gone. A parent goes with its children, and
+    /// they with it: then there may be more than `limit`.
     async fn erase_tasks(&self, before: UnixMs, enough: u64, limit: u32) -> Stored<Erased>;
 }
 

@@ -11,6 +11,7 @@
 //!
 //! Kept in memory alone; [`crate::pool::Pool::recover`] rebuilds it from the journal.
 
+use crate::fans::Fans;
 use crate::links::Link;
 use crate::records::Task;
 use crate::tracks::Origins;
@@ -195,6 +196,7 @@ pub struct Queue {
     finished: AtomicU64,
     /// Which request a task came by, until it has ended or this process has.
     pub origins: Origins,
+    pub(crate) fans: Fans,
 }
 
 /// How the pool stands.
@@ -413,6 +415,11 @@ impl Queue {
         }
         line.changed.nodes.insert(node);
         drop(line);
+        self.wake.notify_one();
+    }
+    /// A child of this parent has ended, perhaps the last one.
+    pub(crate) fn child_ended(&self, parent: TaskId) {
+        self.fans.note(parent);
         self.wake.notify_one();
     }
     pub(crate) async fn woken(&self) {

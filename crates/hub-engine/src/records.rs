@@ -2,11 +2,14 @@
 
 use mesh_core::audit;
 use mesh_core::capability::Capabilities;
+use mesh_core::fan;
 use mesh_core::output::Digests;
 use mesh_core::permission::{Permissions, Role, Scope, Thing};
 use mesh_core::seal::Intent;
 use mesh_core::select::Offers;
-use mesh_core::task::{AttemptNo, Event, NeverStarted, OnLost, Outcome, Progress, Reason, ReasonCode, TaskState, Terms, verdict};
+use mesh_core::task::{
+    Action, AttemptNo, Event, NeverStarted, OnLost, Outcome, Progress, Reason, ReasonCode, Refused, TaskState, Terms, step, verdict,
+};
 use mesh_core::{
     ApiKeyId, DeviceId, Digest, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId,
 };
@@ -687,6 +690,29 @@ pub struct Task {
     pub sandbox_applied: Option<String>,
     /// The key that signed the newest order, and the digest of the policy in it.
     pub signed: Option<(String, Digest)>,
+    /// The fan-out that it is a child of.
+    pub parent: Option<TaskId>,
+    /// Of a fan-out's parent, which is never placed itself.
+    pub children: Option<Children>,
+}
+
+/// How the children of a parent stand.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Children {
+    pub total: u32,
+    /// States that none is in are left out.
+    pub by_state: BTreeMap<TaskState, u32>,
+}
+
+impl Children {
+    pub fn of<'t>(children: impl IntoIterator<Item = &'t Task>) -> Self {
+        let mut all = Self::default();
+        for child in children {
+            all.total += 1;
+            *all.by_state.entry(child.progress.state).or_default() += 1;
+        }
+        all
+    }
 }
 
 /// Attempts that an accepted task may have.
@@ -700,6 +726,13 @@ impl Task {
     /// What an act on it is done to.
     pub fn thing(&self) -> (UserId, Thing<'static>) {
         (self.actor.user, Thing::Task { node: self.node(), session: self.session })
+    }
+    pub fn is_parent(&self) -> bool {
+        self.children.is_some()
+    }
+    /// Decides one transition: a parent's, or that of a task which runs somewhere.
+    pub fn decide(&self, event: &Event, now: UnixMs) -> Result<(Progress, Vec<Action>), Refused> {
+        if self.is_parent() { fan::step(&self.progress, event, now) } else { step(&self.terms, &self.progress, event, now) }
     }
     /// What was permitted at acceptance, rebuilt from the stored row; its seal shows whether the row
     /// is still the accepted one.
@@ -760,14 +793,15 @@ impl TaskEvent {
     /// The history of a task that was just accepted: `accepted`, and `assigned` when it has an attempt
     /// already.
     pub fn first(task: &Task) -> Vec<Self> {
+        let nodes = task.children.as_ref().map(|c| format!(" on {} nodes", c.total));
         let accepted = Self {
             seq: 1,
             at: task.created_at,
             kind: "accepted".into(),
             attempt: None,
-            state: TaskState::Pending,
+            state: if task.is_parent() { task.progress.state } else { TaskState::Pending },
             node: None,
-            detail: format!("{} by {}", task.skill, task.actor.door),
+            detail: format!("{} by {}{}", task.skill, task.actor.door, nodes.unwrap_or_default()),
         };
         let assigned = task.progress.attempt.as_ref().map(|a| {
             let event = Event::Assigned { attempt: a.no, node: a.node, granted: a.granted };
@@ -798,7 +832,7 @@ impl TaskEvent {
             Event::CancelRequested { reason } => reason.as_str().into(),
             Event::DeadlinePassed => String::new(),
             Event::Expired { detail } => detail.clone(),
-            Event::Restored => sentence(p.reason.clone()),
+            Event::Restored | Event::ChildrenEnded { .. } => sentence(p.reason.clone()),
         };
         Self { seq, at, kind: event.kind().into(), attempt: event.attempt(), state: p.state, node, detail }
     }
@@ -864,6 +898,8 @@ pub struct TaskFilter {
     pub user: Option<UserId>,
     pub state: Option<TaskState>,
     pub skill: Option<String>,
+    /// Children of this one.
+    pub parent: Option<TaskId>,
     /// Inclusive.
     pub since: Option<UnixMs>,
     /// Exclusive.

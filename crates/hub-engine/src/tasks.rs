@@ -5,17 +5,18 @@ use crate::access::{authorize, visible};
 use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::idempotency::{self, Keyed};
-use crate::links::{LinkCommand, Links};
+use crate::links::Links;
 use crate::nodes::Nodes;
 use crate::open_tasks::OpenTasks;
 use crate::pool::{Accepted, Pool};
-use crate::ports::{Applied, Besides, Journal, Keyring, Output, Window};
-use crate::records::{Actor, OutputFrame, OutputTotals, Session, Stream, Task, TaskEvent, TaskFilter};
+use crate::ports::{Applied, Journal, Keyring, Output, Window};
+use crate::records::{Actor, Children, OutputFrame, OutputTotals, Session, Stream, Task, TaskEvent, TaskFilter};
 use crate::sessions::Sessions;
 use crate::watch::{Watch, Watchers};
+use mesh_core::fan;
 use mesh_core::permission::{Caller, Permission};
 use mesh_core::spec::Spec;
-use mesh_core::task::{AttemptNo, Event, Progress, ReasonCode, Refused, Terms};
+use mesh_core::task::{AttemptNo, Progress, ReasonCode, Refused, Terms};
 use mesh_core::{NodeId, SessionId, TaskId};
 use mesh_process::{CancellationToken, SharedClock, Tasks, entropy};
 use std::collections::BTreeMap;
@@ -39,6 +40,8 @@ pub struct Dispatch {
     pub session: Option<SessionId>,
     /// Id or name.
     pub node: Option<String>,
+    /// On every node that matches: a parent, and a child for each.
+    pub all: bool,
     pub spec: Spec,
     pub timeout_secs: u64,
     pub queue_secs: u64,
@@ -101,6 +104,9 @@ impl TaskService {
         if d.node.is_some() && d.terms.select.is_some() {
             return Err(Error::invalid("bad_select", "give node or select: a node that is named is the only candidate"));
         }
+        if d.node.is_some() && d.all {
+            return Err(Error::invalid("bad_select", "give node or all: a node that is named is the only one"));
+        }
         let session = match d.session {
             None => None,
             Some(id) => Some(self.sessions.active(caller, id, Permission::TasksDispatch).await?),
@@ -126,12 +132,14 @@ impl TaskService {
             queue_secs: d.queue_secs,
             terms: d.terms,
             created_at: now,
-            progress: Progress::new(),
+            progress: if d.all { fan::begun(now) } else { Progress::new() },
             output: OutputTotals::default(),
             digests: None,
             result: None,
             sandbox_applied: None,
             signed: None,
+            parent: None,
+            children: d.all.then(Children::default),
         });
         task.seal = self.keyring.seal(&task.intent());
         let mut watch = self.watchers.subscribe(id);
@@ -182,7 +190,11 @@ impl TaskService {
 
     async fn accept(&self, task: Box<Task>, caller: &Caller, session: Option<Session>, keyed: Option<Keyed>) -> Result<Accepted> {
         let id = task.id;
-        let accepted = self.pool.accept_once(task, caller, session.as_ref(), keyed.as_ref()).await?;
+        let accepted = if task.is_parent() {
+            self.pool.accept_fan(task, caller, session.as_ref(), keyed.as_ref()).await?
+        } else {
+            self.pool.accept_once(task, caller, session.as_ref(), keyed.as_ref()).await?
+        };
         if let (Some(s), Accepted::New(_)) = (session, &accepted)
             && let Err(error) = self.use_session(s.id, id).await
         {
@@ -303,22 +315,8 @@ impl TaskService {
     }
 
     pub(crate) async fn request_cancel(&self, id: TaskId, reason: ReasonCode) -> Result<()> {
-        let event = Event::CancelRequested { reason };
-        match self.pool.apply(id, &event, Besides::default()).await? {
-            Applied::Done(task, actions) => {
-                self.pool.perform(&task, &actions);
-                Ok(())
-            }
-            Applied::Refused(Refused::Final) => Ok(()),
-            Applied::Refused(Refused::Repeated) => {
-                // The node may not have heard the first one; it takes a second as the same.
-                if let Some(task) = self.journal.task(id).await?
-                    && let Some(a) = task.progress.attempt.filter(|_| !task.progress.state.is_final())
-                {
-                    self.links.send(a.node, LinkCommand::Cancel { task: id, attempt: a.no });
-                }
-                Ok(())
-            }
+        match self.pool.ask_end(id, reason).await? {
+            Applied::Done(..) | Applied::Refused(Refused::Final | Refused::Repeated) => Ok(()),
             Applied::Refused(r) => Err(Error::conflict("bad_state", r)),
             Applied::Unknown => Err(Error::NotFound("task")),
         }

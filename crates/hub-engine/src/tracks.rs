@@ -57,7 +57,10 @@ macro_rules! mark {
 
 impl Tracks<'_> {
     pub fn accepted(&self, task: &Task) {
-        ACCEPTED.increment(1);
+        // A parent is no work of its own: its children are counted.
+        if !task.is_parent() {
+            ACCEPTED.increment(1);
+        }
         mark!(self, task.id, attempt(task), user = %task.actor.user, door = task.actor.door, skill = task.skill, "accepted");
     }
     pub fn ordered(&self, order: &Order, node: NodeId) {
@@ -86,7 +89,9 @@ impl Tracks<'_> {
     pub fn finished(&self, task: &Task) {
         let state = task.progress.state.as_str();
         let reason = task.progress.reason.as_ref().map_or("none", |r| r.code.as_str());
-        metrics::counter!("cortex_tasks_finished_total", "state" => state, "reason" => reason).increment(1);
+        if !task.is_parent() {
+            metrics::counter!("cortex_tasks_finished_total", "state" => state, "reason" => reason).increment(1);
+        }
         mark!(self, task.id, attempt(task), state, reason, "result stored");
         self.0.forget(task.id);
     }

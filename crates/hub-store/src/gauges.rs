@@ -13,8 +13,10 @@ use std::collections::BTreeMap;
 #[async_trait]
 impl Gauges for Store {
     async fn tasks_by_state(&self) -> Stored<BTreeMap<TaskState, u64>> {
-        // Of the index by state alone.
-        let q = sql("SELECT state, COUNT(*) FROM tasks GROUP BY state");
+        // Of indexes alone: all by their state, without those that stand for others.
+        let q = sql("SELECT state, CAST(SUM(n) AS BIGINT) FROM (SELECT state, COUNT(*) AS n FROM tasks GROUP BY state \
+             UNION ALL SELECT state, -COUNT(*) FROM tasks WHERE children IS NOT NULL GROUP BY state) AS counts \
+             GROUP BY state HAVING SUM(n) > 0");
         Ok(self.all("gauges.tasks_by_state", q, count).await?.into_iter().collect())
     }
 

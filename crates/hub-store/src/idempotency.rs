@@ -57,7 +57,8 @@ async fn create(conn: &mut Conn, thing: &Creation, once: &Once) -> Result<Made, 
         return conn.row(&q, known).await?.ok_or_else(|| "what a key has made is gone".into()).map(|known| Made(Some(known)));
     }
     match thing {
-        Creation::Task(task) => drop(Accept::write(conn, &[&Accept(task.clone())]).await?),
+        Creation::Task(task) => drop(Accept::write(conn, &[&Accept::One(task.clone())]).await?),
+        Creation::Fan(fan) => drop(Accept::write(conn, &[&Accept::Fan(fan.clone())]).await?),
         Creation::Session(s) => sessions::insert(conn, s).await?,
         Creation::Invite(i) => conn.insert("invites", INVITE_COLUMNS, &Rows::of([invite_row(i)]), "").await?,
         Creation::Grant(g) => grants::insert(conn, g).await?,

@@ -2,18 +2,19 @@
 
 use crate::dialect::{Conn, Row};
 use crate::lists;
-use crate::rows::{Columns, EVENT_COLUMNS, Id, TASK_COLUMNS, TASK_OUTPUT, blob, event, task};
+use crate::rows::{Columns, EVENT_COLUMNS, Id, TASK_COLUMNS, TASK_OUTPUT, blob, child_end, event, task};
 use crate::sql::{IdBytes, Rows, Value, sql, values};
 use crate::store::{Failed, Store};
 use crate::writer::Bulk;
 use async_trait::async_trait;
 use futures::future::BoxFuture;
-use hub_engine::ports::{Applied, Besides, Journal, Stored, Window};
+use hub_engine::ports::{Applied, Besides, Fan, Journal, Stored, Window};
 use hub_engine::records::{OutputTotals, Task, TaskEvent, TaskFilter};
+use mesh_core::fan::ChildEnd;
 use mesh_core::output::Digests;
 use mesh_core::select::Selector;
 use mesh_core::spec::INLINE_SPEC_BYTES;
-use mesh_core::task::{Action, AttemptNo, Event, Progress, step};
+use mesh_core::task::{Action, AttemptNo, Event, Progress};
 use mesh_core::{SessionId, TaskId, UnixMs};
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
@@ -21,7 +22,11 @@ use std::sync::LazyLock;
 #[async_trait]
 impl Journal for Store {
     async fn accept(&self, task: &Task) -> Stored<()> {
-        self.writer.bulk(Accept(Box::new(task.clone()))).await
+        self.writer.bulk(Accept::One(Box::new(task.clone()))).await
+    }
+
+    async fn accept_fan(&self, fan: &Fan) -> Stored<()> {
+        self.writer.bulk(Accept::Fan(Box::new(fan.clone()))).await
     }
 
     async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
@@ -87,6 +92,15 @@ impl Journal for Store {
         let q = sql(format!("SELECT {EVENT_COLUMNS} FROM task_events WHERE task = $1 ORDER BY seq"));
         self.all("journal.history", q.bind(id.blob()), event).await
     }
+
+    async fn ends_of(&self, parent: TaskId) -> Stored<Option<Vec<ChildEnd>>> {
+        if self.one("journal.ends_of", lists::open_child(self.read.dialect(), parent), |_| Ok(())).await?.is_some() {
+            return Ok(None);
+        }
+        // What has ended changes no more.
+        let q = sql("SELECT id, finished_at, state, reason_code, reason_detail, exit_code, signal FROM tasks WHERE parent = $1");
+        self.all("journal.ends_of", q.bind(parent.blob()), child_end).await.map(Some)
+    }
 }
 
 static TASK_SELECT: LazyLock<String> = LazyLock::new(|| format!("SELECT {TASK_COLUMNS} FROM tasks t {TASK_OUTPUT}"));
@@ -97,7 +111,20 @@ fn only_task(row: &Row) -> Result<Task, Failed> {
     task(row).map(|(task, _)| task)
 }
 
-pub(crate) struct Accept(pub(crate) Box<Task>);
+pub(crate) enum Accept {
+    One(Box<Task>),
+    Fan(Box<Fan>),
+}
+
+impl Accept {
+    fn tasks(&self) -> impl Iterator<Item = &Task> {
+        let (one, fan) = match self {
+            Self::One(task) => (Some(&**task), None),
+            Self::Fan(fan) => (None, Some(fan.tasks())),
+        };
+        one.into_iter().chain(fan.into_iter().flatten())
+    }
+}
 
 impl Bulk for Accept {
     type Outcome = ();
@@ -107,9 +134,9 @@ impl Bulk for Accept {
         Box::pin(async move {
             let mut lines = vec![];
             let mut tasks = vec![];
-            for Accept(task) in jobs {
+            for task in jobs.iter().flat_map(|job| job.tasks()) {
                 let history = TaskEvent::first(task);
-                tasks.push((&**task, history.len() as u64));
+                tasks.push((task, history.len() as u64));
                 lines.extend(history.into_iter().map(|line| (task.id, line)));
             }
             insert_tasks(conn, &tasks).await?;
@@ -188,7 +215,7 @@ impl Apply {
 
     fn step(&self, held: &mut Held, lines: &mut Vec<(TaskId, TaskEvent)>) -> Applied {
         let task = &mut held.task;
-        let (progress, actions) = match step(&task.terms, &task.progress, &self.event, self.now) {
+        let (progress, actions) = match task.decide(&self.event, self.now) {
             Ok(decided) => decided,
             Err(refused) => return Applied::Refused(refused),
         };
@@ -227,9 +254,9 @@ async fn load(conn: &mut Conn, jobs: &[&Apply]) -> Result<BTreeMap<TaskId, Held>
 
 /// What never changes in a task.
 const FIXED_COLUMNS: &str = "id, session, named_node, \"user\", key, door, skill, digest, seal, timeout_secs, queue_secs, \
-    selector, priority, not_before, deadline, retries, backoff_ms, on_lost, lost_after, created_at, spec";
+    selector, priority, not_before, deadline, retries, backoff_ms, on_lost, lost_after, created_at, spec, parent, children";
 
-const FIXED: usize = 21;
+const FIXED: usize = 23;
 
 fn fixed(task: &Task) -> [Value<'_>; FIXED] {
     values![
@@ -254,6 +281,8 @@ fn fixed(task: &Task) -> [Value<'_>; FIXED] {
         task.terms.lost_after,
         task.created_at,
         if is_apart(task) { &[] } else { &task.spec[..] },
+        blob(task.parent),
+        task.children.as_ref().map(|c| c.total),
     ]
 }
 

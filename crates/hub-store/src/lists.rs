@@ -43,6 +43,9 @@ pub(crate) fn tasks(dialect: Dialect, f: &TaskFilter, window: Window<TaskId>) ->
     for id in f.user.into_iter().chain(own.flatten()) {
         q = q.and(" AND t.\"user\" = ", id.blob());
     }
+    if let Some(id) = f.parent {
+        q = q.and(" AND t.parent = ", id.blob());
+    }
     if let Some(skill) = &f.skill {
         q = q.and(" AND t.skill = ", skill.as_str());
     }
@@ -59,7 +62,9 @@ pub(crate) fn tasks(dialect: Dialect, f: &TaskFilter, window: Window<TaskId>) ->
 fn index(f: &TaskFilter, own: bool) -> Option<&'static str> {
     let of = |alone, of_user| Some(if own { of_user } else { alone });
     match f {
-        TaskFilter { state: Some(state), .. } if !state.is_final() => of("tasks_state", "tasks_user_state"),
+        TaskFilter { state: Some(state), parent: None, .. } if !state.is_final() => of("tasks_state", "tasks_user_state"),
+        // At most as many as a fan-out may have.
+        TaskFilter { parent: Some(_), .. } => Some("tasks_parent"),
         TaskFilter { session: Some(_), .. } => of("tasks_session", "tasks_user_session"),
         TaskFilter { node: Some(_), .. } => of("tasks_node", "tasks_user_node"),
         TaskFilter { skill: Some(_), .. } => of("tasks_skill", "tasks_user_skill"),
@@ -80,6 +85,12 @@ pub(crate) fn open_tasks(dialect: Dialect, session: Option<SessionId>, after: Op
     let open: Vec<TaskState> = TaskState::ALL.into_iter().filter(|s| !s.is_final()).collect();
     // Not by the index of sessions: what is open is little, what a session has had may be much.
     merged(dialect, Some("tasks_state"), q, &open, "ASC", limit)
+}
+
+/// A child that has not ended.
+pub(crate) fn open_child(dialect: Dialect, parent: TaskId) -> Sql {
+    let by = dialect.by_index("tasks_open_children");
+    sql(format!("SELECT 1 FROM tasks{by} WHERE parent = $1 AND finished_at IS NULL LIMIT 1")).bind(parent.blob())
 }
 
 /// One query for each of `states`, merged by id as they are read: none of them is read to its end.
@@ -120,6 +131,7 @@ mod tests {
                 user: has(2).then(|| UserId::from_bytes(id)),
                 state: has(3).then_some(TaskState::Failed),
                 skill: has(4).then(|| "shell".into()),
+                parent: None,
                 since: has(5).then_some(1_700_000_000_000),
                 until: has(6).then_some(1_800_000_000_000),
             };
@@ -138,7 +150,7 @@ mod tests {
                 let plan = plan(&store, tasks(Dialect::Sqlite, &filter, Window { before, limit: 9 }).unwrap()).await;
                 let context = format!("{filter:?}: {plan:#?}");
                 assert!(!plan.iter().any(|p| p.contains("TEMP B-TREE")), "nothing is sorted: {context}");
-                let reads: Vec<&String> = plan.iter().filter(|p| p.contains(" t")).collect();
+                let reads: Vec<&String> = plan.iter().filter(|p| p.contains(" t ")).collect();
                 let by_time = set & 96 != 0 || before.is_some();
                 let index = match set & 31 {
                     0 => "sqlite_autoindex_tasks_1",

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use hub_engine::ports::{Retention, Stored};
 use hub_engine::records::Erased;
 use mesh_core::{TaskId, UnixMs};
+use std::collections::BTreeMap;
 
 /// About what the row of a task and its places in indexes take beside its spec and result.
 const TASK_ROW: i64 = 1000;
@@ -49,17 +50,17 @@ impl Store {
     }
 }
 
-fn ended(conn: &Conn, columns: &str, erased: bool, before: UnixMs, limit: u32) -> Sql {
+fn ended(conn: &Conn, columns: &str, erased: bool, which: &str, before: UnixMs, limit: u32) -> Sql {
     let by_end = conn.dialect().by_index("tasks_end");
     let erased = if erased { "TRUE" } else { "FALSE" };
     let q = format!(
-        "SELECT {columns} FROM tasks{by_end} WHERE output_erased = {erased} AND finished_at < $1 ORDER BY finished_at, id LIMIT $2"
+        "SELECT {columns} FROM tasks{by_end} WHERE output_erased = {erased} AND finished_at < $1 {which} ORDER BY finished_at, id LIMIT $2"
     );
     sql(q).bind(before).bind(limit)
 }
 
 async fn aged_output(conn: &mut Conn, before: UnixMs, limit: u32) -> Result<(u32, Gone), Failed> {
-    let q = ended(conn, "id", false, before, limit);
+    let q = ended(conn, "id", false, "", before, limit);
     let tasks = conn.rows(&q, |row| Columns::of(row).id::<TaskId>()).await?;
     let gone = erase_outputs(conn, &tasks).await?;
     mark(conn, &tasks).await?;
@@ -82,7 +83,8 @@ async fn oldest_files(conn: &mut Conn, enough: u64, limit: u32) -> Result<(u32, 
 async fn aged_tasks(conn: &mut Conn, before: UnixMs, enough: u64, limit: u32) -> Result<(u32, u64, Gone), Failed> {
     let mut ends: Vec<(UnixMs, TaskId)> = vec![];
     for erased in [true, false] {
-        let q = ended(conn, "finished_at, id", erased, before, limit);
+        // A fan-out goes as a whole, when its parent is due: that one ended last.
+        let q = ended(conn, "finished_at, id", erased, "AND parent IS NULL", before, limit);
         let place = |row: &Row| {
             let c = &mut Columns::of(row);
             Ok((c.get()?, c.id()?))
@@ -98,11 +100,33 @@ async fn aged_tasks(conn: &mut Conn, before: UnixMs, enough: u64, limit: u32) ->
     let q = format!(
         "SELECT t.id, CAST({TASK_ROW} + {EVENT_ROW} * t.events + octet_length(t.spec) + COALESCE(octet_length(t.result), 0) \
          + COALESCE((SELECT octet_length(s.spec) FROM task_specs s WHERE s.task = t.id), 0) \
-         + COALESCE((SELECT SUM(octet_length(o.held)) FROM outputs o WHERE o.task = t.id), 0) AS BIGINT) \
-         FROM tasks t WHERE t.id IN ({listed}) ORDER BY t.finished_at, t.id"
+         + COALESCE((SELECT SUM(octet_length(o.held)) FROM outputs o WHERE o.task = t.id), 0) AS BIGINT), t.parent \
+         FROM tasks t WHERE t.id IN ({listed}) OR t.parent IN ({listed})"
     );
-    let ids = Value::List(ends.iter().map(|(_, id)| id.blob()).collect());
-    let (tasks, bytes) = until(enough, conn.rows(&sql(q).bind(ids), sized).await?);
+    let children = sql(format!("SELECT parent, COUNT(*) FROM tasks WHERE parent IN ({listed}) GROUP BY parent"));
+    let listed_ends = |ends: &[(UnixMs, TaskId)]| Value::List(ends.iter().map(|(_, id)| id.blob()).collect());
+    let children: BTreeMap<TaskId, u64> = conn.rows(&children.bind(listed_ends(&ends)), sized).await?.into_iter().collect();
+    // One at least, and of the next as many as one step may take with their children.
+    let mut rows = 0u64;
+    let fits = |(_, id): &(UnixMs, TaskId)| {
+        let first = rows == 0;
+        rows += 1 + children.get(id).copied().unwrap_or(0);
+        first || rows <= u64::from(limit)
+    };
+    let ends: Vec<_> = ends.into_iter().take_while(fits).collect();
+    let mut sizes: BTreeMap<TaskId, (u64, Vec<TaskId>)> = BTreeMap::new();
+    let family = |row: &Row| {
+        let c = &mut Columns::of(row);
+        Ok((c.id::<TaskId>()?, c.unsigned()?, c.id_or_null::<TaskId>()?))
+    };
+    for (id, bytes, parent) in conn.rows(&sql(q).bind(listed_ends(&ends)), family).await? {
+        let (sum, ids) = sizes.entry(parent.unwrap_or(id)).or_default();
+        *sum = sum.saturating_add(bytes);
+        ids.push(id);
+    }
+    let found = ends.iter().filter_map(|(_, id)| Some((*id, sizes.get(id)?.0))).collect();
+    let (roots, bytes) = until(enough, found);
+    let tasks: Vec<TaskId> = roots.iter().filter_map(|id| sizes.remove(id)).flat_map(|(_, ids)| ids).collect();
     let ids = || Value::List(tasks.iter().map(Id::blob).collect());
     conn.lock("tasks", tasks.iter().map(Id::blob).collect()).await?;
     let q = sql(format!("SELECT task, attempt, kept_len FROM outputs WHERE task IN ({listed})"));

@@ -5,6 +5,7 @@ use crate::sql::{IdBytes, Value};
 use crate::store::Failed;
 use hub_engine::records::*;
 use mesh_core::capability::Capabilities;
+use mesh_core::fan::ChildEnd;
 use mesh_core::output::Digests;
 use mesh_core::permission::{Role, Scope};
 use mesh_core::select::Selector;
@@ -135,7 +136,10 @@ pub(crate) fn list_text<T: ToString>(list: &[T]) -> String {
 pub(crate) const TASK_COLUMNS: &str = "t.events, t.id, t.session, t.named_node, t.\"user\", t.key, t.door, t.skill, t.digest, t.seal, \
     t.timeout_secs, t.queue_secs, t.selector, t.priority, t.not_before, t.deadline, t.retries, t.backoff_ms, t.on_lost, t.lost_after, t.created_at, t.state, t.attempt, t.attempt_node, t.granted, t.cancel_at, t.cancel_reason, \
     t.reason_code, t.reason_detail, t.exit_code, t.signal, t.assigned_at, t.started_at, t.finished_at, t.retried, t.retry_at, t.sandbox_applied, \
-    t.signed_key, t.signed_digest, t.spec, t.result, o.durable_seq, o.stdout_bytes, o.stderr_bytes, o.kept_seq, o.truncated, \
+    t.signed_key, t.signed_digest, t.spec, t.result, t.parent, t.children, \
+    CASE WHEN t.children IS NOT NULL THEN (SELECT string_agg(k.state || ' ' || k.n, ',') \
+    FROM (SELECT state, COUNT(*) AS n FROM tasks WHERE parent = t.id GROUP BY state) k) END, \
+    o.durable_seq, o.stdout_bytes, o.stderr_bytes, o.kept_seq, o.truncated, \
     o.stdout_sha256, o.stderr_sha256";
 /// Behind `tasks t`.
 pub(crate) const TASK_OUTPUT: &str = "LEFT JOIN outputs o ON o.task = t.id AND o.attempt = t.attempt";
@@ -152,6 +156,7 @@ pub(crate) fn task(row: &Row) -> Result<(Task, u64), Failed> {
     let sandbox_applied = c.get()?;
     let signed = c.get::<Option<String>>()?.zip(c.bytes_or_null()?);
     let (spec, result) = (c.get()?, c.get()?);
+    let (parent, children) = (c.id_or_null()?, children(c)?);
     let (output, digests) = match c.get::<Option<i64>>()? {
         None => (OutputTotals::default(), None),
         Some(seq) => (
@@ -185,12 +190,34 @@ pub(crate) fn task(row: &Row) -> Result<(Task, u64), Failed> {
         result,
         sandbox_applied,
         signed,
+        parent,
+        children,
     };
     Ok((task, events))
 }
 
 fn digests(c: &mut Columns) -> Result<Option<Digests>, Failed> {
     Ok(c.bytes_or_null()?.zip(c.bytes_or_null()?).map(|(stdout, stderr)| Digests { stdout, stderr }))
+}
+
+/// How many there are, and how many in each state: `failed 1,running 2`.
+fn children(c: &mut Columns) -> Result<Option<Children>, Failed> {
+    let total = c.get::<Option<i64>>()?.map(u32::try_from).transpose()?;
+    let states = c.get::<Option<&str>>()?.unwrap_or_default();
+    let Some(total) = total else { return Ok(None) };
+    let mut by_state = BTreeMap::new();
+    for (word, n) in states.split(',').filter_map(|s| s.split_once(' ')) {
+        by_state.insert(TaskState::parse(word).ok_or_else(|| format!("{word:?} is not a state of this version"))?, n.parse()?);
+    }
+    Ok(Some(Children { total, by_state }))
+}
+
+pub(crate) fn child_end(row: &Row) -> Result<ChildEnd, Failed> {
+    let c = &mut Columns::of(row);
+    let (id, at, state) = (c.id()?, c.get()?, c.word(TaskState::parse)?);
+    let code = c.word_or_null(ReasonCode::parse)?;
+    let reason = code.zip(c.get::<Option<String>>()?).map(|(code, detail)| Reason { code, detail });
+    Ok(ChildEnd { id, at, state, reason, exit_code: c.small_or_null()?, signal: c.small_or_null()? })
 }
 
 fn terms(c: &mut Columns) -> Result<Terms, Failed> {

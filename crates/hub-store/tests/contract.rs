@@ -81,3 +81,14 @@ async fn room_that_was_given_back_counts_as_free_though_the_file_stays() {
     assert!(erased.bytes > gone / 2 && erased.bytes < gone * 2, "what is told is about what is gone: {erased:?} {gone}");
     assert!(after.database_bytes >= before.database_bytes, "the file does not shrink");
 }
+
+#[tokio::test]
+async fn a_fan_out_to_a_thousand_is_one_commit() {
+    let fresh = Fresh::new();
+    let store = fresh.store().await;
+    let before = store.commits();
+    store.accept_fan(&sample::fan(1, 1000)).await.unwrap();
+    assert_eq!(store.commits() - before, 1);
+    let parent = store.narrow(sample::task_id(1)).await.unwrap().unwrap();
+    assert_eq!(parent.children.unwrap().by_state.values().sum::<u32>(), 1000);
+}

@@ -2,8 +2,9 @@
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
-use hub_engine::ports::{Applied, Besides, Journal, StoreError, Stored, Window};
+use hub_engine::ports::{Applied, Besides, Fan, Journal, StoreError, Stored, Window};
 use hub_engine::records::{Task, TaskEvent, TaskFilter};
+use mesh_core::fan::ChildEnd;
 use mesh_core::task::Event;
 use mesh_core::{SessionId, TaskId, UnixMs};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -17,6 +18,7 @@ const OPEN: usize = 1000;
 #[derive(Debug, Clone, Copy)]
 pub enum Write<'a> {
     Accept(&'a Task),
+    AcceptFan(&'a Fan),
     Apply(&'a Event),
 }
 
@@ -95,6 +97,12 @@ impl Journal for TestJournal {
             before().await;
         }
         self.write(Write::Accept(task), self.inner.accept(task)).await
+    }
+    async fn accept_fan(&self, fan: &Fan) -> Stored<()> {
+        self.write(Write::AcceptFan(fan), self.inner.accept_fan(fan)).await
+    }
+    async fn ends_of(&self, parent: TaskId) -> Stored<Option<Vec<ChildEnd>>> {
+        self.inner.ends_of(parent).await
     }
     async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
         self.write(Write::Apply(event), self.inner.apply(id, event, besides, now)).await

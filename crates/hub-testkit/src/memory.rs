@@ -9,10 +9,11 @@ use async_trait::async_trait;
 use hub_engine::ports::*;
 use hub_engine::records::*;
 use mesh_core::capability::Capabilities;
+use mesh_core::fan::ChildEnd;
 use mesh_core::output::{Digests, Hashing};
 use mesh_core::permission::Role;
 use mesh_core::spec::INLINE_SPEC_BYTES;
-use mesh_core::task::{Action, AttemptNo, Event, step};
+use mesh_core::task::{Action, AttemptNo, Event};
 use mesh_core::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
@@ -120,7 +121,18 @@ impl State {
         let no = task.progress.attempt.as_ref().map(|a| a.no);
         let output = no.and_then(|no| self.outputs.get(&(task.id, no))).map(|o| o.0).unwrap_or_default();
         let digests = no.and_then(|no| self.digests.get(&(task.id, no))).copied();
-        Task { output, digests, ..task.clone() }
+        let children = task.is_parent().then(|| Children::of(self.children(task.id)));
+        Task { output, digests, children, ..task.clone() }
+    }
+    fn children(&self, parent: TaskId) -> impl Iterator<Item = &Task> {
+        self.tasks.values().map(|(t, _)| t).filter(move |t| t.parent == Some(parent))
+    }
+    fn add_fan(&mut self, operation: &'static str, fan: &Fan) -> Stored<()> {
+        if fan.tasks().any(|t| self.tasks.contains_key(&t.id)) {
+            return Err(StoreError::new(operation, "there is one with this id"));
+        }
+        self.tasks.extend(fan.tasks().map(|t| (t.id, (t.clone(), TaskEvent::first(t)))));
+        Ok(())
     }
     fn raise_epoch(&mut self) -> u64 {
         self.registry_epoch += 1;
@@ -142,10 +154,14 @@ impl Journal for MemoryStore {
         add(&mut self.state().tasks, "journal.accept", task.id, (task.clone(), history))
     }
 
+    async fn accept_fan(&self, fan: &Fan) -> Stored<()> {
+        self.state().add_fan("journal.accept", fan)
+    }
+
     async fn apply(&self, id: TaskId, event: &Event, besides: Besides, now: UnixMs) -> Stored<Applied> {
         let mut state = self.state();
         let Some((task, history)) = state.tasks.get_mut(&id) else { return Ok(Applied::Unknown) };
-        let (progress, actions) = match step(&task.terms, &task.progress, event, now) {
+        let (progress, actions) = match task.decide(event, now) {
             Ok(decided) => decided,
             Err(refused) => return Ok(Applied::Refused(refused)),
         };
@@ -187,6 +203,7 @@ impl Journal for MemoryStore {
                 && f.user.is_none_or(|u| t.actor.user == u)
                 && f.state.is_none_or(|s| t.progress.state == s)
                 && f.skill.as_ref().is_none_or(|s| t.skill == *s)
+                && f.parent.is_none_or(|p| t.parent == Some(p))
                 && f.since.is_none_or(|s| t.created_at >= s)
                 && f.until.is_none_or(|u| t.created_at < u)
         };
@@ -217,6 +234,16 @@ impl Journal for MemoryStore {
     async fn history(&self, id: TaskId) -> Stored<Vec<TaskEvent>> {
         Ok(self.state().tasks.get(&id).map(|(_, history)| history.clone()).unwrap_or_default())
     }
+
+    async fn ends_of(&self, parent: TaskId) -> Stored<Option<Vec<ChildEnd>>> {
+        let state = self.state();
+        let end = |t: &Task| {
+            let p = t.progress.clone();
+            let at = p.finished_at?;
+            Some(ChildEnd { id: t.id, at, state: p.state, reason: p.reason, exit_code: p.exit_code, signal: p.signal })
+        };
+        Ok(state.children(parent).map(end).collect())
+    }
 }
 
 #[async_trait]
@@ -233,6 +260,7 @@ impl Idempotency for MemoryStore {
                 let history = TaskEvent::first(&t);
                 add(&mut state.tasks, "idempotency.create", t.id, (*t, history))
             }
+            Creation::Fan(f) => state.add_fan("idempotency.create", &f),
             Creation::Session(s) => add(&mut state.sessions, "idempotency.create", s.id, s),
             Creation::Invite(i) => add(&mut state.invites, "idempotency.create", i.id, i),
             Creation::User(u, invite) => {

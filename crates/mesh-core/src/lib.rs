@@ -8,6 +8,7 @@ pub mod canon;
 pub mod capability;
 pub mod ceiling;
 pub mod enrol;
+pub mod fan;
 pub mod ids;
 pub mod input;
 pub mod name;

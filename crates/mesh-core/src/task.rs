@@ -9,9 +9,9 @@
 //!   │  └── lost, and on_lost is requeue ──┘
 //!   └──► cancelled | failed (no node, deadline, restored)
 //! ```
-//! [`step`] is the only way from one state to the next. It decides and returns [`Action`]s; whoever
-//! owns an effect performs it. A write that names a superseded attempt, or comes after the end,
-//! is refused and changes nothing.
+//! [`step`] is the only way from one state to the next; a task that stands for others has a step of its
+//! own, [`crate::fan::step`]. It decides and returns [`Action`]s; whoever owns an effect performs it. A write
+//! that names a superseded attempt, or comes after the end, is refused and changes nothing.
 
 pub use crate::terms::{BadTerms, DEFAULT_BACKOFF_MS, MAX_BACKOFF_MS, MAX_PRIORITY, MAX_RETRIES, OnLost, Terms};
 use crate::{NodeId, SpoolId, UnixMs};
@@ -282,6 +282,10 @@ pub enum Event {
     },
     /// The hub was restored from a backup in which the task waited: since then it may have run.
     Restored,
+    /// Every child of a fan-out has ended, so. Of its parent alone: see [`crate::fan`].
+    ChildrenEnded {
+        ends: Vec<crate::fan::ChildEnd>,
+    },
 }
 
 impl Event {
@@ -299,6 +303,7 @@ impl Event {
             Self::DeadlinePassed => "deadline_passed",
             Self::Expired { .. } => "expired",
             Self::Restored => "restored",
+            Self::ChildrenEnded { .. } => "children_ended",
         }
     }
     pub fn attempt(&self) -> Option<AttemptNo> {
@@ -310,7 +315,9 @@ impl Event {
             | Self::NodeRevoked { attempt }
             | Self::NodeSilent { attempt }
             | Self::Ended { attempt, .. } => Some(*attempt),
-            Self::CancelRequested { .. } | Self::DeadlinePassed | Self::Expired { .. } | Self::Restored => None,
+            Self::CancelRequested { .. } | Self::DeadlinePassed | Self::Expired { .. } | Self::Restored | Self::ChildrenEnded { .. } => {
+                None
+            }
         }
     }
 }
@@ -511,6 +518,7 @@ pub fn step(terms: &Terms, before: &Progress, event: &Event, now: UnixMs) -> Res
             end(&mut p, Failed, Some(Reason::new(ReasonCode::Lost, MAYBE_RAN)), now);
             Ok((p, vec![Action::Finished]))
         }
+        Event::ChildrenEnded { .. } => Err(Refused::Illegal),
     }
 }
 

@@ -369,7 +369,8 @@ pub struct RunArgs {
     /// Only machines with these labels: key=value or key, a comma means and
     #[arg(long, value_name = "LABELS", conflicts_with = "node")]
     pub select: Option<String>,
-    #[arg(long, hide = true)]
+    /// On every machine that is online and matches: one result, and the highest exit code
+    #[arg(long, conflicts_with_all = ["node", "interactive"])]
     pub all: bool,
     /// A folder in the workspace
     #[arg(long, value_name = "DIR")]
@@ -453,6 +454,9 @@ pub struct TaskLs {
     /// pending, awaiting_approval, assigned, running, succeeded, failed or cancelled
     #[arg(long)]
     pub state: Option<String>,
+    /// What `run --all` started on each machine: the id that it told
+    #[arg(long, value_name = "TASK")]
+    pub parent: Option<String>,
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=500))]
     pub limit: u32,
 }

@@ -1,5 +1,5 @@
 use super::T0;
-use super::sample::{assigned_task, attempt, frame, task, task_id};
+use super::sample::{assigned_task, attempt, fan, frame, task, task_id};
 use hub_engine::ports::{Besides, Gauges, Journal, Output};
 use hub_engine::records::Stream;
 use mesh_core::task::{Event, ReasonCode, TaskState};
@@ -18,6 +18,10 @@ pub async fn gauges<S: Journal + Output + Gauges + ?Sized>(make: impl AsyncFn() 
     store.apply(task_id(1), &cancel, Besides::default(), T0).await.unwrap();
     let expect = [(TaskState::Pending, 2), (TaskState::Assigned, 1), (TaskState::Cancelled, 1)];
     assert_eq!(store.tasks_by_state().await.unwrap(), expect.into());
+
+    store.accept_fan(&fan(11, 3)).await.unwrap();
+    let expect = [(TaskState::Pending, 4), (TaskState::Assigned, 2), (TaskState::Cancelled, 1)];
+    assert_eq!(store.tasks_by_state().await.unwrap(), expect.into(), "a parent is no work of its own");
 
     let large = |seq| vec![frame(seq, Stream::Stdout, vec![b'x'; 50_000])];
     store.append(task_id(4), attempt(1), large(1), 1 << 20).await.unwrap();

@@ -1,5 +1,5 @@
 use super::T0;
-use super::sample::{assigned_task, grant, grant_id, invite, key_id, session, session_id, task, task_id, user_id};
+use super::sample::{assigned_task, fan, grant, grant_id, invite, key_id, session, session_id, task, task_id, user_id};
 use futures::future::join_all;
 use hub_engine::ports::{Accounts, Creation, Grants, Idempotency, Journal, Known, NodeDirectory, Once, Sessions};
 use hub_engine::records::{ApiKey, Grant, Resource, TaskFilter};
@@ -33,9 +33,24 @@ fn a_key(n: u16) -> ApiKey {
 /// For stores that keep the things too.
 pub async fn idempotency<S: Idempotency + Journal + Sessions + NodeDirectory + Accounts + Grants + ?Sized>(make: impl AsyncFn() -> Arc<S>) {
     every_thing_once(&*make().await).await;
+    a_fan_out_once(&*make().await).await;
     of_many_at_once_one_writes(&*make().await).await;
     what_fails_is_not_remembered(&*make().await).await;
     a_day_later(&*make().await).await;
+}
+
+async fn a_fan_out_once<S: Idempotency + Journal + ?Sized>(store: &S) {
+    let scope = once(9, 7, T0);
+    assert_eq!(store.create(Creation::Fan(Box::new(fan(51, 2))), &scope).await.unwrap(), None);
+    let known = Some(Known { request: [7; 32], thing: task_id(51).to_string() });
+    assert_eq!(store.create(Creation::Fan(Box::new(fan(61, 2))), &scope).await.unwrap(), known);
+    for (n, there) in [(51, true), (52, true), (53, true), (61, false), (62, false)] {
+        assert_eq!(store.task(task_id(n)).await.unwrap().is_some(), there, "{n}");
+    }
+    // One of its children is there already: nothing of it is written, and the key is free.
+    let other = once(10, 7, T0);
+    assert!(store.create(Creation::Fan(Box::new(fan(50, 1))), &other).await.is_err());
+    assert_eq!((store.task(task_id(50)).await.unwrap(), store.known(&other.scope, other.since).await.unwrap()), (None, None));
 }
 
 async fn every_thing_once<S: Idempotency + Journal + Sessions + NodeDirectory + Accounts + Grants + ?Sized>(store: &S) {

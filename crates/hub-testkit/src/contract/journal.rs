@@ -1,7 +1,7 @@
-use super::sample::{assigned_task, attempt, frame, key_id, node_id, session_id, spool_id, task, task_id, user_id};
+use super::sample::{assigned_task, attempt, fan, frame, key_id, node_id, session_id, spool_id, task, task_id, user_id};
 use super::{T0, all, window};
 use futures::future::join_all;
-use hub_engine::ports::{Applied, Besides, Journal, Output};
+use hub_engine::ports::{Applied, Besides, Fan, Journal, Output};
 use hub_engine::records::{OutputTotals, Stream, Task, TaskFilter, Within};
 use mesh_core::TaskId;
 use mesh_core::output::Digests;
@@ -20,6 +20,7 @@ pub async fn journal(make: impl AsyncFn() -> Arc<dyn Journal>) {
     narrow(&*make().await).await;
     retries(&*make().await).await;
     losses(&*make().await).await;
+    fans(&*make().await).await;
 }
 
 async fn apply(store: &dyn Journal, n: u16, event: Event, now: i64) -> Applied {
@@ -254,6 +255,86 @@ async fn losses(store: &dyn Journal) {
     assert_eq!((t.progress.state, t.progress.reason), (TaskState::Failed, Some(Reason::new(ReasonCode::Lost, "maybe_ran"))));
 }
 
+/// A parent and its children: written as one, counted by state, told when the last one has ended.
+async fn fans(store: &dyn Journal) {
+    use TaskState::*;
+    // 1 stands for 2, which has its first attempt, 3 and 4.
+    let whole = fan(1, 3);
+    store.accept_fan(&whole).await.unwrap();
+    for t in whole.tasks() {
+        assert_eq!(store.task(t.id).await.unwrap().as_ref(), Some(t), "what is written is read");
+    }
+    let lines = store.history(task_id(1)).await.unwrap();
+    assert_eq!((lines.len(), lines[0].state, lines[0].detail.as_str()), (1, Running, "shell by rest on 3 nodes"));
+    assert_eq!(history(store, task_id(2)).await.len(), 2);
+    // Of 11 to 14 one is there: none of them is written.
+    store.accept(&task(14)).await.unwrap();
+    assert!(store.accept_fan(&fan(11, 3)).await.is_err());
+    for n in 11..=13 {
+        assert_eq!(store.task(task_id(n)).await.unwrap(), None);
+    }
+    // Many fan-outs at once are as many by themselves.
+    let others = [fan(21, 2), fan(31, 3), Fan { children: vec![task(2)], ..fan(41, 0) }];
+    let written: Vec<bool> = join_all(others.iter().map(|f| store.accept_fan(f))).await.iter().map(Result::is_ok).collect();
+    assert_eq!(written, [true, true, false]);
+    assert_eq!(store.task(task_id(41)).await.unwrap(), None);
+
+    let listed = async |filter: TaskFilter, window| -> Vec<i64> {
+        store.tasks(&filter, window).await.unwrap().iter().map(|t| t.created_at - T0).collect()
+    };
+    let of = |parent| TaskFilter { parent: Some(task_id(parent)), ..TaskFilter::default() };
+    assert_eq!(listed(of(1), all()).await, [4, 3, 2]);
+    assert_eq!(listed(of(1), window(Some(task_id(4)), 1)).await, [3]);
+    assert_eq!(listed(of(2), all()).await, Vec::<i64>::new());
+    assert_eq!(listed(TaskFilter { state: Some(Assigned), ..of(1) }, all()).await, [2]);
+    assert_eq!(listed(TaskFilter { user: Some(user_id(1)), session: None, ..of(1) }, all()).await, [4, 3, 2]);
+    let granted = Within { owner: None, nodes: vec![node_id(2)], ..Within::default() };
+    assert_eq!(listed(TaskFilter { within: Some(granted), ..of(1) }, all()).await, [3], "who may see a node sees its child");
+    assert_eq!(listed(TaskFilter::default(), all()).await, [34, 33, 32, 31, 23, 22, 21, 14, 4, 3, 2, 1], "each in the plain list");
+    let open: Vec<TaskId> = store.open_tasks(None, None, 4).await.unwrap().iter().map(|t| t.id).collect();
+    assert_eq!(open, [1, 2, 3, 4].map(task_id), "a parent is open too");
+
+    let standing = async || {
+        let t = store.narrow(task_id(1)).await.unwrap().unwrap();
+        let listed = TaskFilter { state: Some(t.progress.state), until: Some(T0 + 2), ..TaskFilter::default() };
+        assert_eq!(store.tasks(&listed, all()).await.unwrap(), std::slice::from_ref(&t));
+        let c = t.children.unwrap();
+        assert_eq!(c.total, 3);
+        c.by_state.into_iter().collect::<Vec<_>>()
+    };
+    assert_eq!(standing().await, [(Pending, 2), (Assigned, 1)]);
+    assert_eq!(store.ends_of(task_id(1)).await.unwrap(), None);
+    let over = |ends| Event::ChildrenEnded { ends };
+    for illegal in [assigned(1, true), Event::Restored, Event::DeadlinePassed, over(vec![])] {
+        assert_eq!(apply(store, 1, illegal, T0).await, Applied::Refused(Refused::Illegal), "a parent is never placed");
+    }
+    assert_eq!(apply(store, 2, over(vec![]), T0).await, Applied::Refused(Refused::Illegal));
+    done(store, 2, ended(1, Outcome::Exited(3)), T0 + 10).await;
+    assert_eq!(standing().await, [(Pending, 2), (Failed, 1)]);
+    done(store, 3, Event::CancelRequested { reason: ReasonCode::CancelledByUser }, T0 + 11).await;
+    let (t, _) = done(store, 1, Event::CancelRequested { reason: ReasonCode::SessionClosed }, T0 + 12).await;
+    assert_eq!((t.progress.state, t.progress.cancel.unwrap().at), (Running, T0 + 12), "it ends with its children");
+    assert_eq!(store.ends_of(task_id(1)).await.unwrap(), None);
+    done(store, 4, Event::Expired { detail: "no_slot".into() }, T0 + 13).await;
+    let mut ends = store.ends_of(task_id(1)).await.unwrap().unwrap();
+    ends.sort_by_key(|e| e.id);
+    let told: Vec<_> = ends.iter().map(|e| (e.at - T0, e.state, e.reason.as_ref().unwrap().code, e.exit_code)).collect();
+    let expect = [
+        (10, Failed, ReasonCode::Exit, Some(3)),
+        (11, Cancelled, ReasonCode::CancelledByUser, None),
+        (13, Failed, ReasonCode::NoNode, None),
+    ];
+    assert_eq!(told, expect);
+    assert_eq!(ends[2].reason.as_ref().unwrap().detail, "no_slot");
+    let (t, actions) = done(store, 1, over(ends.clone()), T0 + 20).await;
+    assert_eq!(actions, [Action::Finished]);
+    assert_eq!((t.progress.state, t.progress.finished_at), (Cancelled, Some(T0 + 20)));
+    assert_eq!(apply(store, 1, over(ends), T0 + 21).await, Applied::Refused(Refused::Final));
+    let kinds: Vec<String> = history(store, task_id(1)).await.into_iter().map(|l| l.1).collect();
+    assert_eq!(kinds, ["accepted", "cancel_requested", "children_ended"]);
+    assert_eq!(standing().await, [(Failed, 2), (Cancelled, 1)]);
+}
+
 async fn races(store: &dyn Journal) {
     store.accept(&assigned_task(1)).await.unwrap();
     let exits: Vec<Event> = (0..50).map(|code| ended(1, Outcome::Exited(code))).collect();
@@ -364,6 +445,7 @@ async fn lists(store: &dyn Journal) {
                 user: one.user.or(two.user),
                 state: one.state.or(two.state),
                 skill: one.skill.clone().or(two.skill.clone()),
+                parent: one.parent.or(two.parent),
                 since: one.since.or(two.since),
                 until: one.until.or(two.until),
             };

@@ -52,6 +52,7 @@ pub(crate) fn all<I>() -> Window<I> {
 /// Samples, for suites and for tests of single stores.
 pub mod sample {
     use super::T0;
+    use hub_engine::ports::Fan;
     use hub_engine::records::*;
     use mesh_core::capability::Capabilities;
     use mesh_core::permission::{Permission, Role};
@@ -95,6 +96,8 @@ pub mod sample {
             result: None,
             sandbox_applied: None,
             signed: None,
+            parent: None,
+            children: None,
         }
     }
 
@@ -105,6 +108,18 @@ pub mod sample {
         task.progress.attempt = Some(Attempt { no: attempt(1), node: node_id(1), granted: Some(spool_id(1)) });
         task.progress.assigned_at = Some(task.created_at);
         task
+    }
+
+    /// A parent, the `n`th task, of as many children, which follow it; the first of them has its attempt.
+    pub fn fan(n: u16, children: u16) -> Fan {
+        let of = |(i, mut t): (u16, Task)| {
+            (t.parent, t.named_node) = (Some(task_id(n)), Some(node_id(i)));
+            t
+        };
+        let children: Vec<Task> = (1..=children).map(|i| of((i, if i == 1 { assigned_task(n + i) } else { task(n + i) }))).collect();
+        let mut parent = task(n);
+        (parent.progress, parent.children) = (mesh_core::fan::begun(parent.created_at), Some(Children::of(&children)));
+        Fan { parent, children }
     }
 
     pub fn frame(seq: u64, stream: Stream, data: impl Into<bytes::Bytes>) -> OutputFrame {

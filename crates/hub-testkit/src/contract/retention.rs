@@ -1,4 +1,4 @@
-use super::sample::{assigned_task, attempt, frame, task, task_id};
+use super::sample::{assigned_task, attempt, fan, frame, task, task_id};
 use super::{T0, all};
 use hub_engine::ports::{Applied, Besides, Gauges, Journal, Output, Purges, Retention};
 use hub_engine::records::*;
@@ -30,6 +30,7 @@ where
     by_age(store).await;
     by_bytes(store).await;
     tasks(store).await;
+    fans(&*make().await).await;
 }
 
 async fn by_age<S: Journal + Output + Retention + ?Sized>(store: &S) {
@@ -86,6 +87,42 @@ async fn tasks<S: Journal + Output + Purges + Retention + ?Sized>(store: &S) {
     run(store, 9, 5, None).await;
     assert_eq!(store.read(t, attempt(1), 0, usize::MAX).await.unwrap().len(), 1);
     assert_eq!(store.history(t).await.unwrap().len(), 2);
+}
+
+/// A fan-out goes as a whole, and not before its parent is due.
+async fn fans<S: Journal + Retention + ?Sized>(store: &S) {
+    store.accept_fan(&fan(1, 3)).await.unwrap();
+    let apply = async |n, event: Event, at| {
+        assert!(matches!(store.apply(task_id(n), &event, Besides::default(), at).await.unwrap(), Applied::Done(..)));
+    };
+    apply(2, Event::Ended { attempt: attempt(1), outcome: Outcome::Done }, T0 + 10).await;
+    apply(3, Event::Expired { detail: String::new() }, T0 + 20).await;
+    apply(4, Event::Expired { detail: String::new() }, T0 + 30).await;
+    store.accept(&task(5)).await.unwrap();
+    apply(5, Event::Expired { detail: String::new() }, T0 + 25).await;
+    assert_eq!(store.erase_tasks(T0 + 29, ALL, 9).await.unwrap().tasks, 1);
+    assert_eq!(ids(store).await, [4, 3, 2, 1], "children of an open parent stay with it");
+    let ends = store.ends_of(task_id(1)).await.unwrap().unwrap();
+    apply(1, Event::ChildrenEnded { ends }, T0 + 40).await;
+    store.accept(&task(6)).await.unwrap();
+    apply(6, Event::Expired { detail: String::new() }, T0 + 41).await;
+    assert_eq!(store.erase_tasks(T0 + 40, ALL, 9).await.unwrap(), Erased::default());
+    assert_eq!(store.erase_tasks(T0 + 99, ALL, 2).await.unwrap().tasks, 4, "all of it, also where that is more than was asked for");
+    assert_eq!(ids(store).await, [6]);
+    assert_eq!(store.ends_of(task_id(1)).await.unwrap(), Some(vec![]), "nobody is left");
+    assert_eq!(store.history(task_id(3)).await.unwrap(), vec![]);
+    // What is enough counts the children, too.
+    store.accept_fan(&fan(1, 3)).await.unwrap();
+    for (n, at) in [(2, 1), (3, 2), (4, 3)] {
+        let attempt = attempt(1);
+        let end = if n == 2 { Event::Ended { attempt, outcome: Outcome::Done } } else { Event::Expired { detail: String::new() } };
+        apply(n, end, T0 + at).await;
+    }
+    let ends = store.ends_of(task_id(1)).await.unwrap().unwrap();
+    apply(1, Event::ChildrenEnded { ends }, T0 + 4).await;
+    let erased = store.erase_tasks(i64::MAX, 2500, 9).await.unwrap();
+    assert_eq!((erased.tasks, ids(store).await), (4, vec![6]));
+    assert!(erased.bytes > 4000, "{erased:?}");
 }
 
 fn spec(n: u16) -> Vec<u8> {

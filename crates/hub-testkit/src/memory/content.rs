@@ -257,14 +257,19 @@ impl Retention for MemoryStore {
     async fn erase_tasks(&self, before: UnixMs, enough: u64, limit: u32) -> Stored<Erased> {
         let mut state = self.state();
         let mut erased = Erased::default();
-        for id in state.ended(before).into_iter().take(limit as usize) {
-            if erased.bytes >= enough {
+        let roots = state.ended(before).into_iter().filter(|id| state.tasks[id].0.parent.is_none());
+        for root in roots.collect::<Vec<_>>() {
+            let family: Vec<TaskId> = state.children(root).map(|t| t.id).chain([root]).collect();
+            let full = erased.tasks + family.len() as u32 > limit && erased.tasks > 0;
+            if full || erased.bytes >= enough {
                 break;
             }
-            let Some((task, history)) = state.tasks.remove(&id) else { continue };
-            state.outputs.retain(|(t, _), _| *t != id);
-            erased.bytes += 1000 + (task.spec.len() + 150 * history.len()) as u64;
-            erased.tasks += 1;
+            for id in family {
+                let Some((task, history)) = state.tasks.remove(&id) else { continue };
+                state.outputs.retain(|(t, _), _| *t != id);
+                erased.bytes += 1000 + (task.spec.len() + 150 * history.len()) as u64;
+                erased.tasks += 1;
+            }
         }
         Ok(erased)
     }
@@ -377,7 +382,7 @@ impl AgentState for MemoryStore {
 impl Gauges for MemoryStore {
     async fn tasks_by_state(&self) -> Stored<BTreeMap<TaskState, u64>> {
         let mut counts = BTreeMap::new();
-        for (t, _) in self.state().tasks.values() {
+        for (t, _) in self.state().tasks.values().filter(|(t, _)| !t.is_parent()) {
             *counts.entry(t.progress.state).or_insert(0) += 1;
         }
         Ok(counts)

@@ -47,9 +47,11 @@ pub struct DispatchRequest {
     pub priority: Option<i64>,
     #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
     pub retries: Option<RetriesView>,
-    // Named by the contract, not built yet.
+    /// On every node that is online, takes work and fits `select`: a parent task, and a child for each. Not
+    /// with `node`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub all: Option<serde_json::Value>,
+    pub all: Option<bool>,
+    // Named by the contract, not built yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub browser: Option<serde_json::Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -237,6 +239,18 @@ pub struct TaskView {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub lost_after_secs: Option<u64>,
+    /// Of the parent of a fan-out alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
+    pub children: Option<ChildrenView>,
+}
+/// How the children of a fan-out stand.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct ChildrenView {
+    pub total: u32,
+    /// States that none is in are left out.
+    pub by_state: BTreeMap<String, u32>,
 }
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]

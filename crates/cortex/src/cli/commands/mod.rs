@@ -4,6 +4,7 @@ mod audit;
 mod connect;
 mod device;
 mod doctor;
+mod fan;
 mod grant;
 mod input;
 mod key;
@@ -95,7 +96,6 @@ pub async fn perform(cli: Cli, io: &mut Io<'_>) -> u8 {
 fn not_yet(command: &Command) -> Option<&'static str> {
     match command {
         Command::Later(later) => Some(later.sentence()),
-        Command::Run(r) if r.all => Some("`--all` is not built; run once per machine with --node."),
         _ => None,
     }
 }

@@ -1,6 +1,6 @@
 //! `run`: starts a task, streams its output, ends as it ended.
 
-use super::{Context, input, session_id};
+use super::{Context, fan, input, session_id};
 use crate::cli::args::{Format, RunArgs};
 use crate::cli::{Fail, Io, exit, output, report, say_error};
 use crate::rest::{DispatchRequest, RetriesView, SelectView, ShellRequest, TaskView};
@@ -95,6 +95,7 @@ async fn plan(args: RunArgs, client: &Client, format: Format, with_key: bool) ->
     };
     let request = DispatchRequest {
         node: args.node,
+        all: args.all.then_some(true),
         select,
         priority: args.priority,
         retries: args.retries.map(|max| RetriesView { max, backoff_ms: args.backoff }),
@@ -151,7 +152,14 @@ pub async fn run(client: &Client, plan: Plan, io: &mut Io<'_>, interrupts: watch
             }
         };
     }
-    match follow(client, &task.id, plan.format, plan.input, io, interrupts).await {
+    let fanned = plan.request.all == Some(true);
+    let outcome = if fanned {
+        fan::follow(client, &task, plan.format, io, interrupts).await
+    } else {
+        follow(client, &task.id, plan.format, plan.input, io, interrupts).await
+    };
+    match outcome {
+        Outcome::Ended(task) if fanned => exit::of_task(&task),
         Outcome::Ended(task) => end(client, &task, plan.format, io).await,
         Outcome::Left => {
             io.note(&format!("left; the task may go on: cortex task show {}", task.id));
@@ -175,7 +183,7 @@ pub async fn run(client: &Client, plan: Plan, io: &mut Io<'_>, interrupts: watch
 }
 
 /// How following came to its end.
-enum Outcome {
+pub(super) enum Outcome {
     Ended(Box<TaskView>),
     Left,
     ReaderLeft,
@@ -314,7 +322,7 @@ fn looks(client: Client, id: String) -> futures::stream::BoxStream<'static, Stri
 }
 
 /// Asks for the task's end until the hub has heard it; gives why it will not.
-async fn cancel(client: Client, id: String) -> Option<Error> {
+pub(super) async fn cancel(client: Client, id: String) -> Option<Error> {
     loop {
         match client.cancel_task(&id).await {
             Ok(()) => return None,
@@ -326,7 +334,7 @@ async fn cancel(client: Client, id: String) -> Option<Error> {
     }
 }
 
-async fn interrupted(interrupts: &mut watch::Receiver<u32>) -> u32 {
+pub(super) async fn interrupted(interrupts: &mut watch::Receiver<u32>) -> u32 {
     if interrupts.changed().await.is_err() {
         // Nobody counts any more.
         std::future::pending::<()>().await;
@@ -348,7 +356,7 @@ async fn maybe_next<S: futures::Stream + Unpin>(stream: &mut Option<S>) -> Optio
     }
 }
 
-async fn maybe<F: Future + Unpin>(work: &mut Option<F>) -> F::Output {
+pub(super) async fn maybe<F: Future + Unpin>(work: &mut Option<F>) -> F::Output {
     match work {
         Some(w) => w.await,
         None => std::future::pending().await,

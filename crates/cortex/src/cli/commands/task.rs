@@ -46,6 +46,7 @@ async fn ls(args: TaskLs, context: &mut Context<'_, '_>) -> Result<(), Fail> {
     if let Some(node) = &args.node {
         filter.node = Some(node_id(&context.client, node).await?);
     }
+    filter.parent = args.parent;
     let page = context.client.tasks(&filter).await?;
     if context.format() == Format::Json {
         return output::json(context.io, &page);
@@ -110,6 +111,8 @@ async fn show(id: &str, context: &mut Context<'_, '_>) -> Result<(), Fail> {
         ("signal", t.signal.map(|n| n.to_string())),
         ("node", t.node_id.as_deref().map(output::cell)),
         ("session", t.session_id.as_deref().map(output::cell)),
+        ("fan-out", t.parent_id.as_deref().map(output::cell)),
+        ("children", t.children.as_ref().map(|c| format!("{}: {}", c.total, output::pairs(&c.by_state)))),
         ("created", Some(output::cell(&t.created_at))),
         ("started", t.started_at.as_deref().map(output::cell)),
         ("finished", t.finished_at.as_deref().map(output::cell)),

@@ -28,7 +28,7 @@ type Dispatched = (StatusCode, [(HeaderName, String); 1], Json<TaskView>);
 
 /// Run a task in a workspace of its own
 ///
-/// On the node named, else on any that the caller may use. Exactly one skill.
+/// On the node named, else on any that the caller may use, or with `all` on each of them. Exactly one skill.
 #[utoipa::path(
     post, path = "/dispatch", tag = "tasks",
     params(("Idempotency-Key" = Option<String>, Header)),
@@ -37,7 +37,7 @@ type Dispatched = (StatusCode, [(HeaderName, String); 1], Json<TaskView>);
         (status = 200, description = "The task, which ended within `wait_secs`", body = TaskView, headers(("location" = String, description = "Where it is"))),
         (status = 202, description = "The task, accepted and durable", body = TaskView, headers(("location" = String, description = "Where it is"))),
         (status = 404, description = "No such node or session, or the caller may not see it"),
-        (status = 409, description = "The session has ended, or the node is revoked or not attached"),
+        (status = 409, description = "The session has ended, or the node is revoked or not attached; `no_node`: with `all`, no node matches"),
         (status = 422, description = "What is asked for makes no sense, or is not built yet; `idempotency_mismatch`"),
     ),
 )]
@@ -48,7 +48,7 @@ pub async fn dispatch(State(app): State<App>, who: Who, asked: Creating<Dispatch
 
 /// Run a task in a session's workspace
 ///
-/// On the node named, else on any that is attached. Exactly one skill.
+/// On the node named, else on any that is attached, or with `all` on each of them. Exactly one skill.
 #[utoipa::path(
     post, path = "/sessions/{id}/dispatch", tag = "tasks",
     params(("Idempotency-Key" = Option<String>, Header)),
@@ -60,7 +60,7 @@ pub async fn dispatch(State(app): State<App>, who: Who, asked: Creating<Dispatch
         (status = 200, description = "The task, which ended within `wait_secs`", body = TaskView, headers(("location" = String, description = "Where it is"))),
         (status = 202, description = "The task, accepted and durable", body = TaskView, headers(("location" = String, description = "Where it is"))),
         (status = 404, description = "No such node or session, or the caller may not see it"),
-        (status = 409, description = "The session has ended, or the node is revoked or not attached"),
+        (status = 409, description = "The session has ended, or the node is revoked or not attached; `no_node`: with `all`, no node matches"),
         (status = 422, description = "What is asked for makes no sense, or is not built yet; `idempotency_mismatch`"),
     ),
 )]
@@ -93,7 +93,6 @@ async fn run(app: App, who: Who, d: Box<Dispatch>) -> Answer<Dispatched> {
 /// Reads a dispatch; what the contract names and is not built is refused by name.
 fn read(r: DispatchRequest, session: Option<SessionId>) -> Answer<Dispatch> {
     let unbuilt = [
-        ("all", r.all.as_ref().is_some_and(|v| *v != serde_json::Value::Bool(false))),
         ("browser", r.browser.is_some()),
         ("container", r.container.is_some()),
         ("tool", r.tool.is_some()),
@@ -124,6 +123,7 @@ fn read(r: DispatchRequest, session: Option<SessionId>) -> Answer<Dispatch> {
     Ok(Dispatch {
         session,
         node: r.node,
+        all: r.all.unwrap_or(false),
         spec,
         timeout_secs: r.timeout_secs.unwrap_or(0),
         queue_secs: r.queue_secs.unwrap_or(0),
@@ -204,7 +204,7 @@ pub struct ListQuery {
     /// In this state
     state: Option<String>,
     skill: Option<String>,
-    /// Not built yet: refused with `not_yet`
+    /// Children of this fan-out: its id
     parent: Option<String>,
     /// Made at this time or later
     since: Option<String>,
@@ -228,13 +228,9 @@ impl ListQuery {
     responses(
         (status = 200, description = "A page", body = Page<TaskView>),
         (status = 404, description = "No such node, or the caller may not see it"),
-        (status = 422, description = "`parent` is not built yet"),
     ),
 )]
 pub async fn list(State(app): State<App>, who: Who, Query(q): Query<ListQuery>) -> Answer<Json<Page<TaskView>>> {
-    if q.parent.is_some() {
-        return Err(Refusal::not_yet("parent"));
-    }
     fn id<T: std::str::FromStr<Err = mesh_core::BadId>>(text: &Option<String>) -> Answer<Option<T>> {
         text.as_deref().map(str::parse).transpose().map_err(|e| Refusal::bad_request("bad_query", e))
     }
@@ -258,6 +254,7 @@ pub async fn list(State(app): State<App>, who: Who, Query(q): Query<ListQuery>) 
         user: id(&q.user)?,
         state,
         skill: q.skill.clone(),
+        parent: id(&q.parent)?,
         since: time(&q.since)?,
         until: time(&q.until)?,
     };

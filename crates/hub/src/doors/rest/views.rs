@@ -298,7 +298,7 @@ pub fn task(app: &App, t: Task) -> TaskView {
         user_id: t.actor.user.to_string(),
         actor: ActorView { user_id: t.actor.user.to_string(), key_id: t.actor.key.map(|k| k.to_string()), agent: None, door: t.actor.door },
         signed: t.signed.map(|(key_id, digest)| SignedView { key_id, policy_digest: format!("sha256:{}", hex::encode(digest)) }),
-        parent_id: None,
+        parent_id: t.parent.map(|p| p.to_string()),
         skill: t.skill,
         spec: spec(&t.spec),
         state: p.state.as_str().into(),
@@ -331,6 +331,10 @@ pub fn task(app: &App, t: Task) -> TaskView {
         retries: asked.retries,
         on_lost: asked.on_lost,
         lost_after_secs: asked.lost_after_secs,
+        children: t.children.map(|c| ChildrenView {
+            total: c.total,
+            by_state: c.by_state.into_iter().map(|(state, n)| (state.as_str().to_owned(), n)).collect(),
+        }),
     }
 }
 
