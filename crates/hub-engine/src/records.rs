@@ -1,5 +1,9 @@
 //! What the hub keeps, in the words of the engine. Stores map these to rows, doors to JSON.
 
+mod agents;
+
+pub use agents::*;
+
 use mesh_core::audit;
 use mesh_core::capability::Capabilities;
 use mesh_core::output::Digests;
@@ -8,7 +12,7 @@ use mesh_core::seal::Intent;
 use mesh_core::select::Offers;
 use mesh_core::task::{AttemptNo, Event, NeverStarted, OnLost, Outcome, Progress, Reason, ReasonCode, TaskState, Terms, verdict};
 use mesh_core::{
-    ApiKeyId, DeviceId, Digest, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId,
+    AgentId, ApiKeyId, DeviceId, Digest, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId,
 };
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -655,6 +659,8 @@ pub struct Erased {
 pub struct Actor {
     pub user: UserId,
     pub key: Option<ApiKeyId>,
+    /// Of a run of an agent: whose run it is.
+    pub agent: Option<AgentId>,
     /// rest, socket, …
     pub door: String,
 }

@@ -117,7 +117,7 @@ impl TaskService {
             id,
             session: d.session,
             named_node,
-            actor: Actor { user, key: caller.key_id(), door: via.door.to_owned() },
+            actor: Actor { user, key: caller.key_id(), agent: None, door: via.door.to_owned() },
             skill: d.spec.skill().to_owned(),
             spec,
             digest,
