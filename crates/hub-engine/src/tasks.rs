@@ -180,7 +180,7 @@ impl TaskService {
         self.journal.task(id).await?.ok_or(Error::NotFound("task"))
     }
 
-    async fn accept(&self, task: Box<Task>, caller: &Caller, session: Option<Session>, keyed: Option<Keyed>) -> Result<Accepted> {
+    pub(crate) async fn accept(&self, task: Box<Task>, caller: &Caller, session: Option<Session>, keyed: Option<Keyed>) -> Result<Accepted> {
         let id = task.id;
         let accepted = self.pool.accept_once(task, caller, session.as_ref(), keyed.as_ref()).await?;
         if let (Some(s), Accepted::New(_)) = (session, &accepted)
@@ -201,7 +201,7 @@ impl TaskService {
         Ok(())
     }
 
-    async fn named(&self, caller: &Caller, text: &str, session: Option<&Session>) -> Result<NodeId> {
+    pub(crate) async fn named(&self, caller: &Caller, text: &str, session: Option<&Session>) -> Result<NodeId> {
         // In another's session it is that one's nodes that count, and who may use them.
         let attached = match session.filter(|s| caller.user() != Some(s.owner)) {
             Some(s) => self.nodes.among(&s.nodes, text).await?,
