@@ -9,6 +9,7 @@ use crate::access::{authorize, authorize_own, visible};
 use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::idempotency::{self, Keyed};
+use crate::links::LinkCommand;
 use crate::ports::{self, Creation, Window};
 use crate::records::{Actor, Agent, AgentApplied, AgentFilter, LogPage, OutputTotals, Spawned, Task};
 use crate::runs::{Ear, Runs};
@@ -415,8 +416,12 @@ impl TaskService {
     }
 
     /// Asks for the end of a run.
-    async fn stop_run(&self, id: TaskId, _force: bool) -> Result<()> {
-        self.request_cancel(id, ReasonCode::CancelledByUser).await
+    async fn stop_run(&self, id: TaskId, force: bool) -> Result<()> {
+        self.request_cancel(id, ReasonCode::CancelledByUser).await?;
+        if force && let Some(a) = self.journal.narrow(id).await?.and_then(|t| t.progress.attempt.filter(|_| !t.progress.state.is_final())) {
+            self.links.send(a.node, LinkCommand::Kill { task: id, attempt: a.no });
+        }
+        Ok(())
     }
 }
 

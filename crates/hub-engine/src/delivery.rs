@@ -202,6 +202,8 @@ impl Delivery {
             self.pool.send_order(&task, node, attempt);
         }
         if task.progress.cancel.is_some() {
+            // That of an agent may be ended by force.
+            self.pool.watchers.runs.stepped(&task);
             self.links.send(node, LinkCommand::Cancel { task: id, attempt });
         }
         Ok(())
