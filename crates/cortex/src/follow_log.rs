@@ -16,7 +16,10 @@ pub enum LogItem {
     /// Lines that the hub does not have any more.
     Gap(GapEvent),
     /// The connection is gone; a new one is tried after the pause. The agent is not affected.
-    Broken { reason: String, pause: Duration },
+    Broken {
+        reason: String,
+        pause: Duration,
+    },
     /// The agent as it ended; nothing follows.
     End(Box<AgentView>),
 }

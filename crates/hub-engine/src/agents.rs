@@ -370,7 +370,8 @@ impl Agents {
         let via = Via { door: "hub", ..Via::default() };
         let caller = Caller::Person(Person { user: owner.id, role: owner.role, key: None, granted, via });
         for needed in [Permission::AgentsManage, Permission::TasksDispatch] {
-            authorize_own(&caller, needed).map_err(|_| Error::Forbidden(format!("the agent's owner has no {} any more", needed.as_str())))?;
+            authorize_own(&caller, needed)
+                .map_err(|_| Error::Forbidden(format!("the agent's owner has no {} any more", needed.as_str())))?;
         }
         let tasks = self.tasks.clone();
         let agent = agent.clone();

@@ -10,7 +10,8 @@ use mesh_core::audit::{Head, Row, Signed};
 use mesh_core::output::Digests;
 use mesh_core::task::{Action, AttemptNo, Event, Refused, TaskState};
 use mesh_core::{
-    AgentId, ApiKeyId, AuditId, ChainId, DeviceId, Digest, EntryId, GrantId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId,
+    AgentId, ApiKeyId, AuditId, ChainId, DeviceId, Digest, EntryId, GrantId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId,
+    UnixMs, UserId,
 };
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -420,7 +421,14 @@ pub trait Agents: Send + Sync {
     /// Adds what a run wrote, cut into lines; gives the seq up to which all of the source is taken. Frames that were
     /// taken before are dropped as repeated. A gap is refused by `None`, unless `from_here` says that what is
     /// missing never comes.
-    async fn add_log(&self, id: AgentId, source: LogSource, frames: Vec<OutputFrame>, from_here: bool, keep_bytes: u64) -> Stored<Option<u64>>;
+    async fn add_log(
+        &self,
+        id: AgentId,
+        source: LogSource,
+        frames: Vec<OutputFrame>,
+        from_here: bool,
+        keep_bytes: u64,
+    ) -> Stored<Option<u64>>;
     /// Up to which seq the source is taken.
     async fn log_mark(&self, id: AgentId, source: LogSource) -> Stored<u64>;
     /// At most `limit` lines from `offset` on, or from the oldest that is there, and about `max_bytes` of them (at

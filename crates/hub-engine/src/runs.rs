@@ -73,7 +73,13 @@ impl Runs {
     }
 
     /// Takes what a run wrote into its agent's log. None: it is no run. `Some(None)`: a frame between is missing.
-    pub(crate) async fn wrote(&self, task: TaskId, attempt: AttemptNo, frames: &[OutputFrame], from_here: bool) -> Result<Option<Option<u64>>> {
+    pub(crate) async fn wrote(
+        &self,
+        task: TaskId,
+        attempt: AttemptNo,
+        frames: &[OutputFrame],
+        from_here: bool,
+    ) -> Result<Option<Option<u64>>> {
         let agent = self.state().agents.get(&task).copied();
         let (Some(agent), Some((store, keep))) = (agent, self.0.log.get()) else { return Ok(None) };
         let taken = store.add_log(agent, LogSource { task, attempt }, frames.to_vec(), from_here, *keep).await?;

@@ -180,7 +180,13 @@ impl TaskService {
         self.journal.task(id).await?.ok_or(Error::NotFound("task"))
     }
 
-    pub(crate) async fn accept(&self, task: Box<Task>, caller: &Caller, session: Option<Session>, keyed: Option<Keyed>) -> Result<Accepted> {
+    pub(crate) async fn accept(
+        &self,
+        task: Box<Task>,
+        caller: &Caller,
+        session: Option<Session>,
+        keyed: Option<Keyed>,
+    ) -> Result<Accepted> {
         let id = task.id;
         let accepted = self.pool.accept_once(task, caller, session.as_ref(), keyed.as_ref()).await?;
         if let (Some(s), Accepted::New(_)) = (session, &accepted)

@@ -12,7 +12,7 @@ use crate::store::{Failed, Store};
 use async_trait::async_trait;
 use hub_engine::ports::{Agents, StoreError, Stored, Window};
 use hub_engine::records::{Agent, AgentApplied, AgentFilter, LogPage, LogSource, OutputFrame, Spawned, Stream, Within};
-use mesh_core::agent::{Event, Kind, Life, Policy, Restart, Run, Status, Kill, step, words};
+use mesh_core::agent::{Event, Kill, Kind, Life, Policy, Restart, Run, Status, step, words};
 use mesh_core::lines::{self, Cutter, Line, Source};
 use mesh_core::select::Selector;
 use mesh_core::task::AttemptNo;
@@ -84,7 +84,14 @@ impl Agents for Store {
         Ok(counts.await?.into_iter().collect())
     }
 
-    async fn add_log(&self, id: AgentId, source: LogSource, frames: Vec<OutputFrame>, from_here: bool, keep_bytes: u64) -> Stored<Option<u64>> {
+    async fn add_log(
+        &self,
+        id: AgentId,
+        source: LogSource,
+        frames: Vec<OutputFrame>,
+        from_here: bool,
+        keep_bytes: u64,
+    ) -> Stored<Option<u64>> {
         let with = (id, source, frames, from_here, keep_bytes);
         let taken = self.write("agents.add_log", with, |conn, (id, source, frames, from_here, keep)| {
             Box::pin(add_log(conn, *id, *source, frames, *from_here, *keep))
@@ -194,7 +201,14 @@ async fn apply(conn: &mut Conn, id: AgentId, event: &Event, now: UnixMs, keep: u
     Ok(AgentApplied::Done(Box::new(agent), actions))
 }
 
-async fn add_log(conn: &mut Conn, id: AgentId, source: LogSource, frames: &[OutputFrame], from_here: bool, keep: u64) -> Result<Taken, Failed> {
+async fn add_log(
+    conn: &mut Conn,
+    id: AgentId,
+    source: LogSource,
+    frames: &[OutputFrame],
+    from_here: bool,
+    keep: u64,
+) -> Result<Taken, Failed> {
     conn.lock("agents", vec![id.blob()]).await?;
     // Erased: nobody asks for its lines any more.
     let Some(mut head) = Head::read(conn, id).await? else { return Ok(Taken(Some(frames.last().map_or(0, |f| f.seq)))) };
@@ -232,7 +246,9 @@ async fn erase(conn: &mut Conn, before: UnixMs, limit: u32) -> Result<u64, Faile
     let ended = ended.await?;
     for (id, name) in &ended {
         state::alone(conn, name).await?;
-        for q in ["DELETE FROM agent_log WHERE agent = $1", "DELETE FROM agent_log_heads WHERE agent = $1", "DELETE FROM agents WHERE id = $1"] {
+        for q in
+            ["DELETE FROM agent_log WHERE agent = $1", "DELETE FROM agent_log_heads WHERE agent = $1", "DELETE FROM agents WHERE id = $1"]
+        {
             conn.execute(&sql(q).bind(id.blob())).await?;
         }
         state::release(conn, name).await?;
@@ -295,10 +311,12 @@ impl Head {
 
     /// Adds lines behind the others, and lets the oldest go that are beyond `keep` bytes.
     async fn add(&mut self, conn: &mut Conn, lines: &[Line], keep: u64) -> Result<(), Failed> {
+        // What goes at once is a small part of what is kept.
+        let at_most = usize::try_from(keep / 8).unwrap_or(usize::MAX).clamp(CHUNK, CHUNK_AT_MOST);
         for line in lines {
             lines::encode(line, &mut self.open);
             self.total += 1;
-            if self.open.len() >= CHUNK_AT_MOST {
+            if self.open.len() >= at_most {
                 self.close(conn).await?;
             }
         }

@@ -31,7 +31,8 @@ macro_rules! id {
     )*};
 }
 id!(
-    AgentId, ApiKeyId, AuditId, ChainId, DeviceId, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, SpoolId, TaskId, UserId
+    AgentId, ApiKeyId, AuditId, ChainId, DeviceId, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, SpoolId,
+    TaskId, UserId
 );
 
 /// Ids as values of a list.

@@ -276,9 +276,10 @@ async fn hand_over(conn: &mut Conn, user: UserId, limit: u32) -> Result<bool, Fa
     if let Some(agent) = conn.row(&q.bind(user.blob()), |row| Columns::of(row).get::<String>()).await? {
         // Whose an agent is hangs on all of its rows.
         conn.alone(sql("SELECT $1").bind(mesh_core::sha256(agent.as_bytes()))).await?;
-        for q in
-            ["UPDATE agent_state SET owner = $1 WHERE agent = $2 AND owner = $3", "UPDATE agents SET owner = $1 WHERE name = $2 AND owner = $3"]
-        {
+        for q in [
+            "UPDATE agent_state SET owner = $1 WHERE agent = $2 AND owner = $3",
+            "UPDATE agents SET owner = $1 WHERE name = $2 AND owner = $3",
+        ] {
             moved += conn.execute(&sql(q).bind(successor.blob()).bind(agent.as_str()).bind(user.blob())).await?;
         }
     }

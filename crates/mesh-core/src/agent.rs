@@ -219,9 +219,14 @@ pub enum Action {
     /// Make the task of this run, under its id.
     Begin(Run),
     /// Have the process ended.
-    Stop { task: TaskId, force: bool },
+    Stop {
+        task: TaskId,
+        force: bool,
+    },
     /// Come back then.
-    Rest { until: UnixMs },
+    Rest {
+        until: UnixMs,
+    },
     Over,
 }
 

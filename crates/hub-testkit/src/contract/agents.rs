@@ -110,7 +110,9 @@ async fn names(store: &(impl Agents + AgentState + Grants + Idempotency)) {
     assert_eq!(store.put_state(&entry(own), 9).await.unwrap(), StateWritten::Done);
     store.add_grant(&grant(1, Resource::Agent("a".into()))).await.unwrap();
     let living = store.agents(&AgentFilter::default(), all()).await.unwrap();
-    let AgentApplied::Done(..) = store.apply_agent(living[0].id, &Event::KillAsked { force: false }, T0, KEEP).await.unwrap() else { panic!() };
+    let AgentApplied::Done(..) = store.apply_agent(living[0].id, &Event::KillAsked { force: false }, T0, KEEP).await.unwrap() else {
+        panic!()
+    };
     let killed = Event::Ended { task: living[0].life.run.unwrap().task, end: End::Cancelled };
     store.apply_agent(living[0].id, &killed, T0, KEEP).await.unwrap();
     assert_eq!(store.add_agent(&named(4, other, "a")).await.unwrap(), Spawned::Foreign, "the name stays its owner's");

@@ -95,7 +95,14 @@ impl Agents for MemoryStore {
         }
         Ok(counts)
     }
-    async fn add_log(&self, id: AgentId, source: LogSource, frames: Vec<OutputFrame>, from_here: bool, keep_bytes: u64) -> Stored<Option<u64>> {
+    async fn add_log(
+        &self,
+        id: AgentId,
+        source: LogSource,
+        frames: Vec<OutputFrame>,
+        from_here: bool,
+        keep_bytes: u64,
+    ) -> Stored<Option<u64>> {
         let mut state = self.state();
         let Some((_, kept)) = state.agents.get_mut(&id) else { return Ok(Some(frames.last().map_or(0, |f| f.seq))) };
         let mut log = kept.clone();
@@ -135,8 +142,12 @@ impl Agents for MemoryStore {
     }
     async fn erase_agents(&self, before: UnixMs, limit: u32) -> Stored<u64> {
         let mut state = self.state();
-        let ended: Vec<(AgentId, String)> =
-            state.agents.values().filter(|(a, _)| a.life.ended_at.is_some_and(|at| at < before)).map(|(a, _)| (a.id, a.name.clone())).collect();
+        let ended: Vec<(AgentId, String)> = state
+            .agents
+            .values()
+            .filter(|(a, _)| a.life.ended_at.is_some_and(|at| at < before))
+            .map(|(a, _)| (a.id, a.name.clone()))
+            .collect();
         let gone = ended.iter().take(limit as usize);
         for (id, name) in gone.clone() {
             state.agents.remove(id);

@@ -25,9 +25,12 @@ fn run(restart: &Restart, events: &[(i64, Event)]) -> Result<Life, Refused> {
 #[test]
 fn ends_without_a_restart() {
     let never = by(Policy::Never, 0);
-    for (end, status) in
-        [(End::Clean, Status::Exited), (failure(), Status::Failed), (End::Cancelled, Status::Killed), (End::Final("no".into()), Status::Failed)]
-    {
+    for (end, status) in [
+        (End::Clean, Status::Exited),
+        (failure(), Status::Failed),
+        (End::Cancelled, Status::Killed),
+        (End::Final("no".into()), Status::Failed),
+    ] {
         let life = run(&never, &[(1, started(1)), (2, ended(1, end))]).unwrap();
         assert_eq!((life.status, life.ended_at, life.restarts), (status, Some(2), 0));
     }
@@ -115,12 +118,7 @@ fn a_run_that_may_not_be_is_the_end() {
 }
 
 fn any_event() -> impl Strategy<Value = Event> {
-    let end = prop_oneof![
-        Just(End::Clean),
-        Just(failure()),
-        Just(End::Final("x".into())),
-        Just(End::Cancelled),
-    ];
+    let end = prop_oneof![Just(End::Clean), Just(failure()), Just(End::Final("x".into())), Just(End::Cancelled),];
     let id = (1u8..6).prop_map(task);
     prop_oneof![
         3 => id.clone().prop_map(|task| Event::Started { task, node: None }),

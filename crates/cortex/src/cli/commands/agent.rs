@@ -29,7 +29,9 @@ pub(super) async fn perform(command: AgentCommand, context: &mut Context<'_, '_>
             }
             Ok(())
         }
-        AgentCommand::Logs { agent, follow, lines, all } => logs(&agent, follow, if all { u64::MAX } else { lines.unwrap_or(NEWEST) }, context).await,
+        AgentCommand::Logs { agent, follow, lines, all } => {
+            logs(&agent, follow, if all { u64::MAX } else { lines.unwrap_or(NEWEST) }, context).await
+        }
     }
 }
 

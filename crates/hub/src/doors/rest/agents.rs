@@ -65,7 +65,8 @@ fn read(agent_type: &str, config: serde_json::Map<String, Value>) -> Answer<What
         // A name of the registry, which is not there yet.
         None => return Err(Refusal::not_yet(&format!("agent_type: {agent_type:?}; what there is: basic, process"))),
     }
-    let c: AgentConfig = serde_json::from_value(Value::Object(config)).map_err(|e| Refusal::unprocessable("bad_config", format!("config: {e}")))?;
+    let c: AgentConfig =
+        serde_json::from_value(Value::Object(config)).map_err(|e| Refusal::unprocessable("bad_config", format!("config: {e}")))?;
     let session = c.session_id.as_deref().map(str::parse).transpose();
     let session = session.map_err(|e| Refusal::unprocessable("bad_config", format!("config.session_id: {e}")))?;
     let restart = match c.restart {

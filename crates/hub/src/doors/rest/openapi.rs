@@ -207,7 +207,9 @@ fn parameters(path: &str, operation: &mut Value) {
             ("query", "outcome") => {
                 p["schema"] = json!({ "type": "string", "enum": Outcome::ALL.iter().map(|o| o.as_str()).collect::<Vec<_>>() })
             }
-            ("query", "status") => p["schema"] = json!({ "type": "string", "enum": Status::ALL.iter().map(|s| s.as_str()).collect::<Vec<_>>() }),
+            ("query", "status") => {
+                p["schema"] = json!({ "type": "string", "enum": Status::ALL.iter().map(|s| s.as_str()).collect::<Vec<_>>() })
+            }
             ("query", "user") => p["schema"] = id("user"),
             // What cannot be a name or a key is not there.
             ("path", "key") => {
