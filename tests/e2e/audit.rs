@@ -75,7 +75,11 @@ async fn every_call_that_may_change_something_leaves_one_entry() {
     let doc = hub.get("/openapi.json").await;
     for (path, item) in doc["paths"].as_object().unwrap() {
         for method in item.as_object().unwrap().keys().map(|m| m.to_uppercase()).filter(|m| m != "GET" && m != "HEAD") {
-            let below = path.strip_prefix("/api/v1").unwrap();
+            // Their calls are those of REST, each with an entry of its own.
+            let Some(below) = path.strip_prefix("/api/v1") else {
+                assert!(["/", "/rpc"].contains(&path.as_str()), "{method} {path} has no row here: what are its audit entries?");
+                continue;
+            };
             assert!(
                 table.iter().any(|(m, p, ..)| *m == method && *p == below),
                 "{method} {below} has no row here: what is its audit entry?"

@@ -170,6 +170,10 @@ async fn no_call_answers_without_credentials_that_count() {
         "POST /api/v1/auth/login",
         "POST /api/v1/auth/refresh",
         "POST /api/v1/auth/accept",
+        // JSON-RPC asks for credentials by method.
+        "POST /",
+        "POST /rpc",
+        "GET /rpc/ws",
     ];
     // What a key may always do: say whose it is and what that person has, and go.
     let own = ["GET /api/v1/auth/me", "POST /api/v1/auth/logout", "GET /api/v1/api-keys", "GET /api/v1/grants", "GET /api/v1/system/info"];

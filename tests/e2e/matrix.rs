@@ -29,6 +29,9 @@ type Row = (&'static str, &'static str, &'static str);
 const TABLE: &[Row] = &[
     // Without credentials, and so the same for all.
     ("GET /", "", ALL),
+    ("POST /", r#"{"jsonrpc": "2.0", "method": "system.health", "id": 1}"#, ALL),
+    ("POST /rpc", r#"{"jsonrpc": "2.0", "method": "system.health", "id": 1}"#, ALL),
+    ("GET /rpc/ws", "", "000 000 000 000"),
     ("GET /healthz", "", ALL),
     ("GET /readyz", "", ALL),
     ("GET /openapi.json", "", ALL),
@@ -124,6 +127,37 @@ const READ: &str = "222 224 222 424";
 const WRITE: &str = "222 224 333 434";
 const OWNER: &str = "222 234 333 434";
 const DISPATCH: &str = "222 224 333 323";
+
+/// Methods of JSON-RPC, each with the route that it answers as: by whoever asks, and whatever it is about.
+#[rustfmt::skip]
+const METHODS: &[(&str, &str)] = &[
+    ("system.health", "POST /rpc"),
+    ("rpc.discover", "GET /api/v1/system/info"),
+    ("node.list", "GET /api/v1/nodes"),
+    ("node.get", "GET /api/v1/nodes/{id}"),
+    ("node.invite", "POST /api/v1/nodes/invites"),
+    ("node.revoke", "POST /api/v1/nodes/{id}/revoke"),
+    ("session.create", "POST /api/v1/sessions"),
+    ("session.get", "GET /api/v1/sessions/{id}"),
+    ("session.list", "GET /api/v1/sessions"),
+    ("session.close", "DELETE /api/v1/sessions/{id}"),
+    ("session.attach", "PUT /api/v1/sessions/{id}/nodes/{node_id}"),
+    ("session.detach", "DELETE /api/v1/sessions/{id}/nodes/{node_id}"),
+    ("task.dispatch", "POST /api/v1/dispatch"),
+    ("task.dispatch", "POST /api/v1/sessions/{id}/dispatch"),
+    ("task.get", "GET /api/v1/tasks/{id}"),
+    ("task.list", "GET /api/v1/tasks"),
+    ("task.cancel", "POST /api/v1/tasks/{id}/cancel"),
+    ("task.output", "GET /api/v1/tasks/{id}/output"),
+    ("state.query", "GET /api/v1/state"),
+    ("agent.spawn", "POST /api/v1/agents"),
+    ("agent.list", "GET /api/v1/agents"),
+    ("agent.kill", "POST /api/v1/agents/{id}/kill"),
+    ("agent.logs", "GET /api/v1/agents/{id}/logs"),
+    ("system.metrics", "GET /api/v1/system/stats"),
+];
+/// Those that only a WebSocket has.
+const ON_SOCKETS: &[&str] = &["event.subscribe", "event.unsubscribe"];
 
 /// Where an API key with every scope answers otherwise than its owner in person, in the same form.
 const BY_KEY: &[(&str, &str)] = &[
@@ -292,8 +326,23 @@ impl<'r> Route<'r> {
     }
 }
 
-/// One cell: makes the thing that the route is about, and asks. Gives the status.
-async fn ask(world: &World, (row, body, _): &Row, role: Role, column: usize, door: Door) -> u16 {
+/// The status that a JSON-RPC answer stands for.
+fn status_of(answer: &Value) -> u16 {
+    match answer["error"]["code"].as_i64() {
+        None => 200,
+        Some(-32602) => 422,
+        Some(-32001) => 401,
+        Some(-32002) => 403,
+        Some(-32003) => 404,
+        Some(-32004) => 409,
+        Some(-32008) => 503,
+        Some(_) => 500,
+    }
+}
+
+/// One cell: makes the thing that the route is about, and asks, by a method of JSON-RPC if one is named. Gives
+/// the status.
+async fn ask(world: &World, (row, body, _): &Row, role: Role, column: usize, door: Door, method: Option<&str>) -> u16 {
     let route = Route::of(row);
     let relation = RELATIONS[column];
     let me = if door == Door::Socket { world.admin } else { world.people[&(role, column)] };
@@ -354,6 +403,11 @@ async fn ask(world: &World, (row, body, _): &Row, role: Role, column: usize, doo
         }
         () => String::new(),
     };
+    let mut params = serde_json::Map::new();
+    if path.contains("{id}") {
+        let noun = path.split('/').nth(3).expect("a noun").trim_end_matches('s');
+        params.insert(format!("{noun}_id"), id.clone().into());
+    }
     path = path.replace("{id}", &id);
     if path.contains("{agent_id}") {
         let agent = world.agent(owner).await;
@@ -361,13 +415,19 @@ async fn ask(world: &World, (row, body, _): &Row, role: Role, column: usize, doo
         path = path.replace("{agent_id}", &agent);
     }
     let node = node.map(|id| id.to_string()).unwrap_or_default();
+    if path.contains("{node_id}") {
+        params.insert("node_id".into(), node.clone().into());
+    }
     path = path.replace("{node_id}", &node);
     assert!(!path.contains(['{', '$']), "the test does not know what stands for {path}; teach it in `ask`");
     let (client, host) = match door {
         Door::Socket => (&world.socket, "http://hub".to_owned()),
         _ => (&world.web, format!("http://{}", world.hub.http)),
     };
-    let mut request = client.request(route.method.parse().unwrap(), format!("{host}{path}")).header("accept", "application/json");
+    let mut request = match method {
+        None => client.request(route.method.parse().unwrap(), format!("{host}{path}")).header("accept", "application/json"),
+        Some(_) => client.post(format!("{host}/rpc")),
+    };
     request = match door {
         Door::Token => request.bearer_auth(world.token(me).await),
         // A key of its own: what is granted behind the hub's back counts for a remembered one only after a second.
@@ -380,10 +440,23 @@ async fn ask(world: &World, (row, body, _): &Row, role: Role, column: usize, doo
             .replace("$other", &world.third.to_string())
             .replace("$long", &"x".repeat(2000))
             .replace("$new", &fresh!(UserId).to_string());
-        request = request.json(&Value::from_str(&body).expect("a body is JSON"));
+        let body = Value::from_str(&body).expect("a body is JSON");
+        match (method, body) {
+            (None, body) => request = request.json(&body),
+            (Some("system.health"), _) => {}
+            (Some(_), Value::Object(fields)) => params.extend(fields),
+            (Some(_), body) => panic!("{body} has no names"),
+        }
+    }
+    if let Some(method) = method {
+        request = request.json(&serde_json::json!({"jsonrpc": "2.0", "method": method, "params": params, "id": 1}));
     }
     loop {
-        let status = request.try_clone().expect("its body is in memory").send().await.expect("the hub answers").status().as_u16();
+        let answer = request.try_clone().expect("its body is in memory").send().await.expect("the hub answers");
+        let mut status = answer.status().as_u16();
+        if method.is_some() && status == 200 {
+            status = status_of(&answer.json().await.expect("an answer"));
+        }
         // So much at once is busy now and then: it is asked again.
         if status != 503 {
             return status;
@@ -439,8 +512,17 @@ async fn every_role_on_every_route_through_every_door() {
     let gone: Vec<_> = rows.difference(&routes).collect();
     assert!(gone.is_empty(), "rows without a route: {gone:#?}");
 
+    let info: Value = world.web.get(format!("http://{}/", world.hub.http)).send().await.unwrap().json().await.unwrap();
+    let methods: BTreeSet<&str> = info["methods"].as_array().unwrap().iter().map(|m| m.as_str().unwrap()).collect();
+    let named: BTreeSet<&str> = METHODS.iter().map(|(method, _)| *method).chain(ON_SOCKETS.iter().copied()).collect();
+    assert_eq!(methods, named, "each method has a row in METHODS of tests/e2e/matrix.rs: the route that it answers as");
+
+    let calls = METHODS.iter().map(|(method, route)| {
+        let row = TABLE.iter().find(|(r, ..)| r == route).unwrap_or_else(|| panic!("{method}: no route {route}"));
+        (row, Some(*method))
+    });
     let mut asked = vec![];
-    for row in TABLE {
+    for (row, method) in TABLE.iter().map(|row| (row, None)).chain(calls) {
         for (r, role) in Role::ALL.into_iter().enumerate() {
             for column in 0..RELATIONS.len() {
                 for door in [Door::Token, Door::Key, Door::Socket] {
@@ -448,16 +530,23 @@ async fn every_role_on_every_route_through_every_door() {
                         continue;
                     }
                     let by_key = BY_KEY.iter().find(|(of, _)| *of == row.0 && door == Door::Key).map(|(_, expected)| *expected);
-                    asked.push((row, role, column, door, cells(by_key.unwrap_or(row.2))[r][column]));
+                    asked.push((row, role, column, door, method, cells(by_key.unwrap_or(row.2))[r][column]));
                 }
             }
         }
     }
     let shared = &world;
     let wrong: Vec<String> = futures::stream::iter(asked)
-        .map(|(row, role, column, door, expected)| async move {
-            let status = ask(shared, row, role, column, door).await;
-            let at = || format!("{} as {} on {:?} by {door:?}: {status}, and not {expected}", row.0, role.as_str(), RELATIONS[column]);
+        .map(|(row, role, column, door, method, expected)| async move {
+            let status = ask(shared, row, role, column, door, method).await;
+            let at = || {
+                format!(
+                    "{} as {} on {:?} by {door:?}: {status}, and not {expected}",
+                    method.unwrap_or(row.0),
+                    role.as_str(),
+                    RELATIONS[column]
+                )
+            };
             (!is(expected, status)).then(at)
         })
         .buffer_unordered(32)

@@ -25,7 +25,7 @@ pub fn program(name: &str) -> PathBuf {
     let own = std::env::current_exe().expect("a test has a path");
     let dir = own.parent().and_then(Path::parent).expect("tests lie in target/<profile>/deps");
     let path = dir.join(name);
-    assert!(path.exists(), "{} is not built; run: cargo build -p cortex-hub -p cortex-node -p cortex", path.display());
+    assert!(path.exists(), "{} is not built; run: cargo build -p cortex-hub -p cortex-node -p cortex --bins --examples", path.display());
     path
 }
 

@@ -59,6 +59,8 @@ pub const NAMES: &[(&str, Kind, &str)] = &[
     ("cortex_http_connections_cut_total", Counter, "Connections that were ended for keeping the hub waiting."),
     ("cortex_http_handshakes_total", Counter, "TLS handshakes of the doors."),
     ("cortex_event_streams", Gauge, "Readers of live events."),
+    ("cortex_rpc_calls_total", Counter, "JSON-RPC calls that were run."),
+    ("cortex_rpc_sockets", Gauge, "Open WebSockets of JSON-RPC."),
     ("cortex_auth_failures_total", Counter, "Credentials that were missing or not good."),
     ("cortex_rate_limited_total", Counter, "Requests, and messages of streams, beyond the rate of their principal."),
     ("cortex_logins_throttled_total", Counter, "Tries with a password that were refused unlooked at."),
@@ -159,9 +161,13 @@ fn begin() {
             counter!("cortex_http_connections_cut_total", "listener" => listener, "reason" => cut.as_str()).absolute(0);
         }
     }
-    for door in ["sse", "websocket"] {
+    for door in ["sse", "websocket", "jsonrpc"] {
         gauge!("cortex_event_streams", "door" => door).set(0.0);
     }
+    for outcome in ["ok", "refused"] {
+        counter!("cortex_rpc_calls_total", "method" => "system.health", "outcome" => outcome).absolute(0);
+    }
+    gauge!("cortex_rpc_sockets").set(0.0);
     for kind in ["password", "refresh", "bearer", "node"] {
         counter!("cortex_auth_failures_total", "kind" => kind).absolute(0);
     }

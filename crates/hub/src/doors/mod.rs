@@ -6,4 +6,6 @@ pub mod hosts;
 pub mod https;
 pub mod listener;
 pub mod rest;
+mod rpc;
+mod socket;
 mod ws;

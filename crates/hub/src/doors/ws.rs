@@ -5,48 +5,18 @@
 
 use super::rest::events::{Do, EventsQuery, Reader, json, open};
 use super::rest::{App, Query, Refusal, Who};
+use super::socket::{End, Inbound, PACE, POLICY, Pace, Pulse, bad_upgrade, goodbye, inbound, say, stopping, too_slow};
 use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
-use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
+use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::http::{HeaderMap, Uri};
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
-use hub_engine::throttle::{Principal, Rates};
 use mesh_process::CancellationToken;
-use std::sync::Arc;
-use std::time::Duration;
-use tokio::time::{Instant, MissedTickBehavior};
 
-const GOING_AWAY: u16 = 1001;
-const PROTOCOL: u16 = 1002;
-/// The reader's rights have ended, or it says too much.
-const POLICY: u16 = 1008;
-/// Too slow; come back later.
-const TRY_AGAIN: u16 = 1013;
-/// What a close frame can carry.
-const MAX_REASON: usize = 123;
 /// Nothing that a client says is needed.
 const MAX_INBOUND: usize = 64 << 10;
 /// Frames that may wait for the socket, in bytes; past it a frame waits with us.
 const MAX_WAITING: usize = 256 << 10;
-
-/// How long things may take.
-#[derive(Debug, Clone, Copy)]
-pub struct Pace {
-    ping_every: Duration,
-    /// Without a pong for this long the other end is gone.
-    pong_within: Duration,
-    /// A frame that cannot be handed over in this time says that the reader is too slow.
-    send_within: Duration,
-    close_within: Duration,
-}
-
-const PACE: Pace = Pace {
-    ping_every: Duration::from_secs(20),
-    pong_within: Duration::from_secs(60),
-    send_within: Duration::from_secs(10),
-    close_within: Duration::from_secs(1),
-};
 
 /// Live events over a WebSocket
 ///
@@ -68,9 +38,9 @@ pub async fn get(
     headers: HeaderMap,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, Refusal> {
-    let inbound = Principal::of(who.caller()).filter(|_| who.asked.address.is_some()).map(|p| (app.rates.clone(), p));
+    let inbound = inbound(&app, &who);
     let reader = open(&app, who, &q, &uri, &headers)?.through("websocket");
-    let upgrade = upgrade.map_err(|e| Refusal::new(e.status(), "bad_upgrade", e.body_text()))?;
+    let upgrade = upgrade.map_err(bad_upgrade)?;
     let (streams, stop) = (app.streams.clone(), app.stop.clone());
     let upgrade = upgrade.max_message_size(MAX_INBOUND).max_frame_size(MAX_INBOUND).max_write_buffer_size(MAX_WAITING);
     // The hub's stop waits for this group, so that each reader hears of it.
@@ -78,34 +48,14 @@ pub async fn get(
     Ok(upgrade.write_buffer_size(0).on_upgrade(serve).into_response())
 }
 
-/// Whose rate what a client says counts for, as requests do.
-pub type Inbound = Option<(Arc<Rates>, Principal)>;
-
-/// Why a conversation ends. None: the other end has gone already.
-type End = Option<(u16, String)>;
-
 /// Serves one reader until either end closes.
 pub async fn serve(mut socket: WebSocket, mut reader: Reader, stop: CancellationToken, pace: Pace, inbound: Inbound) {
-    let Some((code, mut reason)) = talk(&mut socket, &mut reader, &stop, pace, &inbound).await else { return };
-    tracing::debug!(code, reason, "a websocket is closed");
-    while reason.len() > MAX_REASON {
-        reason.pop();
-    }
-    let goodbye = async {
-        if socket.send(Message::Close(Some(CloseFrame { code, reason: reason.into() }))).await.is_ok() {
-            // Until the other end agrees: closing on unread words would reset the connection, and the
-            // reason with it.
-            while let Some(Ok(_)) = socket.recv().await {}
-        }
-    };
-    let _ = tokio::time::timeout(pace.close_within, goodbye).await;
+    let end = talk(&mut socket, &mut reader, &stop, pace, &inbound).await;
+    goodbye(socket, end, pace).await;
 }
 
 async fn talk(socket: &mut WebSocket, reader: &mut Reader, stop: &CancellationToken, pace: Pace, inbound: &Inbound) -> End {
-    let begun = Instant::now();
-    let mut heard = begun;
-    let mut ping = tokio::time::interval_at(begun + pace.ping_every, pace.ping_every);
-    ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut pulse = Pulse::new(pace);
     loop {
         // No fixed order: neither a talkative client nor a busy hub keeps the rest from its turn.
         tokio::select! {
@@ -118,16 +68,11 @@ async fn talk(socket: &mut WebSocket, reader: &mut Reader, stop: &CancellationTo
                     {
                         return Some((POLICY, error.to_string()));
                     }
-                    if matches!(message, Message::Pong(_)) {
-                        heard = Instant::now();
-                    }
+                    pulse.note(&message);
                 }
             },
-            _ = ping.tick() => {
-                if heard.elapsed() >= pace.pong_within {
-                    return Some((PROTOCOL, "no pong came".into()));
-                }
-                if let Err(end) = say(socket, Message::Ping(Bytes::new()), stop, pace).await {
+            () = pulse.due() => {
+                if let Err(end) = pulse.ping(socket, stop).await {
                     return end;
                 }
             }
@@ -156,29 +101,9 @@ async fn talk(socket: &mut WebSocket, reader: &mut Reader, stop: &CancellationTo
     }
 }
 
-fn stopping() -> End {
-    Some((GOING_AWAY, "the hub is stopping".into()))
-}
-
-fn too_slow() -> End {
-    Some((TRY_AGAIN, "too slow: events were kept waiting too long; come back with ?after= and the last id".into()))
-}
-
-/// Hands one frame to the socket. What a slow reader makes the hub hold is this frame.
-async fn say(socket: &mut WebSocket, message: Message, stop: &CancellationToken, pace: Pace) -> Result<(), End> {
-    tokio::select! {
-        biased;
-        () = stop.cancelled() => Err(stopping()),
-        sent = tokio::time::timeout(pace.send_within, socket.send(message)) => match sent {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(None),
-            Err(_) => Err(too_slow()),
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::socket::{PROTOCOL, TRY_AGAIN};
     use super::*;
     use crate::keys::{Argon2Passwords, Keys};
     use axum::Router;
@@ -193,7 +118,10 @@ mod tests {
     use hub_testkit::contract::sample::{key_id, node_id, user, user_id};
     use mesh_core::permission::{Caller, Role, Scope};
     use mesh_process::{SystemClock, Tasks};
+    use std::sync::Arc;
+    use std::time::Duration;
     use tokio::net::{TcpListener, TcpStream};
+    use tokio::time::Instant;
     use tokio_tungstenite::WebSocketStream;
     use tokio_tungstenite::tungstenite::Message as Came;
 

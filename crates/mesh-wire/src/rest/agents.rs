@@ -129,3 +129,49 @@ pub struct AgentLogLine {
 pub struct AgentEnd {
     pub agent: AgentView,
 }
+
+/// What the JSON-RPC methods `agent.spawn` and `agent.kill` answer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct AgentReply {
+    pub agent_id: String,
+    pub status: String,
+    /// A sentence for people.
+    pub message: String,
+}
+
+/// What the JSON-RPC method `agent.list` answers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct AgentList {
+    pub agents: Vec<AgentView>,
+    /// Of those that are listed here.
+    pub count: u64,
+    /// There are more: `cursor` of the next call with the same filters.
+    pub next_cursor: Option<String>,
+}
+
+/// Which lines the JSON-RPC method `agent.logs` asks for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct AgentLogsRequest {
+    pub agent_id: String,
+    /// 1 to 500; 50.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
+    /// How many lines to pass over, from the first that was ever written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offset: Option<u64>,
+}
+
+/// What the JSON-RPC method `system.metrics` answers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct MetricsReply {
+    /// How many of those that the caller may see are in each status; the others are in none.
+    pub agents: BTreeMap<String, u64>,
+    /// As `GET /system/stats`, without its history.
+    pub system: super::StatsView,
+    pub timestamp: String,
+}

@@ -20,6 +20,15 @@ pub struct ServerInfo {
 pub struct Health {
     pub status: String,
 }
+/// What the JSON-RPC method `system.health` answers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct HealthReply {
+    pub status: String,
+    pub version: String,
+    pub uptime_secs: u64,
+    pub timestamp: String,
+}
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Ready {

@@ -286,3 +286,42 @@ pub struct AttemptEvent {
 pub struct EndEvent {
     pub task: TaskView,
 }
+
+/// What the JSON-RPC method `task.output` takes.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct TaskOutputRequest {
+    pub task_id: String,
+    /// How many bytes to leave out: `next_byte` of the part before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_byte: Option<u64>,
+    /// At most 1 MiB; 64 KiB when it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bytes: Option<u64>,
+    /// stdout, stderr or all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<String>,
+    /// text or base64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<String>,
+}
+/// A part of what a task has put out so far.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct TaskOutputView {
+    pub task_id: String,
+    /// Whose output it is: another attempt begins at byte 0 anew. 0 before the first.
+    pub attempt: u32,
+    pub from_byte: u64,
+    pub next_byte: u64,
+    /// The task has ended, and nothing follows.
+    pub end: bool,
+    /// Lossy UTF-8, cut on a character.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
+    pub text: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
+    pub data_base64: Option<String>,
+}

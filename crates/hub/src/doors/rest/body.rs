@@ -66,7 +66,7 @@ impl<T> Creating<T> {
     }
 }
 
-const IDEMPOTENCY_KEY: &str = "idempotency-key";
+pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
 pub const MAX_KEY: usize = 255;
 
 fn key(request: &Request) -> Result<Option<String>, Refusal> {
@@ -83,7 +83,7 @@ fn key(request: &Request) -> Result<Option<String>, Refusal> {
 }
 
 /// The bytes of a body that says it is JSON.
-async fn json(request: Request, app: &App) -> Result<Bytes, Refusal> {
+pub async fn json(request: Request, app: &App) -> Result<Bytes, Refusal> {
     let kind = request.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
     let kind = kind.split(';').next().unwrap_or_default().trim();
     let bytes = read(request.into_body(), app.facts.body_bytes).await?;
@@ -198,6 +198,12 @@ impl<S: Send + Sync> FromRequestParts<S> for PathTexts {
 /// An id in the path; one that cannot be one is as absent as an unknown one.
 pub struct PathId<T>(pub T);
 
+impl<T: std::str::FromStr<Err = mesh_core::BadId>> PathId<T> {
+    pub fn of(text: &str) -> Result<Self, Refusal> {
+        text.parse().map(Self).map_err(|e: mesh_core::BadId| Refusal::new(StatusCode::NOT_FOUND, "not_found", e))
+    }
+}
+
 impl<S: Send + Sync, T> FromRequestParts<S> for PathId<T>
 where
     T: std::str::FromStr<Err = mesh_core::BadId> + Send,
@@ -205,6 +211,6 @@ where
     type Rejection = Refusal;
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
         let PathText(text) = PathText::from_request_parts(parts, state).await?;
-        text.parse().map(Self).map_err(|e: mesh_core::BadId| Refusal::new(StatusCode::NOT_FOUND, "not_found", e))
+        Self::of(&text)
     }
 }

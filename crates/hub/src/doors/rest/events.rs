@@ -3,12 +3,12 @@
 
 use super::App;
 use super::body::Query;
-use super::origin;
 use super::problem::{Answer, Refusal};
 use super::who::Who;
+use crate::doors::socket::own_origin;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode, Uri, header};
+use axum::http::{HeaderMap, Uri, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures::stream;
@@ -71,26 +71,24 @@ pub async fn get(State(app): State<App>, who: Who, Query(q): Query<EventsQuery>,
 
 /// Judges a request for events and opens the reader.
 pub fn open(app: &App, who: Who, q: &EventsQuery, uri: &Uri, headers: &HeaderMap) -> Answer<Reader> {
-    if origin::given(headers, uri, &app.facts.public_url) == origin::Given::Foreign {
-        return Err(Refusal::new(StatusCode::FORBIDDEN, "foreign_origin", "a page of another origin may not read this hub's events"));
-    }
-    let topics = q.topics.as_deref().map(topics).transpose()?;
+    own_origin(app, uri, headers)?;
+    let topics = q.topics.as_deref().map(|text| text.split(',').map(|t| topic(t.trim())).collect::<Answer<_>>()).transpose()?;
     // What a reader comes back with is newer than what its first address named.
-    let after = match headers.get("last-event-id").map(|v| v.to_str().unwrap_or_default()).or(q.after.as_deref()) {
-        None | Some("") => None,
-        // The bus knows no such long id either: the reader hears a reset.
-        Some(text) => Some(EventId::new(text.chars().take(MAX_ID).collect::<String>())),
-    };
+    let after = headers.get("last-event-id").map(|v| v.to_str().unwrap_or_default()).or(q.after.as_deref());
+    reader(app, who, topics, after)
+}
+
+/// A reader of these topics, or of all that it may read, from now on or after an event.
+pub fn reader(app: &App, who: Who, topics: Option<Vec<Topic>>, after: Option<&str>) -> Answer<Reader> {
+    // The bus knows no id as long as one that is cut here either: the reader hears a reset.
+    let after = after.filter(|id| !id.is_empty()).map(|id| EventId::new(id.chars().take(MAX_ID).collect::<String>()));
     let feed = app.events.open(who.authenticated, topics, after.as_ref())?;
     Ok(Reader::new(feed, app.accounts.clone(), app.clock.clone()))
 }
 
-fn topics(text: &str) -> Answer<Vec<Topic>> {
+pub fn topic(name: &str) -> Answer<Topic> {
     let known = || Topic::ALL.map(Topic::as_str).join(", ");
-    let one = |t: &str| {
-        Topic::parse(t).ok_or_else(|| Refusal::bad_request("bad_topic", format!("there is no topic {t:?}; there is {}", known())))
-    };
-    text.split(',').map(|t| one(t.trim())).collect()
+    Topic::parse(name).ok_or_else(|| Refusal::bad_request("bad_topic", format!("there is no topic {name:?}; there is {}", known())))
 }
 
 /// One stream of events with its owner's rights.
@@ -315,9 +313,9 @@ mod tests {
 
     #[test]
     fn topics_are_known_words() {
-        assert_eq!(topics("tasks, nodes").unwrap(), [Topic::Tasks, Topic::Nodes]);
+        assert_eq!(topic("tasks").unwrap(), Topic::Tasks);
         for bad in ["", "task", "nodes,", "nodes;tasks", "*"] {
-            assert_eq!(topics(bad).unwrap_err().code, "bad_topic", "{bad:?}");
+            assert_eq!(topic(bad).unwrap_err().code, "bad_topic", "{bad:?}");
         }
     }
 }

@@ -21,21 +21,21 @@ pub(super) mod output;
 mod page;
 pub(super) mod problem;
 mod rate;
-mod requests;
+pub(super) mod requests;
 pub(super) mod sessions;
 pub(super) mod state;
 pub(super) mod system;
 pub(super) mod tasks;
 pub(super) mod users;
 pub(super) mod views;
-mod who;
+pub(super) mod who;
 
 pub use downloads::Binaries;
 pub use openapi::document;
 pub use requests::{TraceParent, ended};
 pub use who::Door;
 
-pub(super) use body::Query;
+pub(super) use body::{Creating, OptionalBody, PathId, PathTexts, Query};
 pub(super) use problem::Refusal;
 pub(super) use who::Who;
 
@@ -203,7 +203,9 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(super::ws::get));
     OpenApiRouter::with_openapi(openapi::Head::openapi())
         .nest("/api/v1", api)
-        .routes(routes!(system::root))
+        .routes(routes!(system::root, super::rpc::post_at_root))
+        .routes(routes!(super::rpc::post))
+        .routes(routes!(super::rpc::ws::get))
         .routes(routes!(system::healthz))
         .routes(routes!(system::readyz))
         .routes(routes!(docs::openapi_json))

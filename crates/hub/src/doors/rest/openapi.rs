@@ -47,9 +47,10 @@ use utoipa::OpenApi;
         (name = "events", description = "What happens, as it happens"),
         (name = "audit", description = "What was done, by whom and how it ended"),
         (name = "system", description = "The hub itself"),
+        (name = "json-rpc", description = "JSON-RPC 2.0: the same calls by name"),
         (name = "downloads", description = "Programs to run on nodes"),
     ),
-    components(schemas(Problem, AuditEntry, EventView, StreamEnd, OutputEvent, GapEvent, AttemptEvent, EndEvent, AgentConfig, AgentEnd)),
+    components(schemas(Problem, AuditEntry, EventView, StreamEnd, OutputEvent, GapEvent, AttemptEvent, EndEvent, HealthReply, StateReply, TaskOutputRequest, TaskOutputView, SubscribeRequest, SubscribeReply, UnsubscribeRequest, UnsubscribeReply, DiscoverReply, EventNotice, AgentConfig, AgentEnd, AgentReply, AgentList, AgentLogsRequest, AgentLogs, MetricsReply)),
 )]
 pub struct Head;
 
@@ -145,7 +146,8 @@ fn describe(path: &str, method: &str, operation: &mut Value) {
     ];
     let responses = operation["responses"].as_object_mut().expect("an operation has responses");
     for (status, response) in responses.iter_mut() {
-        if let Some(status) = status.parse().ok().filter(|s| *s >= 400) {
+        // A refusal with a shape of its own is described where it is made.
+        if let Some(status) = status.parse().ok().filter(|s| *s >= 400 && response.get("content").is_none()) {
             *response = refusal(status, response["description"].as_str().unwrap_or_default());
         }
     }

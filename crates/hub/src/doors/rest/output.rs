@@ -8,7 +8,7 @@ use super::views;
 use super::who::Who;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as B64;
@@ -60,19 +60,9 @@ pub async fn get(
     Query(q): Query<OutputQuery>,
     headers: HeaderMap,
 ) -> Answer<Response> {
-    let only = match q.stream.as_deref() {
-        None | Some("all") => None,
-        Some("stdout") => Some(Stream::Stdout),
-        Some("stderr") => Some(Stream::Stderr),
-        Some(other) => return Err(Refusal::bad_request("bad_query", format!("stream is stdout, stderr or all, not {other:?}"))),
-    };
-    let mut rights = app.events.rights();
-    // Who it is was found out before: what was changed since is looked up.
-    rights.mark_changed();
-    let task = app.tasks.get_narrow(who.caller(), id).await?;
-    let watch = app.tasks.watchers.subscribe(id);
+    let only = stream_named(q.stream.as_deref())?;
     let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    let follower = Follower::new(app, (who.authenticated, rights), task, watch);
+    let follower = follow(app, who, id).await?;
     if accept.contains("text/event-stream") {
         if q.from_byte.is_some() || q.follow.is_some() {
             return Err(Refusal::bad_request("bad_query", "an event stream takes from_seq, and always follows"));
@@ -90,6 +80,68 @@ pub async fn get(
         return Err(Refusal::bad_request("bad_query", "from_seq is for event streams; raw output takes from_byte"));
     }
     Ok(raw(follower, only, q.from_byte.unwrap_or(0), q.follow.unwrap_or(false)))
+}
+
+/// stdout, stderr, or None for all.
+pub fn stream_named(name: Option<&str>) -> Answer<Option<Stream>> {
+    match name {
+        None | Some("all") => Ok(None),
+        Some("stdout") => Ok(Some(Stream::Stdout)),
+        Some("stderr") => Ok(Some(Stream::Stderr)),
+        Some(other) => Err(Refusal::bad_request("bad_query", format!("stream is stdout, stderr or all, not {other:?}"))),
+    }
+}
+
+async fn follow(app: App, who: Who, id: TaskId) -> Answer<Follower> {
+    let mut rights = app.events.rights();
+    // Who it is was found out before: what was changed since is looked up.
+    rights.mark_changed();
+    let task = app.tasks.get_narrow(who.caller(), id).await?;
+    let watch = app.tasks.watchers.subscribe(id);
+    Ok(Follower::new(app, (who.authenticated, rights), task, watch))
+}
+
+/// Some of the output, as far as there is any.
+pub struct Part {
+    pub bytes: Vec<u8>,
+    /// Of which attempt; 0 before the first.
+    pub attempt: u32,
+    /// The task has ended, and this is its last part.
+    pub end: bool,
+}
+
+/// At most `room` bytes of what there is now, from `from_byte` on.
+pub async fn part(app: App, who: Who, id: TaskId, only: Option<Stream>, from_byte: u64, room: usize) -> Answer<Part> {
+    let mut follower = follow(app, who, id).await?;
+    let (mut bytes, mut seq, mut skip, mut end) = (vec![], 0, from_byte, false);
+    let mut attempt = follower.attempt;
+    // One more than there is room for, which says that this is not the end.
+    while bytes.len() <= room {
+        match follower.next(seq, false).await {
+            Next::Frames(frames) => {
+                attempt = follower.attempt;
+                seq = frames.last().map_or(seq, |f| f.seq);
+                for f in frames.iter().filter(|f| only.is_none_or(|s| s == f.stream)) {
+                    let drop = skip.min(f.data.len() as u64) as usize;
+                    skip -= drop as u64;
+                    let left = (room + 1).saturating_sub(bytes.len());
+                    bytes.extend_from_slice(&f.data[drop..f.data.len().min(drop + left)]);
+                }
+            }
+            Next::End => {
+                end = follower.task.progress.state.is_final();
+                break;
+            }
+            // Another attempt has begun: what follows is its own.
+            Next::Again(_) | Next::Quiet => break,
+            Next::Broken => {
+                return Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "the output cannot be read now; try again"));
+            }
+            Next::Denied(why) => return Err(Refusal::new(StatusCode::FORBIDDEN, "forbidden", why)),
+        }
+    }
+    bytes.truncate(room);
+    Ok(Part { bytes, attempt: attempt.map_or(0, AttemptNo::ordinal), end })
 }
 
 /// What the id of an event names: an attempt, and a seq of its output.

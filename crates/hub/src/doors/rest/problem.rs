@@ -1,7 +1,7 @@
 //! Errors as RFC 9457 problems.
 
 use axum::body::Body;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use hub_engine::Error;
 use hub_engine::error::secs;
@@ -95,6 +95,11 @@ pub fn written(response: &mut Response, request_id: &str) {
     let headers = response.headers_mut();
     headers.remove(header::CONTENT_LENGTH);
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    hints(&r, headers);
+}
+
+/// What a client may read of a refusal without its body.
+pub fn hints(r: &Refusal, headers: &mut HeaderMap) {
     if let Some(secs) = r.retry_secs {
         headers.insert(header::RETRY_AFTER, secs.into());
     }

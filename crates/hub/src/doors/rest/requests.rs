@@ -1,6 +1,6 @@
 //! What surrounds each request: its id and span, its time, its counts.
 
-use super::problem::{Refusal, written};
+use super::problem::{Answer, Refusal, written};
 use super::{App, Door, rate};
 use crate::doors::forwarded;
 use crate::doors::listener::Peer;
@@ -39,7 +39,25 @@ pub struct Asked {
 impl Asked {
     /// The caller wants to wait so long for the answer: the time of the request does not count it.
     pub fn may_wait(&self, secs: u64) {
-        self.wait_secs.store(secs, Ordering::Release);
+        self.wait_secs.fetch_max(secs, Ordering::AcqRel);
+    }
+    /// For one call of several that the request carries, each with a time of its own.
+    pub fn alone(&self) -> Self {
+        Self { wait_secs: Arc::default(), ..self.clone() }
+    }
+}
+
+/// Until `until`, and as much longer as the work was asked to wait; then it is dropped.
+pub async fn in_time<T>(until: Instant, asked: &Asked, work: impl Future<Output = T>) -> Answer<T> {
+    let mut work = std::pin::pin!(work);
+    loop {
+        let waits = asked.wait_secs.load(Ordering::Acquire);
+        match tokio::time::timeout_at(until + Duration::from_secs(waits), &mut work).await {
+            Ok(done) => return Ok(done),
+            // The handler has learnt meanwhile what it was asked to wait.
+            Err(_) if asked.wait_secs.load(Ordering::Acquire) > waits => {}
+            Err(_) => return Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "timed_out", "the hub took too long; try again")),
+        }
     }
 }
 
@@ -91,18 +109,8 @@ pub async fn serve(State(app): State<App>, mut request: Request, next: Next) -> 
         }
         // Within its time: what goes on without its caller keeps its entry.
         let via = Via { door: super::who::name(socket), address, request_id: Some(id.clone()), device: None };
-        let mut work = std::pin::pin!(audit::scope(&app.audit, via, next.run(request), ending));
-        loop {
-            let waits = asked.wait_secs.load(Ordering::Acquire);
-            match tokio::time::timeout_at(begun + patience + Duration::from_secs(waits), &mut work).await {
-                Ok(response) => return response,
-                // The handler has learnt meanwhile what it was asked to wait.
-                Err(_) if asked.wait_secs.load(Ordering::Acquire) > waits => {}
-                Err(_) => {
-                    return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "timed_out", "the hub took too long; try again").into_response();
-                }
-            }
-        }
+        let work = audit::scope(&app.audit, via, next.run(request), ending);
+        in_time(begun + patience, &asked, work).await.unwrap_or_else(Refusal::into_response)
     };
     let mut response = answered.instrument(span.clone()).await;
     written(&mut response, &id);

@@ -4,9 +4,10 @@ use super::problem::{Answer, Refusal};
 use super::views;
 use super::who::Who;
 use super::{App, VERSION};
+use crate::doors::rpc::methods::METHODS;
 use axum::Json;
 use axum::extract::{OriginalUri, Request, State};
-use axum::http::{Method, StatusCode};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use hub_engine::links::Told;
 use hub_engine::nodes::Skill;
@@ -21,11 +22,11 @@ pub async fn root(State(app): State<App>) -> Json<ServerInfo> {
         version: VERSION.into(),
         hub_id: app.keys.hub.to_string(),
         api: "/api/v1".into(),
-        methods: vec![],
+        methods: METHODS.iter().map(|m| m.name.to_owned()).collect(),
     })
 }
 
-fn uptime_secs(app: &App) -> u64 {
+pub fn uptime_secs(app: &App) -> u64 {
     ((app.clock.now_ms() - app.facts.started_at_ms).max(0) / 1000) as u64
 }
 
@@ -137,7 +138,7 @@ const NOT_YET_BELOW: &[(&str, &[&str])] = &[
     ("sessions", &["files", "manifest", "rewind", "conflicts", "sync"]),
     ("tasks", &["approve", "deny", "attach", "recording"]),
 ];
-const NOT_YET_OUTSIDE: &[&str] = &["/rpc", "/rpc/ws", "/mcp", "/capabilities", "/install.sh"];
+const NOT_YET_OUTSIDE: &[&str] = &["/mcp", "/capabilities", "/install.sh"];
 
 /// 501 for what the contract promises, 405 for a wrong method, 404 for the rest.
 pub async fn unknown(request: Request) -> Response {
@@ -149,8 +150,7 @@ pub async fn unknown(request: Request) -> Response {
     let first = parts.first().copied().unwrap_or_default();
     let promised = NOT_YET.contains(&first)
         || NOT_YET_BELOW.iter().any(|(top, below)| *top == first && parts.get(2).is_some_and(|p| below.contains(p)))
-        || NOT_YET_OUTSIDE.contains(&path)
-        || (path == "/" && method == Method::POST);
+        || NOT_YET_OUTSIDE.contains(&path);
     if promised {
         let detail = format!("{method} {path} is part of the contract and not built yet");
         return Refusal::new(StatusCode::NOT_IMPLEMENTED, "not_yet", detail).into_response();

@@ -103,6 +103,12 @@ async fn identify(
     }
 }
 
+/// Does a request bring anything that says who it is?
+pub fn is_anonymous(parts: &Parts) -> bool {
+    let socket = parts.extensions.get::<Door>() == Some(&Door::Socket);
+    !socket && !parts.headers.contains_key(header::AUTHORIZATION) && Cookie::of(&parts.headers).is_none()
+}
+
 /// A door's name for those who ask what came by it.
 pub(super) fn name(socket: bool) -> &'static str {
     if socket { "socket" } else { "rest" }
