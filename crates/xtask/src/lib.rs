@@ -34,6 +34,8 @@ enum Chore {
     Bench(bench::Bench),
     #[command(name = bench::floor::SUBCOMMAND, hide = true)]
     BenchFloor(bench::floor::Options),
+    #[command(name = bench::rpc::SUBCOMMAND, hide = true)]
+    BenchFloorHttp,
     /// Not yet: reference pages and clients from the contracts
     Generate(Rest),
 }
@@ -52,6 +54,7 @@ pub fn run() -> ExitCode {
         Chore::Load(_) => return not_yet("load"),
         Chore::Bench(what) => bench::run(&what),
         Chore::BenchFloor(options) => bench::floor::child(&options).map(|()| true),
+        Chore::BenchFloorHttp => bench::rpc::serve_floor().map(|()| true),
         Chore::Generate(_) => return not_yet("generate"),
     };
     match done {

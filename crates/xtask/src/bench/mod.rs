@@ -11,6 +11,7 @@ mod mesh;
 mod noisy;
 mod ready;
 mod report;
+pub mod rpc;
 mod syncs;
 
 use anyhow::{Context, Result, bail};
@@ -26,6 +27,8 @@ pub enum Bench {
     Noisy(noisy::Options),
     /// The start of a hub with many tasks in its journal
     Ready(ready::Options),
+    /// A call of JSON-RPC, beside a bare axum
+    Rpc(rpc::Options),
 }
 
 pub fn run(what: &Bench) -> Result<bool> {
@@ -38,6 +41,7 @@ pub fn run(what: &Bench) -> Result<bool> {
         Bench::Dispatch(options) => to_its_end(dispatch::measure(options, &built)),
         Bench::Noisy(options) => to_its_end(noisy::measure(options, &built)),
         Bench::Ready(options) => to_its_end(ready::measure(options, &built)),
+        Bench::Rpc(options) => to_its_end(rpc::measure(options, &built)),
     }
 }
 

@@ -3,6 +3,7 @@
 
 use super::body::MAX_KEY;
 use super::page::{DEFAULT_LIMIT, MAX_LIMIT};
+use crate::doors::rpc::own::MAX_OUTPUT_BYTES;
 use hub_engine::events::Topic;
 use hub_engine::manage::MAX_TASK_LIMIT;
 use hub_engine::records::{MessageRole, SessionAct};
@@ -280,6 +281,9 @@ static WORDS: LazyLock<Vec<(&str, Vec<&str>)>> = LazyLock::new(|| {
         ("MessageView.role", MessageRole::ALL.iter().map(|r| r.as_str()).collect()),
         ("MessageRequest.role", MessageRole::ALL.iter().map(|r| r.as_str()).collect()),
         ("OutputEvent.stream", vec!["stdout", "stderr"]),
+        ("TaskOutputRequest.stream", vec!["stdout", "stderr", "all"]),
+        ("TaskOutputRequest.encoding", vec!["text", "base64"]),
+        ("SubscribeRequest.topics", Topic::ALL.iter().map(|t| t.as_str()).collect()),
         ("EventView.topic", Topic::ALL.iter().map(|t| t.as_str()).collect()),
         ("StreamEnd.code", vec!["stopping", "rights"]),
         ("AgentView.status", Status::ALL.iter().map(|s| s.as_str()).collect()),
@@ -296,6 +300,7 @@ const BOUNDS: &[(&str, i64, i64)] = &[
     ("RetriesView.backoff_ms", 0, MAX_BACKOFF_MS as i64),
     ("NodeChangeRequest.max_tasks", 0, MAX_TASK_LIMIT as i64),
     ("InputRequest.seq", 1, i64::MAX),
+    ("TaskOutputRequest.max_bytes", 1, MAX_OUTPUT_BYTES as i64),
 ];
 
 /// Fields that hold one kind of id wherever they stand in a reply.

@@ -6,7 +6,7 @@
 mod discover;
 mod failure;
 pub mod methods;
-mod own;
+pub mod own;
 mod params;
 mod protocol;
 pub mod ws;
@@ -109,13 +109,17 @@ async fn serve(app: App, request: Request) -> Response {
     // The caller was counted once when it was looked at.
     let limited = asker.admit(&mut message, 1);
     let silent = message.is_silent();
-    let answer = asker.answer(message).await;
+    let mut answer = asker.answer(message).await;
     let status = match (anonymous, silent) {
         (true, _) => StatusCode::UNAUTHORIZED,
         (false, true) => StatusCode::NO_CONTENT,
         (false, false) => StatusCode::OK,
     };
     let unknown = asker.who.and_then(Result::err).filter(|_| anonymous);
+    if let (Some(refusal), None) = (&unknown, &answer) {
+        // Notifications that nobody will do: that at least is said.
+        answer = Some(protocol::refusal(failure(refusal, &asker.asked)));
+    }
     respond(status, limited.as_ref().or(unknown.as_ref()), answer)
 }
 

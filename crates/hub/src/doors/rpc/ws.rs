@@ -22,6 +22,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use futures::future::select_all;
 use hub_engine::Error;
+use mesh_process::CancellationToken;
 use mesh_wire::rest::{EventNotice, EventView, SubscribeReply, SubscribeRequest, UnsubscribeReply, UnsubscribeRequest};
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -71,9 +72,12 @@ async fn serve(mut socket: WebSocket, app: App, who: Option<Who>, asked: Asked) 
         calls: Arc::new(Semaphore::new(IN_FLIGHT)),
         subscriptions: Arc::new(Semaphore::new(MAX_SUBSCRIPTIONS)),
         next: AtomicU64::new(1),
+        gone: app.stop.child_token(),
         live: Mutex::default(),
     });
     let _counted = Counted::new();
+    // With the connection the calls go whose answers nobody will hear, as requests do whose caller hangs up.
+    let _gone = connection.gone.clone().drop_guard();
     let end = Talk { app, who, asked, connection, ready, open: VecDeque::new() }.go(&mut socket).await;
     goodbye(socket, end, PACE).await;
 }
@@ -100,6 +104,7 @@ pub struct Connection {
     calls: Arc<Semaphore>,
     subscriptions: Arc<Semaphore>,
     next: AtomicU64,
+    gone: CancellationToken,
     /// Subscriptions that nobody has ended.
     live: Mutex<BTreeSet<String>>,
 }
@@ -249,13 +254,19 @@ impl Talk {
                 None => Ok(()),
             };
         };
-        let answers = self.connection.answers.clone();
-        self.app.streams.spawn("rpc call", async move {
+        let (answers, gone) = (self.connection.answers.clone(), self.connection.gone.clone());
+        let work = async move {
             asker.look_again().await;
             let text = asker.answer(message).await;
             let opened = std::mem::take(&mut *lock(&heard.opened));
-            // Whoever has gone hears nothing.
+            // There is room: each holds a place in flight.
             let _ = answers.send(Answered { text, opened, _places: places }).await;
+        };
+        self.app.streams.spawn("rpc call", async move {
+            tokio::select! {
+                () = gone.cancelled() => {}
+                () = work => {}
+            }
         });
         Ok(())
     }
