@@ -122,7 +122,8 @@ async fn logs_kills_and_the_command_line() {
     cli(&["agent", "spawn", "deaf", "--select", "os=linux", "--restart", "always", "--script", &script]);
     until("it to be up", async || cli(&["agent", "logs", "deaf"]).contains("up").then_some(())).await;
     assert!(cli(&["agent", "ls"]).contains("deaf"));
-    assert_eq!(cli(&["agent", "kill", "deaf", "--force"]).trim(), "stopping");
+    let killed: Value = serde_json::from_str(&cli(&["--output", "json", "agent", "kill", "deaf", "--force"])).unwrap();
+    assert_eq!(killed["status"], "stopping");
     let log = cli(&["agent", "logs", "-f", "deaf"]);
     assert!(log.contains("up"), "{log}");
     assert!(cli(&["agent", "show", "deaf"]).contains("killed"));
