@@ -78,6 +78,13 @@ async fn main() -> Result<(), Box<dyn Error>> {
         println!("{what}: {}", page["items"].as_array().map_or(0, Vec::len));
     }
 
+    let agent = hub.call("agent.spawn", json!({"name": "example", "agent_type": "basic", "config": {"greeting": "hello"}})).await?;
+    let id = &agent["agent_id"];
+    let logs = hub.call("agent.logs", json!({"agent_id": id, "limit": 10})).await?;
+    println!("agent.logs: {}", logs["logs"][0]["line"].as_str().unwrap_or("?"));
+    let killed = hub.call("agent.kill", json!([id])).await?;
+    println!("agent.kill: {}", killed["status"].as_str().unwrap_or("?"));
+
     let described = hub.call("rpc.discover", json!({})).await?;
     let names = described["methods"].as_array().into_iter().flatten().filter_map(|m| m["name"].as_str());
     println!("methods: {}", names.collect::<Vec<_>>().join(", "));

@@ -186,8 +186,8 @@ async fn no_call_answers_without_credentials_that_count() {
                 open.remove(at);
                 continue;
             }
-            let noun = ["nodes/invites", "api-keys", "devices", "nodes", "sessions", "users", "grants"].iter();
-            let noun = noun.zip(["inv", "key", "dev", "node", "sess", "user", "grant"]);
+            let noun = ["nodes/invites", "api-keys", "devices", "nodes", "sessions", "users", "grants", "agents"].iter();
+            let noun = noun.zip(["inv", "key", "dev", "node", "sess", "user", "grant", "agent"]);
             let prefix = noun.into_iter().find(|(n, _)| path.contains(&format!("/{n}/"))).map_or("task", |(_, p)| p);
             let url = path.replace("{id}", &format!("{prefix}_{ghost}")).replace(['{', '}'], "");
             let ask = async |token: Option<&str>| {

@@ -9,6 +9,7 @@ use hub::serve::Hub;
 use hub_engine::ports::*;
 use hub_engine::records::*;
 use hub_testkit::contract::sample;
+use mesh_core::agent::{Kind, Life};
 use mesh_core::permission::{Permission, Role, Scope};
 use mesh_core::spec::Spec;
 use mesh_core::*;
@@ -105,6 +106,11 @@ const TABLE: &[Row] = &[
     ("POST /api/v1/tasks/{id}/cancel", "", "222 224 333 424"),
     ("POST /api/v1/tasks/{id}/input", r#"{"seq": 1, "data_base64": "eA=="}"#, "999 994 333 494"),
     // Agents.
+    ("GET /api/v1/agents", "", ALL),
+    ("POST /api/v1/agents", r#"{"name": "$new", "agent_type": "basic"}"#, "222 222 333 333"),
+    ("GET /api/v1/agents/{id}", "", READ),
+    ("POST /api/v1/agents/{id}/kill", "", WRITE),
+    ("GET /api/v1/agents/{id}/logs", "", READ),
     ("GET /api/v1/state", "", ALL),
     ("GET /api/v1/state/{agent_id}/{key}", "", READ),
     ("PUT /api/v1/state/{agent_id}/{key}", r#"{"value": 1}"#, "222 224 333 333"),
@@ -146,6 +152,11 @@ const METHODS: &[(&str, &str)] = &[
     ("task.cancel", "POST /api/v1/tasks/{id}/cancel"),
     ("task.output", "GET /api/v1/tasks/{id}/output"),
     ("state.query", "GET /api/v1/state"),
+    ("agent.spawn", "POST /api/v1/agents"),
+    ("agent.list", "GET /api/v1/agents"),
+    ("agent.kill", "POST /api/v1/agents/{id}/kill"),
+    ("agent.logs", "GET /api/v1/agents/{id}/logs"),
+    ("system.metrics", "GET /api/v1/system/stats"),
 ];
 /// Those that only a WebSocket has.
 const ON_SOCKETS: &[&str] = &["event.subscribe", "event.unsubscribe"];
@@ -285,6 +296,13 @@ impl World {
         assert_eq!(self.hub.store.put_state(&entry, 9).await.unwrap(), StateWritten::Done);
         entry.agent
     }
+    /// One that runs.
+    async fn living(&self, owner: UserId) -> (AgentId, String) {
+        let id = fresh!(AgentId);
+        let agent = Agent { id, owner, name: id.to_string(), kind: Kind::Basic, life: Life::basic(now()), ..sample::agent(1) };
+        assert_eq!(self.hub.store.add_agent(&agent).await.unwrap(), Spawned::Done);
+        (id, agent.name)
+    }
     async fn grant(&self, by: UserId, to: UserId, resource: Resource) -> GrantId {
         let permissions = Permission::ALL.iter().copied().filter(|p| p.is_grantable()).collect();
         let (id, subject) = (fresh!(GrantId), Subject::User(to));
@@ -360,6 +378,11 @@ async fn ask(world: &World, (row, body, _): &Row, role: Role, column: usize, doo
         }
     }
     let id = match () {
+        () if route.is_below("/agents/{id}") => {
+            let (id, name) = world.living(owner).await;
+            share(Resource::Agent(name)).await;
+            id.to_string()
+        }
         () if route.is_below("/tasks/{id}") => world.task(owner, session.expect("it has one")).await.to_string(),
         () if route.is_below("/nodes/invites/{id}") => world.invite(owner).await.to_string(),
         () if route.is_below("/nodes/{id}") => node.expect("there is one").to_string(),

@@ -550,3 +550,34 @@ async fn a_socket_that_is_not_read_is_dropped() {
     assert!(answers < 40, "it was cut off");
     assert!(!log().contains("panicked"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn agents_by_name() {
+    let hub = Hub::start().await;
+    let _node = Node::join(&hub, "n").await;
+    let config = json!({"command": "echo hello; exit 3", "node": "n", "restart": {"policy": "on_failure", "max": 1, "backoff_ms": 1}});
+    let spawned = result(&hub, "agent.spawn", json!(["greeter", "process", config])).await;
+    assert_eq!(spawned["status"], "starting", "{spawned}");
+    let id = text(&spawned, "agent_id");
+    assert_eq!(failure(&hub, "agent.spawn", json!({"name": "x", "agent_type": "process", "config": {}})).await.0, -32602);
+    let ended = until("the agent to fail", async || {
+        let list = result(&hub, "agent.list", json!({"status": "failed"})).await;
+        (list["count"] == 1).then(|| list["agents"][0].clone())
+    })
+    .await;
+    assert_eq!((&ended["agent_id"], &ended["restarts"]), (&json!(id), &json!(1)), "{ended}");
+    let logs = result(&hub, "agent.logs", json!([id, 500])).await;
+    let said = logs["logs"].as_array().unwrap().iter().filter(|l| l["line"] == "hello" && l["stream"] == "stdout").count();
+    assert_eq!((said, &logs["first"]), (2, &json!(0)), "{logs}");
+    assert_eq!(logs["total"].as_u64(), Some(logs["logs"].as_array().unwrap().len() as u64));
+    let second = result(&hub, "agent.logs", json!({"agent_id": id, "limit": 1, "offset": 1})).await;
+    assert_eq!(second["logs"][0], logs["logs"][1]);
+    let killed = result(&hub, "agent.kill", json!({"agent_id": id, "force": true})).await;
+    assert_eq!(killed["status"], "failed", "one that has ended stays as it is: {killed}");
+    let basic = result(&hub, "agent.spawn", json!({"name": "b", "agent_type": "basic", "config": {"k": [1]}})).await;
+    let metrics = result(&hub, "system.metrics", json!({})).await;
+    assert_eq!(metrics["agents"], json!({"failed": 1, "running": 1}), "{metrics}");
+    assert!(metrics["system"]["nodes"]["by_status"].is_object() && metrics["timestamp"].is_string(), "{metrics}");
+    assert_eq!(result(&hub, "agent.kill", json!([basic["agent_id"]])).await["status"], "killed");
+    assert_eq!(failure(&hub, "agent.kill", json!([format!("agent_{GHOST}")])).await.0, -32003);
+}

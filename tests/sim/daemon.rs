@@ -393,7 +393,7 @@ impl Daemon {
                 }
                 orders.into_iter().for_each(|o| self.on_order(o));
             }
-            Ok(Accepted::Cancels(keys)) => keys.into_iter().for_each(|k| self.on_cancel(k)),
+            Ok(Accepted::Cancels(keys)) => keys.into_iter().for_each(|(k, _)| self.on_cancel(k)),
             Ok(Accepted::Input(_)) => {}
             Err(r) => self.m.world.violated("envelope_is_accepted", format_args!("{}: {}", r.code, r.detail)),
         }

@@ -491,7 +491,8 @@ impl Talk {
         for command in batch {
             match command {
                 LinkCommand::Order(o) => orders.push(*o),
-                LinkCommand::Cancel { task, attempt } => cancels.push((task, attempt)),
+                LinkCommand::Cancel { task, attempt } => cancels.push((task, attempt, false)),
+                LinkCommand::Kill { task, attempt } => cancels.push((task, attempt, true)),
                 LinkCommand::ResultAck { task, attempt } => acks.push((task, attempt)),
                 LinkCommand::Input(_) => {}
                 LinkCommand::Close { code, .. } => close = Some(code),

@@ -490,7 +490,7 @@ impl Sim {
                 id,
                 session: None,
                 named_node: r.chance(25).then(|| r.pick(&nodes)),
-                actor: Actor { user: sample::user_id(1 + r.below(2) as u16), key: None, door: "rest".into() },
+                actor: Actor { user: sample::user_id(1 + r.below(2) as u16), key: None, agent: None, door: "rest".into() },
                 skill,
                 digest: mesh_core::sha256(&spec),
                 spec,

@@ -174,7 +174,7 @@ impl Warden {
                 self.pending.push(Event::Welcome { version: VERSION, spool: spool.id, attempts });
             }
             ToWarden::Say(Request::Start { grant }) => self.on_start(grant),
-            ToWarden::Say(Request::Cancel { task, attempt }) => self.on_cancel((task, attempt)),
+            ToWarden::Say(Request::Cancel { task, attempt } | Request::Kill { task, attempt }) => self.on_cancel((task, attempt)),
             ToWarden::Say(Request::Acked { task, attempt, offset }) => self.on_acked((task, attempt), offset),
             ToWarden::Say(Request::Forget { task, attempt }) => self.on_forget((task, attempt)),
             ToWarden::Say(Request::Stop) => {

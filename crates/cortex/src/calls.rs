@@ -328,6 +328,29 @@ impl Client {
         self.fetch(self.call(Method::GET, &["audit", "verify"]).wait_at_most(None)).await
     }
 
+    pub async fn spawn_agent(&self, request: &AgentRequest) -> Result<AgentView, Error> {
+        self.fetch(self.call(Method::POST, &["agents"]).json(request)).await
+    }
+    /// Newest first.
+    pub async fn agents(&self) -> Result<Vec<AgentView>, Error> {
+        self.every(&["agents"]).await
+    }
+    /// The newest of this name.
+    pub async fn agents_named(&self, name: &str) -> Result<Vec<AgentView>, Error> {
+        let page: Page<AgentView> = self.fetch(self.call(Method::GET, &["agents"]).query("name", Some(name))).await?;
+        Ok(page.items)
+    }
+    pub async fn agent(&self, id: &str) -> Result<AgentView, Error> {
+        self.fetch(self.call(Method::GET, &["agents", id])).await
+    }
+    pub async fn kill_agent(&self, id: &str, request: &AgentKillRequest) -> Result<AgentView, Error> {
+        self.fetch(self.call(Method::POST, &["agents", id, "kill"]).json(request)).await
+    }
+    /// Lines of an agent's log from an offset on, oldest first.
+    pub async fn agent_logs(&self, id: &str, offset: u64, limit: u32) -> Result<AgentLogs, Error> {
+        self.fetch(self.call(Method::GET, &["agents", id, "logs"]).query("offset", Some(offset)).query("limit", Some(limit))).await
+    }
+
     pub async fn downloads(&self) -> Result<Downloads, Error> {
         self.fetch(self.call(Method::GET, &["downloads"])).await
     }

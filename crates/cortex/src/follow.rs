@@ -21,9 +21,9 @@ use std::time::Duration;
 /// The hub writes a comment every 15 s; three missing ones mean that nobody is there.
 const SILENCE: Duration = Duration::from_secs(45);
 /// Until the answer begins.
-const OPEN: Duration = Duration::from_secs(30);
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+pub(crate) const OPEN: Duration = Duration::from_secs(30);
+pub(crate) const FIRST_PAUSE: Duration = Duration::from_millis(200);
+pub(crate) const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// Where to begin.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -226,7 +226,7 @@ impl Follow {
 }
 
 /// Waits for the next piece; a clean end of the stream before the task's is a break like any other.
-async fn read(open: &mut (Response, Parser), url: &str) -> Result<Vec<Event>, Error> {
+pub(crate) async fn read(open: &mut (Response, Parser), url: &str) -> Result<Vec<Event>, Error> {
     let (response, parser) = open;
     let piece = tokio::time::timeout(SILENCE, response.chunk()).await.map_err(|_| silent(url))?;
     match piece.map_err(|e| Error::transport(url, e))? {
@@ -235,6 +235,6 @@ async fn read(open: &mut (Response, Parser), url: &str) -> Result<Vec<Event>, Er
     }
 }
 
-fn silent(url: &str) -> Error {
+pub(crate) fn silent(url: &str) -> Error {
     Error::Interrupted { url: url.to_owned(), reason: "nothing was heard in time".into() }
 }

@@ -20,6 +20,7 @@ pub mod cli;
 mod client;
 mod error;
 mod follow;
+mod follow_log;
 pub mod mcp;
 pub mod sse;
 
@@ -27,4 +28,5 @@ pub use calls::{AuditFilter, OutputQuery, Stream, TaskFilter};
 pub use client::{Client, Credentials, TokenStore, Tokens};
 pub use error::Error;
 pub use follow::{Follow, OutputItem, Resume};
+pub use follow_log::{FollowLog, LogItem};
 pub use mesh_wire::rest;

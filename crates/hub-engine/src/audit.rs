@@ -14,7 +14,7 @@ pub use verify::{Export, HeadReport, Report};
 use mesh_core::audit::{Detail, Kind, Outcome, Person, Row, Salt};
 use mesh_core::permission::{Caller, Permission, Thing, Via};
 use mesh_core::{
-    ApiKeyId, AuditId, ChainId, DeviceId, Digest, GrantId, InviteId, LoginId, NodeId, SessionId, TaskId, UnixMs, UserId, sha256,
+    AgentId, ApiKeyId, AuditId, ChainId, DeviceId, Digest, GrantId, InviteId, LoginId, NodeId, SessionId, TaskId, UnixMs, UserId, sha256,
 };
 use mesh_process::entropy;
 use std::collections::BTreeMap;
@@ -53,7 +53,10 @@ actions! {
         SessionCreate = "session.create", SessionChange = "session.change", SessionClose = "session.close",
         SessionPurge = "session.purge", SessionAttach = "session.attach", SessionDetach = "session.detach",
     }
-    TaskLifecycle { TaskDispatch = "task.dispatch", TaskCancel = "task.cancel", TaskInput = "task.input" }
+    TaskLifecycle {
+        TaskDispatch = "task.dispatch", TaskCancel = "task.cancel", TaskInput = "task.input",
+        AgentSpawn = "agent.spawn", AgentKill = "agent.kill",
+    }
     FileChanged {
         MemoryPut = "memory.put", MemoryRemove = "memory.remove", MessagePost = "message.post",
         StatePut = "state.put", StateRemove = "state.remove",
@@ -91,6 +94,7 @@ resources!(
     InviteId = "invite",
     NodeId = "node",
     TaskId = "task",
+    AgentId = "agent",
     LoginId = "login",
     DeviceId = "device",
     GrantId = "grant",

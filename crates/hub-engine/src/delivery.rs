@@ -9,6 +9,7 @@ use crate::nodes;
 use crate::pool::Pool;
 use crate::ports::{Applied, Besides, Journal, NodeDirectory, Output};
 use crate::records::{Node, OutputFrame, Task};
+use crate::runs::RUN_OUTPUT_BYTES;
 use mesh_core::ceiling::Closed;
 use mesh_core::output::Digests;
 use mesh_core::permission::Caller;
@@ -201,6 +202,8 @@ impl Delivery {
             self.pool.send_order(&task, node, attempt);
         }
         if task.progress.cancel.is_some() {
+            // That of an agent may be ended by force.
+            self.pool.watchers.runs.stepped(&task);
             self.links.send(node, LinkCommand::Cancel { task: id, attempt });
         }
         Ok(())
@@ -317,9 +320,19 @@ impl Delivery {
             // What the hub had taken after the backup is gone on both sides.
             self.output.give_up(task, attempt, first.seq.saturating_sub(1)).await?;
         }
-        let totals = self.output.append(task, attempt, frames, self.output_bytes).await?;
+        let gap = || self.links.refuse(node, "gap", &format_args!("output of {task} has a gap before {last}"));
+        // First: what is said to be durable is never asked for again.
+        let keep = match self.pool.watchers.runs.wrote(task, attempt, &frames, self.pool.is_of_before(attempt)).await? {
+            None => self.output_bytes,
+            Some(Some(_)) => self.output_bytes.min(RUN_OUTPUT_BYTES),
+            Some(None) => {
+                gap();
+                return Ok(None);
+            }
+        };
+        let totals = self.output.append(task, attempt, frames, keep).await?;
         if totals.is_none() {
-            self.links.refuse(node, "gap", &format_args!("output of {task} has a gap before {last}"));
+            gap();
         }
         self.pool.watchers.notify(task);
         Ok(totals.map(|t| t.durable_seq))

@@ -5,6 +5,7 @@
 
 pub mod access;
 pub mod accounts;
+pub mod agents;
 pub mod audit;
 pub mod buckets;
 pub mod bus;
@@ -34,6 +35,7 @@ pub mod refusals;
 pub mod restore;
 pub mod retention;
 pub mod rights;
+pub mod runs;
 pub mod sessions;
 pub mod state;
 pub mod stats;

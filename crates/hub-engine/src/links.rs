@@ -33,6 +33,11 @@ pub enum LinkCommand {
         task: TaskId,
         attempt: AttemptNo,
     },
+    /// The same, and without time to end by itself.
+    Kill {
+        task: TaskId,
+        attempt: AttemptNo,
+    },
     /// The result is durable here: the node may forget it.
     ResultAck {
         task: TaskId,

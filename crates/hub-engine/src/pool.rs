@@ -469,7 +469,7 @@ impl Pool {
         if let Applied::Done(task, _) = &applied {
             self.events.stepped(task, event);
             self.tracks().stepped(task, event);
-            self.watchers.notify(id);
+            self.watchers.stepped(task);
         }
         Ok(applied)
     }

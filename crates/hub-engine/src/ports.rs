@@ -11,7 +11,8 @@ use mesh_core::fan::ChildEnd;
 use mesh_core::output::Digests;
 use mesh_core::task::{Action, AttemptNo, Event, Refused, TaskState};
 use mesh_core::{
-    ApiKeyId, AuditId, ChainId, DeviceId, Digest, EntryId, GrantId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId,
+    AgentId, ApiKeyId, AuditId, ChainId, DeviceId, Digest, EntryId, GrantId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId,
+    UnixMs, UserId,
 };
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -131,6 +132,7 @@ pub enum Creation {
     Key(ApiKey),
     Grant(Grant),
     User(User, Option<UserInvite>),
+    Agent(Box<Agent>),
 }
 
 impl Creation {
@@ -144,6 +146,7 @@ impl Creation {
             Self::Key(k) => k.id.to_string(),
             Self::Grant(g) => g.id.to_string(),
             Self::User(u, _) => u.id.to_string(),
+            Self::Agent(a) => a.id.to_string(),
         }
     }
 }
@@ -413,13 +416,50 @@ pub trait AgentState: Send + Sync {
     /// to belong to `entry.owner`.
     async fn put_state(&self, entry: &StateEntry, most: u32) -> Stored<StateWritten>;
     async fn state(&self, agent: &str, key: &str) -> Stored<Option<StateEntry>>;
-    /// Whose an agent is that has an entry.
+    /// Whose a name is: theirs who have an entry under it, or an agent of that name.
     async fn state_owner(&self, agent: &str) -> Stored<Option<UserId>>;
     /// Newest first: at least one, if there is one, and then as many as `limit` and about `max_bytes` of
     /// values allow.
     async fn states(&self, filter: &StateFilter, window: Window<EntryId>, max_bytes: u64) -> Stored<Part<StateEntry>>;
     /// False when there is no such entry of this owner.
     async fn remove_state(&self, agent: &str, key: &str, owner: UserId) -> Stored<bool>;
+}
+
+/// Agents, and their logs. A name is one person's at a time: theirs who have an agent of that name, or state
+/// under it; and of one name one agent lives.
+#[async_trait]
+pub trait Agents: Send + Sync {
+    /// Adds an agent; the config of a basic one is the first line of its log. Under a key ([`Idempotency::create`])
+    /// a name that cannot be had is an error.
+    async fn add_agent(&self, agent: &Agent) -> Stored<Spawned>;
+    /// Runs `mesh_core::agent::step` on the stored life and writes what it decides, with a line of the log, in one
+    /// commit. The log keeps about the newest `keep_bytes`.
+    async fn apply_agent(&self, id: AgentId, event: &mesh_core::agent::Event, now: UnixMs, keep_bytes: u64) -> Stored<AgentApplied>;
+    async fn agent(&self, id: AgentId) -> Stored<Option<Agent>>;
+    /// Newest first.
+    async fn agents(&self, filter: &AgentFilter, window: Window<AgentId>) -> Stored<Vec<Agent>>;
+    /// At most `limit` that have not ended, oldest first, newer than `after`.
+    async fn living_agents(&self, after: Option<AgentId>, limit: u32) -> Stored<Vec<Agent>>;
+    /// Within what a caller may see; statuses that no agent is in are left out.
+    async fn agents_by_status(&self, within: Option<&Within>) -> Stored<BTreeMap<mesh_core::agent::Status, u64>>;
+    /// Adds what a run wrote, cut into lines; gives the seq up to which all of the source is taken. Frames that were
+    /// taken before are dropped as repeated. A gap is refused by `None`, unless `from_here` says that what is
+    /// missing never comes.
+    async fn add_log(
+        &self,
+        id: AgentId,
+        source: LogSource,
+        frames: Vec<OutputFrame>,
+        from_here: bool,
+        keep_bytes: u64,
+    ) -> Stored<Option<u64>>;
+    /// Up to which seq the source is taken.
+    async fn log_mark(&self, id: AgentId, source: LogSource) -> Stored<u64>;
+    /// At most `limit` lines from `offset` on, or from the oldest that is there, and about `max_bytes` of them (at
+    /// least one, if there is one).
+    async fn log(&self, id: AgentId, offset: u64, limit: u32, max_bytes: usize) -> Stored<LogPage>;
+    /// Takes away up to `limit` agents that ended before `before`, with their logs; gives how many.
+    async fn erase_agents(&self, before: UnixMs, limit: u32) -> Stored<u64>;
 }
 
 /// How much there is.

@@ -1,5 +1,9 @@
 //! What the hub keeps, in the words of the engine. Stores map these to rows, doors to JSON.
 
+mod agents;
+
+pub use agents::*;
+
 use mesh_core::audit;
 use mesh_core::capability::Capabilities;
 use mesh_core::fan;
@@ -11,7 +15,7 @@ use mesh_core::task::{
     Action, AttemptNo, Event, NeverStarted, OnLost, Outcome, Progress, Reason, ReasonCode, Refused, TaskState, Terms, step, verdict,
 };
 use mesh_core::{
-    ApiKeyId, DeviceId, Digest, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId,
+    AgentId, ApiKeyId, DeviceId, Digest, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId,
 };
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -658,6 +662,8 @@ pub struct Erased {
 pub struct Actor {
     pub user: UserId,
     pub key: Option<ApiKeyId>,
+    /// Of a run of an agent: whose run it is.
+    pub agent: Option<AgentId>,
     /// rest, socket, …
     pub door: String,
 }

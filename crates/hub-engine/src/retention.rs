@@ -5,7 +5,7 @@
 //! still says of one that is gone is acknowledged like any late word.
 
 use crate::error::Result;
-use crate::ports::{Gauges, Purges, Retention as Port};
+use crate::ports::{Agents, Gauges, Purges, Retention as Port};
 use crate::records::{Erased, StorageUse};
 use mesh_core::UnixMs;
 use mesh_process::SharedClock;
@@ -63,6 +63,7 @@ impl Limits {
 
 pub struct Retention {
     pub store: Arc<dyn Port>,
+    pub agents: Arc<dyn Agents>,
     pub purges: Arc<dyn Purges>,
     pub gauges: Arc<dyn Gauges>,
     pub clock: SharedClock,
@@ -117,6 +118,7 @@ impl Retention {
 
         if let Some(before) = ended(self.limits.journal_days) {
             left = left.and(self.tasks(before, u64::MAX, &mut steps).await?);
+            left = left.and(self.agents(before, &mut steps).await?);
         }
         let excess = excess(before.journal_bytes, self.limits.journal_bytes);
         if excess > 0 {
@@ -149,6 +151,22 @@ impl Retention {
             enough = enough.saturating_sub(erased.bytes);
         }
         Ok(Left::Nothing)
+    }
+
+    /// With their logs.
+    async fn agents(&self, before: UnixMs, steps: &mut u32) -> Result<Left> {
+        loop {
+            if *steps == 0 {
+                return Ok(Left::More);
+            }
+            let erased = self.agents.erase_agents(before, ERASED_AT_ONCE).await?;
+            if erased == 0 {
+                return Ok(Left::Nothing);
+            }
+            *steps -= 1;
+            tracing::info!(agents = erased, "erased what was kept long enough");
+            metrics::counter!("cortex_retention_erased_total", "what" => "agents").increment(erased);
+        }
     }
 
     async fn output(&self, before: UnixMs, steps: &mut u32) -> Result<Left> {

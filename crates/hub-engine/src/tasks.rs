@@ -123,7 +123,7 @@ impl TaskService {
             id,
             session: d.session,
             named_node,
-            actor: Actor { user, key: caller.key_id(), door: via.door.to_owned() },
+            actor: Actor { user, key: caller.key_id(), agent: None, door: via.door.to_owned() },
             skill: d.spec.skill().to_owned(),
             spec,
             digest,
@@ -188,7 +188,13 @@ impl TaskService {
         self.journal.task(id).await?.ok_or(Error::NotFound("task"))
     }
 
-    async fn accept(&self, task: Box<Task>, caller: &Caller, session: Option<Session>, keyed: Option<Keyed>) -> Result<Accepted> {
+    pub(crate) async fn accept(
+        &self,
+        task: Box<Task>,
+        caller: &Caller,
+        session: Option<Session>,
+        keyed: Option<Keyed>,
+    ) -> Result<Accepted> {
         let id = task.id;
         let accepted = if task.is_parent() {
             self.pool.accept_fan(task, caller, session.as_ref(), keyed.as_ref()).await?
@@ -213,7 +219,7 @@ impl TaskService {
         Ok(())
     }
 
-    async fn named(&self, caller: &Caller, text: &str, session: Option<&Session>) -> Result<NodeId> {
+    pub(crate) async fn named(&self, caller: &Caller, text: &str, session: Option<&Session>) -> Result<NodeId> {
         // In another's session it is that one's nodes that count, and who may use them.
         let attached = match session.filter(|s| caller.user() != Some(s.owner)) {
             Some(s) => self.nodes.among(&s.nodes, text).await?,

@@ -1,6 +1,7 @@
 //! Tells those who follow a task that there is something new to read.
 
 use crate::records::Task;
+use crate::runs::Runs;
 use mesh_core::TaskId;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +13,11 @@ type Map = HashMap<TaskId, watch::Sender<News>>;
 
 /// A hint, not data: a follower reads the journal and the output, and waits here between reads.
 #[derive(Debug, Clone, Default)]
-pub struct Watchers(Arc<Mutex<Map>>);
+pub struct Watchers {
+    map: Arc<Mutex<Map>>,
+    /// Of them, those of agents.
+    pub runs: Runs,
+}
 
 /// One follower's ear. The last one of a task takes its entry away.
 #[derive(Debug)]
@@ -24,7 +29,7 @@ pub struct Watch {
 
 impl Watchers {
     fn map(&self) -> MutexGuard<'_, Map> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
     /// Subscribes before reading, so that no news falls between.
     pub fn subscribe(&self, task: TaskId) -> Watch {
@@ -36,8 +41,14 @@ impl Watchers {
             tx.send_modify(|n| n.0 = n.0.wrapping_add(1));
         }
     }
+    /// A step of a task was committed.
+    pub fn stepped(&self, task: &Task) {
+        self.notify(task.id);
+        self.runs.stepped(task);
+    }
     /// The task has ended, as it is now: who waits for that need not read it again.
     pub fn finished(&self, task: &Task) {
+        self.runs.stepped(task);
         if let Some(tx) = self.map().get(&task.id) {
             tx.send_modify(|n| *n = (n.0.wrapping_add(1), Some(Arc::new(task.clone()))));
         }

@@ -23,6 +23,7 @@ impl Hub {
     fn new(limits: Limits) -> Self {
         let (store, clock) = (Arc::new(MemoryStore::new()), Arc::new(HandClock::default()));
         let retention = Retention {
+            agents: store.clone(),
             store: store.clone(),
             purges: store.clone(),
             gauges: store.clone(),

@@ -44,12 +44,15 @@ effect! {
     Written: |w| matches!(w, Written::Done);
     StateWritten: |w| matches!(w, StateWritten::Done);
     Applied: |a| matches!(a, Applied::Done(..));
+    Spawned: |s| matches!(s, Spawned::Done);
+    AgentApplied: |a| matches!(a, AgentApplied::Done(..));
     UserChanged: |c| matches!(c, UserChanged::Done { .. });
     Removal: |r| matches!(r, Removal::Done);
     Option<UserEntry>: Option::is_some;
     Made: |made| made.0.is_none();
     // Of the hub's own accord; no call waits for them.
     OutputTotals: |_| false;
+    crate::agents::Taken: |_| false;
     (PurgeStep, crate::purges::Gone): |_| false;
     (u32, crate::purges::Gone): |_| false;
     (u32, u64, crate::purges::Gone): |_| false;

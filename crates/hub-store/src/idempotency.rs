@@ -1,6 +1,7 @@
 //! What a caller's key has made: written in the commit of the thing itself.
 
 use crate::accounts::key_row;
+use crate::agents;
 use crate::dialect::Conn;
 use crate::grants;
 use crate::journal::Accept;
@@ -13,6 +14,7 @@ use crate::users;
 use crate::writer::Bulk;
 use async_trait::async_trait;
 use hub_engine::ports::{Creation, Idempotency, Known, Once, Stored};
+use hub_engine::records::Spawned;
 use mesh_core::{Digest, UnixMs};
 
 #[async_trait]
@@ -63,6 +65,10 @@ async fn create(conn: &mut Conn, thing: &Creation, once: &Once) -> Result<Made, 
         Creation::Invite(i) => conn.insert("invites", INVITE_COLUMNS, &Rows::of([invite_row(i)]), "").await?,
         Creation::Grant(g) => grants::insert(conn, g).await?,
         Creation::User(u, invite) => drop(users::insert(conn, u, invite.as_ref()).await?.then_some(()).ok_or("the user name is taken")?),
+        Creation::Agent(a) => match agents::insert(conn, a).await? {
+            Spawned::Done => {}
+            Spawned::NameTaken | Spawned::Foreign => return Err("the name of the agent is taken".into()),
+        },
         Creation::Key(k) => conn.insert("api_keys", KEY_COLUMNS, &Rows::of([key_row(k)]), "").await?,
     }
     Ok(Made(None))

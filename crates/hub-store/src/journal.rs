@@ -253,10 +253,10 @@ async fn load(conn: &mut Conn, jobs: &[&Apply]) -> Result<BTreeMap<TaskId, Held>
 }
 
 /// What never changes in a task.
-const FIXED_COLUMNS: &str = "id, session, named_node, \"user\", key, door, skill, digest, seal, timeout_secs, queue_secs, \
+const FIXED_COLUMNS: &str = "id, session, named_node, \"user\", key, agent, door, skill, digest, seal, timeout_secs, queue_secs, \
     selector, priority, not_before, deadline, retries, backoff_ms, on_lost, lost_after, created_at, spec, parent, children";
 
-const FIXED: usize = 23;
+const FIXED: usize = 24;
 
 fn fixed(task: &Task) -> [Value<'_>; FIXED] {
     values![
@@ -265,6 +265,7 @@ fn fixed(task: &Task) -> [Value<'_>; FIXED] {
         blob(task.named_node),
         task.actor.user.blob(),
         blob(task.actor.key),
+        blob(task.actor.agent),
         task.actor.door.as_str(),
         task.skill.as_str(),
         &task.digest,

@@ -10,6 +10,7 @@
 //! PostgreSQL database.
 
 mod accounts;
+mod agents;
 mod audit;
 pub mod backup;
 mod bus;

@@ -32,7 +32,8 @@ macro_rules! id {
     )*};
 }
 id!(
-    ApiKeyId, AuditId, ChainId, DeviceId, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, SpoolId, TaskId, UserId
+    AgentId, ApiKeyId, AuditId, ChainId, DeviceId, EntryId, GrantId, HubId, InviteId, LoginId, MessageId, NodeId, SessionId, SpoolId,
+    TaskId, UserId
 );
 
 /// Ids as values of a list.
@@ -77,7 +78,7 @@ impl<'a, 'r> Columns<'a, 'r> {
     pub(crate) fn length(&mut self) -> Result<usize, Failed> {
         Ok(usize::try_from(self.get::<Option<i64>>()?.unwrap_or(0))?)
     }
-    fn small(&mut self) -> Result<u32, Failed> {
+    pub(crate) fn small(&mut self) -> Result<u32, Failed> {
         Ok(u32::try_from(self.get::<i64>()?)?)
     }
     fn small_or_null(&mut self) -> Result<Option<i32>, Failed> {
@@ -133,7 +134,7 @@ pub(crate) fn list_text<T: ToString>(list: &[T]) -> String {
 }
 
 /// What [`task`] reads.
-pub(crate) const TASK_COLUMNS: &str = "t.events, t.id, t.session, t.named_node, t.\"user\", t.key, t.door, t.skill, t.digest, t.seal, \
+pub(crate) const TASK_COLUMNS: &str = "t.events, t.id, t.session, t.named_node, t.\"user\", t.key, t.agent, t.door, t.skill, t.digest, t.seal, \
     t.timeout_secs, t.queue_secs, t.selector, t.priority, t.not_before, t.deadline, t.retries, t.backoff_ms, t.on_lost, t.lost_after, t.created_at, t.state, t.attempt, t.attempt_node, t.granted, t.cancel_at, t.cancel_reason, \
     t.reason_code, t.reason_detail, t.exit_code, t.signal, t.assigned_at, t.started_at, t.finished_at, t.retried, t.retry_at, t.sandbox_applied, \
     t.signed_key, t.signed_digest, t.spec, t.result, t.parent, t.children, \
@@ -149,7 +150,7 @@ pub(crate) fn task(row: &Row) -> Result<(Task, u64), Failed> {
     let c = &mut Columns::of(row);
     let events = c.unsigned()?;
     let (id, session, named_node) = (c.id()?, c.id_or_null()?, c.id_or_null()?);
-    let actor = Actor { user: c.id()?, key: c.id_or_null()?, door: c.get()? };
+    let actor = Actor { user: c.id()?, key: c.id_or_null()?, agent: c.id_or_null()?, door: c.get()? };
     let (skill, digest, seal) = (c.get()?, c.bytes()?, c.bytes()?);
     let (timeout_secs, queue_secs, terms, created_at) = (c.unsigned()?, c.unsigned()?, terms(c)?, c.get()?);
     let progress = progress(c)?;

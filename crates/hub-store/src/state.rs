@@ -51,9 +51,7 @@ impl AgentState for Store {
                 if conn.execute(&q.bind(agent.as_str()).bind(key.as_str()).bind(owner.blob())).await? == 0 {
                     return Ok(false);
                 }
-                // With its last key the agent is nobody's: who has it next grants anew.
-                let q = sql("DELETE FROM grants WHERE agent = $1 AND NOT EXISTS (SELECT 1 FROM agent_state WHERE agent = $1)");
-                conn.execute(&q.bind(agent.as_str())).await?;
+                release(conn, agent).await?;
                 Ok(true)
             })
         })
@@ -61,8 +59,16 @@ impl AgentState for Store {
     }
 }
 
+/// Whose a name is: theirs who keep something under it, or have an agent of that name.
 pub(crate) fn owner(agent: &str) -> Sql {
-    sql("SELECT owner FROM agent_state WHERE agent = $1 LIMIT 1").bind(agent)
+    sql("SELECT owner FROM agent_state WHERE agent = $1 UNION ALL SELECT owner FROM agents WHERE name = $1 LIMIT 1").bind(agent)
+}
+
+/// With the last of its keys and agents a name is nobody's: who has it next grants anew.
+pub(crate) async fn release(conn: &mut Conn, agent: &str) -> Result<(), Failed> {
+    let q = sql("DELETE FROM grants WHERE agent = $1 AND NOT EXISTS (SELECT 1 FROM agent_state WHERE agent = $1) \
+         AND NOT EXISTS (SELECT 1 FROM agents WHERE name = $1)");
+    conn.execute(&q.bind(agent)).await.map(drop)
 }
 
 /// Whose an agent is hangs on all of its rows.

@@ -272,12 +272,16 @@ async fn hand_over(conn: &mut Conn, user: UserId, limit: u32) -> Result<bool, Fa
     }
     let q = sql("UPDATE sessions SET owner = $1 WHERE id IN (SELECT id FROM sessions WHERE owner = $2 ORDER BY id LIMIT $3)");
     moved += conn.execute(&q.bind(successor.blob()).bind(user.blob()).bind(limit)).await?;
-    let q = sql("SELECT agent FROM agent_state WHERE owner = $1 ORDER BY id LIMIT 1").bind(user.blob());
-    if let Some(agent) = conn.row(&q, |row| Columns::of(row).get::<String>()).await? {
+    let q = sql("SELECT agent FROM agent_state WHERE owner = $1 UNION ALL SELECT name FROM agents WHERE owner = $1 LIMIT 1");
+    if let Some(agent) = conn.row(&q.bind(user.blob()), |row| Columns::of(row).get::<String>()).await? {
         // Whose an agent is hangs on all of its rows.
         conn.alone(sql("SELECT $1").bind(mesh_core::sha256(agent.as_bytes()))).await?;
-        let q = sql("UPDATE agent_state SET owner = $1 WHERE agent = $2 AND owner = $3");
-        moved += conn.execute(&q.bind(successor.blob()).bind(agent).bind(user.blob())).await?;
+        for q in [
+            "UPDATE agent_state SET owner = $1 WHERE agent = $2 AND owner = $3",
+            "UPDATE agents SET owner = $1 WHERE name = $2 AND owner = $3",
+        ] {
+            moved += conn.execute(&sql(q).bind(successor.blob()).bind(agent.as_str()).bind(user.blob())).await?;
+        }
     }
     Ok(moved == 0)
 }

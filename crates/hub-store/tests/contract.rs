@@ -46,6 +46,7 @@ macro_rules! joint_suites {
     )*};
 }
 joint_suites!(
+    agents,
     audit,
     idempotency,
     journal_and_output,

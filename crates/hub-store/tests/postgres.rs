@@ -76,6 +76,7 @@ macro_rules! joint_suites {
     )*};
 }
 joint_suites!(
+    agents,
     audit,
     idempotency,
     journal_and_output,

@@ -1,5 +1,6 @@
 //! The ports in memory: one mutex, ordered maps, no waiting. The same calls give the same answers.
 
+mod agents;
 mod audit;
 mod content;
 mod grants;
@@ -58,6 +59,7 @@ struct State {
     state: BTreeMap<(String, String), StateEntry>,
     made: BTreeMap<Digest, (Known, UnixMs)>,
     grants: BTreeMap<GrantId, Grant>,
+    agents: BTreeMap<AgentId, (Agent, agents::Log)>,
     audit: audit::Rows,
 }
 
@@ -270,6 +272,10 @@ impl Idempotency for MemoryStore {
                 state.user_invites.extend(invite.map(|i| (u.id, i)));
                 add(&mut state.users, "idempotency.create", u.id, u)
             }
+            Creation::Agent(a) => match state.add_agent(&a) {
+                Spawned::Done => Ok(()),
+                Spawned::NameTaken | Spawned::Foreign => Err(StoreError::new("idempotency.create", "the name of the agent is taken")),
+            },
             Creation::Key(k) => add(&mut state.keys, "idempotency.create", k.id, k),
             Creation::Grant(g) => state.add_grant(&g),
         }?;

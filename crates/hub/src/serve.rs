@@ -12,6 +12,7 @@ use crate::reach::Reach;
 use anyhow::{Context, anyhow};
 use axum::Router;
 use hub_engine::accounts::{self, Accounts};
+use hub_engine::agents::Agents;
 use hub_engine::audit::{self, Log};
 use hub_engine::bus::EVENTS_KEPT;
 use hub_engine::delivery::Delivery;
@@ -158,6 +159,7 @@ impl Hub {
         let services = Services::build(&config, &store, &keys, &clock, meta.incarnation, (&work, &doors), events)?;
         let made_password = first_admin(&services.accounts, &config, &dir).await?;
         // What ended while the hub was away has ended before anybody can ask.
+        services.agents.recover().await.context("taking up agents")?;
         let goes = audit::scope(&audit, Via::default(), services.recovery.start(), audit::Ending::of).await?;
         if !goes {
             tracing::warn!("the hub was restored from a backup: it holds back until cortex-hub restore --go");
@@ -227,6 +229,11 @@ impl Hub {
             let _ = gone.wait_for(|goes| *goes).await;
             departures.run().await;
         });
+        let (agents, mut gone) = (services.agents.clone(), going.clone());
+        work.spawn_until_cancelled("agents", async move {
+            let _ = gone.wait_for(|goes| *goes).await;
+            agents.run().await;
+        });
         let (retention, mut gone) = (services.retention.clone(), going);
         work.spawn_until_cancelled("retention", async move {
             let _ = gone.wait_for(|goes| *goes).await;
@@ -287,6 +294,7 @@ impl Hub {
             manage: services.manage,
             sessions: services.sessions,
             tasks: services.tasks,
+            agents: services.agents,
             idempotency: services.idempotency,
             events: services.events,
             streams: doors.clone(),
@@ -425,6 +433,7 @@ struct Services {
     pool: Arc<Pool>,
     delivery: Arc<Delivery>,
     tasks: Arc<TaskService>,
+    agents: Arc<Agents>,
     expiry: Arc<Expiry>,
     statistics: Arc<Statistics>,
     retention: Arc<Retention>,
@@ -519,6 +528,8 @@ impl Services {
             work: work.clone(),
             stop: doors.token(),
         });
+        let agents =
+            Arc::new(Agents { store: store.clone(), tasks: tasks.clone(), output_bytes: config.output_bytes, rests: Default::default() });
         let users = Arc::new(Users { store: store.clone(), accounts: accounts.clone(), pool: Some(pool.clone()) });
         let departures = Arc::new(Departures {
             users: users.clone(),
@@ -536,6 +547,7 @@ impl Services {
         });
         let retention = Arc::new(Retention {
             store: store.clone(),
+            agents: store.clone(),
             purges: store.clone(),
             gauges: store.clone(),
             clock: clock.clone(),
@@ -579,6 +591,7 @@ impl Services {
             pool,
             delivery,
             tasks,
+            agents,
             expiry,
             statistics,
             retention,

@@ -110,6 +110,10 @@ impl<'a> Reader<'a> {
     pub fn plain(bytes: &'a [u8]) -> Self {
         Self(bytes)
     }
+    /// How many bytes were not read yet.
+    pub fn left(&self) -> usize {
+        self.0.len()
+    }
     /// All that was not read yet.
     pub fn rest(self) -> &'a [u8] {
         self.0

@@ -62,6 +62,8 @@ ids! {
     /// A one-time permission to enrol one machine.
     InviteId = "inv", "invite";
     ApiKeyId = "key", "API key";
+    /// A supervised process, run after run.
+    AgentId = "agent", "agent";
     /// A log-in as its person sees it: the same bytes as its [`LoginId`].
     DeviceId = "dev", "device";
     /// What somebody may do with something that is not theirs.
@@ -95,8 +97,18 @@ impl From<DeviceId> for LoginId {
 impl DeviceId {
     /// When the log-in was made, in milliseconds since the Unix epoch.
     pub fn made_at(&self) -> crate::UnixMs {
-        self.as_bytes()[..6].iter().fold(0, |ms, b| ms << 8 | crate::UnixMs::from(*b))
+        time_of(self.as_bytes())
     }
+}
+impl TaskId {
+    /// When it was decided, in milliseconds since the Unix epoch.
+    pub fn made_at(&self) -> crate::UnixMs {
+        time_of(self.as_bytes())
+    }
+}
+
+fn time_of(id: &[u8; 16]) -> crate::UnixMs {
+    id[..6].iter().fold(0, |ms, b| ms << 8 | crate::UnixMs::from(*b))
 }
 
 #[cfg(test)]

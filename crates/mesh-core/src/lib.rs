@@ -3,6 +3,7 @@
 //! Everything here is pure. This crate does *not* know tokio, files, the environment, a clock, SQL,
 //! gRPC, HTTP or JSON: time and keys arrive as arguments, answers leave as values.
 
+pub mod agent;
 pub mod audit;
 pub mod canon;
 pub mod capability;
@@ -11,6 +12,7 @@ pub mod enrol;
 pub mod fan;
 pub mod ids;
 pub mod input;
+pub mod lines;
 pub mod name;
 pub mod output;
 pub mod permission;

@@ -4,6 +4,7 @@
 //! that has nothing to tell is null; the few that may be absent instead say `nullable = false`.
 
 mod accounts;
+mod agents;
 mod audit;
 mod events;
 mod grants;
@@ -14,6 +15,7 @@ mod system;
 mod tasks;
 
 pub use accounts::*;
+pub use agents::*;
 pub use audit::*;
 pub use events::*;
 pub use grants::*;

@@ -16,11 +16,13 @@ use std::marker::PhantomData;
 
 /// Raised by what an older peer cannot read. The warden answers with the lower of both, and neither
 /// says what that version does not know: a daemon is replaced while its warden and the tasks go on.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// From this version on there is live input.
 pub const WITH_INPUT: u32 = 2;
 /// From this version on an end says the digests of its output.
 pub const WITH_DIGESTS: u32 = 3;
+/// From this version on there is an end without time.
+pub const WITH_KILL: u32 = 4;
 /// Bytes of one frame; a larger length ends the connection.
 pub const MAX_FRAME: usize = 16 << 20;
 
@@ -36,6 +38,11 @@ pub enum Request {
     },
     /// End this attempt; an unknown one will never start.
     Cancel {
+        task: TaskId,
+        attempt: AttemptNo,
+    },
+    /// The same, without time to end by itself.
+    Kill {
         task: TaskId,
         attempt: AttemptNo,
     },
@@ -182,6 +189,7 @@ impl Message for Request {
                 p.raw(&grant.encode());
             }),
             Self::Cancel { task, attempt } => keyed(3, task, attempt),
+            Self::Kill { task, attempt } => keyed(8, task, attempt),
             Self::Acked { task, attempt, offset } => frame(4, |p| {
                 p.key(&(*task, *attempt)).u64(*offset);
             }),
@@ -220,6 +228,10 @@ impl Message for Request {
                     v => return Err(Malformed::Unknown { what: "flag", value: v.into() }.into()),
                 };
                 Self::Input { task, attempt, request, seq, data: t.bytes()?.to_vec(), eof }
+            }
+            8 => {
+                let (task, attempt) = t.key()?;
+                Self::Kill { task, attempt }
             }
             v => return Err(Malformed::Unknown { what: "request", value: v.into() }.into()),
         };
@@ -478,6 +490,7 @@ mod tests {
         for r in [
             Request::Hello { version: 4 },
             Request::Cancel { task, attempt },
+            Request::Kill { task, attempt },
             Request::Acked { task, attempt, offset: 99 },
             Request::Forget { task, attempt },
             Request::Stop,

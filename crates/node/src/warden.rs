@@ -8,7 +8,7 @@
 
 use mesh_core::SpoolId;
 use mesh_process::Tasks;
-use node_warden::frames::{Decoder, Event, FrameError, Known, Request, VERSION};
+use node_warden::frames::{Decoder, Event, FrameError, Known, Request, VERSION, WITH_KILL};
 use node_warden::{Key, Wardens};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -259,12 +259,19 @@ impl Attachment {
         let key = match &request {
             Request::Start { grant } => (grant.task(), grant.attempt()),
             Request::Cancel { task, attempt }
+            | Request::Kill { task, attempt }
             | Request::Acked { task, attempt, .. }
             | Request::Forget { task, attempt }
             | Request::Input { task, attempt, .. } => (*task, *attempt),
             Request::Hello { .. } | Request::Stop => return,
         };
         let i = self.owners.get(&key).copied().unwrap_or(0);
+        let spoken = self.seats[i].welcome.as_ref().map_or(VERSION, |(version, _)| *version);
+        let request = match request {
+            // One of before gives it its time.
+            Request::Kill { task, attempt } if spoken < WITH_KILL => Request::Cancel { task, attempt },
+            request => request,
+        };
         let forgotten = matches!(request, Request::Forget { .. });
         // One that is gone has its end on the way to us.
         let _ = self.seats[i].orders.send(request).await;

@@ -15,7 +15,7 @@ pub struct Cli {
 }
 
 const NOT_YET: &str = "Exit codes: 0 fine, 1 failed, 2 wrong usage or config (`cortex run --help` has its own).
-Not yet: shell, cp, file, approval, agent, workflow, bundle, tool, policy, events, completions.";
+Not yet: shell, cp, file, approval, workflow, bundle, tool, policy, events, completions.";
 
 #[derive(Debug, Clone, Default, Args)]
 pub struct Global {
@@ -57,6 +57,9 @@ pub enum Command {
     /// What ran and what runs
     #[command(subcommand)]
     Task(TaskCommand),
+    /// Processes that the hub looks after
+    #[command(subcommand)]
+    Agent(AgentCommand),
     /// People
     #[command(subcommand)]
     User(UserCommand),
@@ -102,8 +105,6 @@ pub enum Later {
     #[command(hide = true)]
     Approval(Anything),
     #[command(hide = true)]
-    Agent(Anything),
-    #[command(hide = true)]
     Workflow(Anything),
     #[command(hide = true)]
     Bundle(Anything),
@@ -126,7 +127,6 @@ impl Later {
             Self::Cp(_) => "`cortex cp` is not built; small input can be sent with: cortex run --stdin",
             Self::File(_) => "`cortex file` is not built; sessions have no synced files yet.",
             Self::Approval(_) => "`cortex approval` is not built; no policy asks for approvals yet.",
-            Self::Agent(_) => "`cortex agent` is not built; supervised processes come later.",
             Self::Workflow(_) => "`cortex workflow` is not built.",
             Self::Bundle(_) => "`cortex bundle` is not built.",
             Self::Tool(_) => "`cortex tool` is not built.",
@@ -418,6 +418,77 @@ pub struct RunArgs {
     /// Send standard input to the command as it comes, until its end
     #[arg(short, long, conflicts_with_all = ["stdin", "detach"])]
     pub interactive: bool,
+    /// A script for /bin/sh
+    #[arg(long, value_name = "TEXT", conflicts_with = "argv", required_unless_present = "argv")]
+    pub script: Option<String>,
+    /// The program and its arguments
+    #[arg(last = true, value_name = "ARGV")]
+    pub argv: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AgentCommand {
+    /// Run a command and look after it: it goes on until it ends or is killed
+    Spawn(AgentSpawn),
+    /// List the agents, newest first
+    Ls,
+    /// Show one agent
+    Show {
+        /// Id or name
+        agent: String,
+    },
+    /// End an agent; its process is given time to end by itself
+    Kill {
+        /// Id or name
+        agent: String,
+        /// Give it no time
+        #[arg(long)]
+        force: bool,
+    },
+    /// Print the newest lines that an agent wrote
+    Logs {
+        /// Id or name
+        agent: String,
+        /// Go on until the agent has ended
+        #[arg(short, long)]
+        follow: bool,
+        /// How many [default: 100]
+        #[arg(long, value_name = "N")]
+        lines: Option<u64>,
+        /// All that are kept
+        #[arg(long, conflicts_with = "lines")]
+        all: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct AgentSpawn {
+    /// One agent of a name lives at a time
+    pub name: String,
+    /// The machine, by id or name [default: any that may be used]
+    #[arg(long, value_name = "NODE")]
+    pub node: Option<String>,
+    /// Only machines with these labels: key=value or key, a comma means and
+    #[arg(long, value_name = "LABELS", conflicts_with = "node")]
+    pub select: Option<String>,
+    /// Run in this session's workspace, by id or name [default: one that is thrown away]
+    #[arg(long, value_name = "SESSION")]
+    pub session: Option<String>,
+    /// A folder in the workspace
+    #[arg(long, value_name = "DIR")]
+    pub cwd: Option<String>,
+    /// A variable of the environment; may be given several times
+    #[arg(long, value_name = "K=V", value_parser = key_value)]
+    pub env: Vec<(String, String)>,
+    /// After which ends it is run again [default: never]
+    #[arg(long, value_name = "WORD", value_parser = ["never", "on_failure", "always"])]
+    pub restart: Option<String>,
+    /// Restarts in a row, at most; a run of a minute begins the count anew [default: no bound]
+    #[arg(long, value_name = "N", requires = "restart")]
+    pub max: Option<u32>,
+    /// The pause before the first restart; it doubles, up to five minutes [default: 1000]
+    #[arg(long, value_name = "MS", requires = "restart")]
+    pub backoff: Option<u64>,
     /// A script for /bin/sh
     #[arg(long, value_name = "TEXT", conflicts_with = "argv", required_unless_present = "argv")]
     pub script: Option<String>,

@@ -2,6 +2,7 @@
 //! store does not do what the port's documentation says.
 
 mod accounts;
+mod agents;
 mod audit;
 mod bus;
 mod gauges;
@@ -20,6 +21,7 @@ mod state;
 mod users;
 
 pub use accounts::accounts;
+pub use agents::agents;
 pub use audit::audit;
 pub use bus::{BusPlan, HandClock, bus};
 pub use gauges::gauges;
@@ -54,6 +56,7 @@ pub mod sample {
     use super::T0;
     use hub_engine::ports::Fan;
     use hub_engine::records::*;
+    use mesh_core::agent::{Kind, Life, Policy, Restart};
     use mesh_core::capability::Capabilities;
     use mesh_core::permission::{Permission, Role};
     use mesh_core::task::{Attempt, AttemptNo, Progress, TaskState, Terms};
@@ -69,7 +72,7 @@ pub mod sample {
             }
         )*};
     }
-    ids!(task_id -> TaskId, node_id -> NodeId, user_id -> UserId, session_id -> SessionId, invite_id -> InviteId,
+    ids!(agent_id -> AgentId, task_id -> TaskId, node_id -> NodeId, user_id -> UserId, session_id -> SessionId, invite_id -> InviteId,
         key_id -> ApiKeyId, message_id -> MessageId, entry_id -> EntryId, grant_id -> GrantId, login_id -> LoginId, spool_id -> SpoolId, hub_id -> HubId);
 
     pub fn attempt(n: u32) -> AttemptNo {
@@ -81,7 +84,7 @@ pub mod sample {
             id: task_id(n),
             session: None,
             named_node: None,
-            actor: Actor { user: user_id(1), key: None, door: "rest".into() },
+            actor: Actor { user: user_id(1), key: None, agent: None, door: "rest".into() },
             skill: "shell".into(),
             spec: vec![1, 2, 0, 255, n as u8],
             digest: [4; 32],
@@ -120,6 +123,24 @@ pub mod sample {
         let mut parent = task(n);
         (parent.progress, parent.children) = (mesh_core::fan::begun(parent.created_at), Some(Children::of(&children)));
         Fan { parent, children }
+    }
+    /// A process of the first user, called `a{n}`, whose first run is [`task_id`]`(n)`.
+    pub fn agent(n: u16) -> Agent {
+        Agent {
+            id: agent_id(n),
+            name: format!("a{n}"),
+            owner: user_id(1),
+            key: None,
+            door: "rest".into(),
+            kind: Kind::Process,
+            session: None,
+            node: Some(node_id(1)),
+            select: None,
+            spec: vec![1, 2, 0, 255],
+            restart: Restart { policy: Policy::OnFailure, max: 3, backoff_ms: 1000 },
+            created_at: T0 + i64::from(n),
+            life: Life::begun(task_id(n)),
+        }
     }
 
     pub fn frame(seq: u64, stream: Stream, data: impl Into<bytes::Bytes>) -> OutputFrame {

@@ -337,7 +337,7 @@ impl Messages for MemoryStore {
 impl AgentState for MemoryStore {
     async fn put_state(&self, entry: &StateEntry, most: u32) -> Stored<StateWritten> {
         let mut state = self.state();
-        if state.state.values().any(|e| e.agent == entry.agent && e.owner != entry.owner) {
+        if state.name_owner(&entry.agent).is_some_and(|owner| owner != entry.owner) {
             return Ok(StateWritten::Foreign);
         }
         let count = state.state.values().filter(|e| e.agent == entry.agent).count();
@@ -353,7 +353,7 @@ impl AgentState for MemoryStore {
         Ok(MemoryStore::state(self).state.get(&(agent.to_owned(), key.to_owned())).cloned())
     }
     async fn state_owner(&self, agent: &str) -> Stored<Option<UserId>> {
-        Ok(MemoryStore::state(self).state.values().find(|e| e.agent == agent).map(|e| e.owner))
+        Ok(MemoryStore::state(self).name_owner(agent))
     }
     async fn states(&self, filter: &StateFilter, window: Window<EntryId>, max_bytes: u64) -> Stored<Part<StateEntry>> {
         let f = filter;
@@ -371,8 +371,8 @@ impl AgentState for MemoryStore {
         let place = (agent.to_owned(), key.to_owned());
         let owned = state.state.get(&place).is_some_and(|e| e.owner == owner);
         let removed = owned && state.state.remove(&place).is_some();
-        if removed && !state.state.keys().any(|(of, _)| of == agent) {
-            state.grants.retain(|_, g| g.resource != Resource::Agent(agent.to_owned()));
+        if removed {
+            state.release_name(agent);
         }
         Ok(removed)
     }

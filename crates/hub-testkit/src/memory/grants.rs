@@ -11,7 +11,7 @@ impl State {
         let there = match &grant.resource {
             Resource::Node(id) => self.nodes.contains_key(id),
             Resource::Session(id) => self.sessions.get(id).is_some_and(|s| s.purged_at.is_none()),
-            Resource::Agent(agent) => self.state.keys().any(|(of, _)| of == agent),
+            Resource::Agent(agent) => self.name_owner(agent).is_some(),
             Resource::Labels(_) => true,
         };
         if !there {

@@ -55,7 +55,8 @@ impl Sealer<'_> {
         self.sign(payload_type::ORDERS, body.encode_to_vec())
     }
 
-    pub fn cancels(&mut self, cancels: &[(TaskId, AttemptNo)]) -> Vec<wire::Envelope> {
+    /// The last of each: without time to end by itself.
+    pub fn cancels(&mut self, cancels: &[(TaskId, AttemptNo, bool)]) -> Vec<wire::Envelope> {
         let mut envelopes = vec![];
         for chunk in cancels.chunks(ORDERS_PER_ENVELOPE) {
             self.seq += 1;
@@ -65,7 +66,7 @@ impl Sealer<'_> {
                 node_key_sha256: self.node_key.to_vec(),
                 link_session: self.link_session.to_vec(),
                 seq: self.seq,
-                cancels: chunk.iter().map(|(t, a)| wire::CancelOrder { task_id: t.to_string(), attempt: a.0 }).collect(),
+                cancels: chunk.iter().map(|(t, a, now)| wire::CancelOrder { task_id: t.to_string(), attempt: a.0, now: *now }).collect(),
             };
             envelopes.push(self.sign(payload_type::CANCEL, body.encode_to_vec()));
         }

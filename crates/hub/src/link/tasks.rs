@@ -245,7 +245,8 @@ impl Conversation {
         for command in batch {
             match command {
                 LinkCommand::Order(o) => orders.push(*o),
-                LinkCommand::Cancel { task, attempt } => cancels.push((task, attempt)),
+                LinkCommand::Cancel { task, attempt } => cancels.push((task, attempt, false)),
+                LinkCommand::Kill { task, attempt } => cancels.push((task, attempt, true)),
                 LinkCommand::Input(i) => inputs.push(*i),
                 LinkCommand::ResultAck { task, attempt } => acks.push(wire::ResultAck { task_id: task.to_string(), attempt: attempt.0 }),
                 LinkCommand::Close { code, detail } => close = Some((code, detail)),

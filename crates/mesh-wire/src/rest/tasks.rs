@@ -65,7 +65,7 @@ pub struct DispatchRequest {
 }
 
 /// A shape by the names of its fields; a list of their values would do as well otherwise.
-fn named<'de, D: serde::Deserializer<'de>, T: serde::de::DeserializeOwned>(d: D) -> Result<Option<T>, D::Error> {
+pub(super) fn named<'de, D: serde::Deserializer<'de>, T: serde::de::DeserializeOwned>(d: D) -> Result<Option<T>, D::Error> {
     let fields = Option::<serde_json::Map<String, serde_json::Value>>::deserialize(d)?;
     fields.map(|f| T::deserialize(serde_json::Value::Object(f)).map_err(serde::de::Error::custom)).transpose()
 }

@@ -94,6 +94,7 @@ impl Warden {
             Request::Hello { .. } => {}
             Request::Start { grant } => self.on_start(grant),
             Request::Cancel { task, attempt } => self.on_cancel((task, attempt)),
+            Request::Kill { task, attempt } => self.on_kill((task, attempt)),
             Request::Acked { task, attempt, offset } => self.on_acked((task, attempt), offset),
             Request::Forget { task, attempt } => self.on_forget((task, attempt)),
             Request::Stop => self.stop(),

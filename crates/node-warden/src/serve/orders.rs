@@ -93,6 +93,16 @@ impl Warden {
         }
     }
 
+    /// As a cancel, whose time is over at once; also for one that is being ended already.
+    pub(super) fn on_kill(&mut self, key: Key) {
+        self.on_cancel(key);
+        if let Some(State::Running(slot)) = self.attempts.get(&key).map(|a| a.state.clone())
+            && self.runs[slot].as_ref().is_some_and(|run| run.cause.is_some() && run.end.is_none())
+        {
+            self.set_deadline(slot, Some(clock::now()));
+        }
+    }
+
     pub(super) fn on_acked(&mut self, key: Key, offset: u64) {
         let Some(a) = self.attempts.get_mut(&key) else { return };
         let offset = offset.min(a.output_end);

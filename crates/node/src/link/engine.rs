@@ -32,7 +32,7 @@ use mesh_wire::node::{self as wire, Capabilities, CertificateReply, Heartbeat, H
 use mesh_wire::node::{node_data, node_frame};
 use mesh_wire::{convert, limits};
 use node_warden::frames::Request;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io::Write as _;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -164,7 +164,8 @@ pub struct Engine {
     /// Given to the warden, which has not answered yet.
     starting: BTreeMap<Key, Box<Grant>>,
     /// Cancels that the warden has not answered with an end yet.
-    cancelling: BTreeSet<Key>,
+    /// With whether they give no time to end by itself.
+    cancelling: BTreeMap<Key, bool>,
     to_warden: VecDeque<Request>,
     /// What both speak, from its welcome.
     warden_version: u32,
@@ -225,7 +226,7 @@ impl Engine {
             pulls: Pulls::default(),
             ahead: Ahead::default(),
             starting: BTreeMap::new(),
-            cancelling: BTreeSet::new(),
+            cancelling: BTreeMap::new(),
             to_warden: VecDeque::new(),
             warden_version: 0,
             tracks: Tracks::default(),

@@ -65,7 +65,8 @@ pub struct Piece {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Accepted {
     Orders(Vec<Checked>),
-    Cancels(Vec<Key>),
+    /// With whether it gives no time to end by itself.
+    Cancels(Vec<(Key, bool)>),
     Input(Piece),
 }
 
@@ -147,7 +148,7 @@ impl Checker {
                     count: body.cancels.len(),
                 };
                 self.head(&head)?;
-                let keys = body.cancels.iter().map(|c| key(&c.task_id, c.attempt)).collect::<Result<_, _>>();
+                let keys = body.cancels.iter().map(|c| key(&c.task_id, c.attempt).map(|key| (key, c.now))).collect::<Result<_, _>>();
                 (body.seq, Accepted::Cancels(keys.or_else(|x| reject(body.seq, "malformed", x))?))
             }
             payload_type::INPUT => {
@@ -447,7 +448,7 @@ mod tests {
 
     #[test]
     fn cancels() {
-        let c = wire::CancelOrder { task_id: TaskId::from_bytes([4; 16]).to_string(), attempt: 3 };
+        let c = wire::CancelOrder { task_id: TaskId::from_bytes([4; 16]).to_string(), attempt: 3, now: true };
         let b = wire::CancelBody {
             hub_id: hub().to_string(),
             node_id: node().to_string(),
@@ -459,7 +460,7 @@ mod tests {
         let e = sealed_as(payload_type::CANCEL, b.encode_to_vec(), &hub_key());
         let mut checker = checker();
         let want = Key { task: TaskId::from_bytes([4; 16]), attempt: AttemptNo(3) };
-        assert_eq!(checker.check(&e), Ok(Accepted::Cancels(vec![want])));
+        assert_eq!(checker.check(&e), Ok(Accepted::Cancels(vec![(want, true)])));
         assert_eq!(code(&mut checker, &sealed(&body(2))), "replayed", "orders and cancels share one sequence");
     }
 

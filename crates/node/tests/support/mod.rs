@@ -282,7 +282,7 @@ impl Link {
     }
     pub async fn cancel(&mut self, task: TaskId) {
         let OrdersBody { hub_id, node_id, node_key_sha256, link_session, seq, .. } = self.orders_body(vec![]);
-        let cancels = vec![CancelOrder { task_id: task.to_string(), attempt: 1 }];
+        let cancels = vec![CancelOrder { task_id: task.to_string(), attempt: 1, now: false }];
         let body = CancelBody { hub_id, node_id, node_key_sha256, link_session, seq, cancels }.encode_to_vec();
         self.send(hub_frame::Kind::Envelope(self.sealed(payload_type::CANCEL, body))).await;
     }

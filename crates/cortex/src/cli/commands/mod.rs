@@ -1,5 +1,6 @@
 //! One file per noun. [`perform`] decides which one it is.
 
+mod agent;
 mod audit;
 mod connect;
 mod device;
@@ -75,6 +76,7 @@ pub async fn perform(cli: Cli, io: &mut Io<'_>) -> u8 {
         Command::Logout => login::logout(&mut context).await,
         Command::Whoami => login::whoami(&mut context).await,
         Command::Node(command) => node::perform(command, &mut context).await,
+        Command::Agent(command) => agent::perform(command, &mut context).await,
         Command::Session(command) => session::perform(command, &mut context).await,
         Command::Task(command) => task::perform(command, &mut context).await,
         Command::User(command) => user::perform(command, &mut context).await,

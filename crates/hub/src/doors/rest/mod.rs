@@ -1,6 +1,7 @@
 //! REST, `/api/v1`.
 
 mod accounts;
+pub(super) mod agents;
 pub(super) mod audit;
 pub(super) mod body;
 mod cookie;
@@ -48,6 +49,7 @@ use axum::middleware;
 use axum::response::{IntoResponse, Redirect, Response};
 use axum::routing::post;
 use hub_engine::accounts::Accounts;
+use hub_engine::agents::Agents;
 use hub_engine::audit::Log;
 use hub_engine::events::Events;
 use hub_engine::expiry::Expiry;
@@ -91,6 +93,7 @@ pub struct RestState {
     pub statistics: Arc<Statistics>,
     pub retention: Arc<Retention>,
     pub tasks: Arc<TaskService>,
+    pub agents: Arc<Agents>,
     pub idempotency: Arc<Idempotency>,
     pub events: Events,
     /// Holds the streams that outlive their request.
@@ -188,6 +191,10 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(messages::list, messages::post))
         .routes(routes!(sessions::attach, sessions::detach))
         .routes(routes!(tasks::dispatch_in_session))
+        .routes(routes!(agents::list, agents::spawn))
+        .routes(routes!(agents::get))
+        .routes(routes!(agents::kill))
+        .routes(routes!(agents::logs))
         .routes(routes!(state::list))
         .routes(routes!(state::get, state::put, state::remove))
         .routes(routes!(tasks::dispatch))

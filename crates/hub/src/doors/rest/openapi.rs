@@ -8,6 +8,7 @@ use hub_engine::events::Topic;
 use hub_engine::manage::MAX_TASK_LIMIT;
 use hub_engine::records::{MessageRole, SessionAct};
 use hub_engine::tasks::MAX_WAIT_SECS;
+use mesh_core::agent::{self, Status};
 use mesh_core::audit::{Kind, Outcome};
 use mesh_core::name::{MAX_CHARS, MAX_KEY_CHARS};
 use mesh_core::permission::{Permission, Role};
@@ -43,13 +44,14 @@ use utoipa::OpenApi;
         (name = "messages", description = "What is said in sessions"),
         (name = "state", description = "What agents keep: values by key"),
         (name = "tasks", description = "What runs, ran or waits"),
+        (name = "agents", description = "Processes that are supervised, run after run"),
         (name = "events", description = "What happens, as it happens"),
         (name = "audit", description = "What was done, by whom and how it ended"),
         (name = "system", description = "The hub itself"),
         (name = "json-rpc", description = "JSON-RPC 2.0: the same calls by name"),
         (name = "downloads", description = "Programs to run on nodes"),
     ),
-    components(schemas(Problem, AuditEntry, EventView, StreamEnd, OutputEvent, GapEvent, AttemptEvent, EndEvent, HealthReply, StateReply, TaskOutputRequest, TaskOutputView, SubscribeRequest, SubscribeReply, UnsubscribeRequest, UnsubscribeReply, DiscoverReply, EventNotice)),
+    components(schemas(Problem, AuditEntry, EventView, StreamEnd, OutputEvent, GapEvent, AttemptEvent, EndEvent, HealthReply, StateReply, TaskOutputRequest, TaskOutputView, SubscribeRequest, SubscribeReply, UnsubscribeRequest, UnsubscribeReply, DiscoverReply, EventNotice, AgentConfig, AgentEnd, AgentReply, AgentList, AgentLogsRequest, AgentLogs, MetricsReply)),
 )]
 pub struct Head;
 
@@ -179,6 +181,7 @@ const IDS: &[(&str, &str)] = &[
     ("/sessions/{id}", "sess"),
     ("/tasks/{id}", "task"),
     ("/users/{id}", "user"),
+    ("/agents/{id}", "agent"),
 ];
 
 /// Says what `{id}` is, and bounds that all lists share.
@@ -206,6 +209,9 @@ fn parameters(path: &str, operation: &mut Value) {
             }
             ("query", "outcome") => {
                 p["schema"] = json!({ "type": "string", "enum": Outcome::ALL.iter().map(|o| o.as_str()).collect::<Vec<_>>() })
+            }
+            ("query", "status") => {
+                p["schema"] = json!({ "type": "string", "enum": Status::ALL.iter().map(|s| s.as_str()).collect::<Vec<_>>() })
             }
             ("query", "user") => p["schema"] = id("user"),
             // What cannot be a name or a key is not there.
@@ -280,6 +286,9 @@ static WORDS: LazyLock<Vec<(&str, Vec<&str>)>> = LazyLock::new(|| {
         ("SubscribeRequest.topics", Topic::ALL.iter().map(|t| t.as_str()).collect()),
         ("EventView.topic", Topic::ALL.iter().map(|t| t.as_str()).collect()),
         ("StreamEnd.code", vec!["stopping", "rights"]),
+        ("AgentView.status", Status::ALL.iter().map(|s| s.as_str()).collect()),
+        ("AgentView.agent_type", agent::Kind::ALL.iter().map(|k| k.as_str()).collect()),
+        ("AgentLogLine.stream", vec!["stdout", "stderr", "agent"]),
     ]
 });
 

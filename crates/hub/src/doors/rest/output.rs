@@ -29,7 +29,7 @@ use utoipa::IntoParams;
 
 /// Data that one read of the store brings; what a slow reader makes the hub hold.
 const READ_BYTES: usize = 256 << 10;
-const COMMENT_EVERY: Duration = Duration::from_secs(15);
+pub(super) const COMMENT_EVERY: Duration = Duration::from_secs(15);
 
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -414,7 +414,7 @@ fn output_event(f: &OutputFrame, id: String, begin: i64) -> Bytes {
 }
 
 /// One event of the WHATWG event-stream format. JSON has no line break, so one `data:` line is enough.
-fn event(kind: &str, id: Option<String>, data: &impl serde::Serialize) -> Bytes {
+pub(super) fn event(kind: &str, id: Option<String>, data: &impl serde::Serialize) -> Bytes {
     let id = id.map(|n| format!("id: {n}\n")).unwrap_or_default();
     let json = serde_json::to_string(data).unwrap_or_default();
     Bytes::from(format!("{id}event: {kind}\ndata: {json}\n\n"))

@@ -121,7 +121,6 @@ pub async fn skills(State(app): State<App>, who: Who) -> Answer<Json<Page<SkillV
 const NOT_YET: &[&str] = &[
     "policies",
     "approvals",
-    "agents",
     "workflows",
     "bundles",
     "registry",

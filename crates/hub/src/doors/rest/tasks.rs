@@ -145,16 +145,7 @@ fn read_terms(r: &DispatchRequest) -> Answer<Terms> {
         Some(asked) => (0, asked.backoff_ms.unwrap_or(0)),
         None => (0, 0),
     };
-    let select = match &r.select {
-        None => None,
-        Some(s) => {
-            let skills: BTreeSet<String> = s.skills.iter().cloned().collect();
-            if skills.len() < s.skills.len() {
-                return Err(Refusal::unprocessable("bad_select", "select asks for a skill twice"));
-            }
-            Some(Selector { labels: s.labels.clone(), skills, slots: s.slots.clone() })
-        }
-    };
+    let select = r.select.as_ref().map(read_select).transpose()?;
     let on_lost = match r.on_lost.as_deref() {
         None => OnLost::default(),
         Some(word) => OnLost::parse(word).ok_or_else(|| {
@@ -174,7 +165,15 @@ fn read_terms(r: &DispatchRequest) -> Answer<Terms> {
     })
 }
 
-fn read_shell(s: ShellRequest) -> Answer<Shell> {
+pub(super) fn read_select(s: &SelectView) -> Answer<Selector> {
+    let skills: BTreeSet<String> = s.skills.iter().cloned().collect();
+    if skills.len() < s.skills.len() {
+        return Err(Refusal::unprocessable("bad_select", "select asks for a skill twice"));
+    }
+    Ok(Selector { labels: s.labels.clone(), skills, slots: s.slots.clone() })
+}
+
+pub(super) fn read_shell(s: ShellRequest) -> Answer<Shell> {
     let program = match (s.argv, s.command) {
         (Some(argv), None) => Program::Argv(argv),
         (None, Some(text)) => Program::Script(text),

@@ -296,7 +296,12 @@ pub fn task(app: &App, t: Task) -> TaskView {
         session_id: t.session.map(|s| s.to_string()),
         node_id: p.attempt.as_ref().map(|a| a.node).or(t.named_node).map(|n| n.to_string()),
         user_id: t.actor.user.to_string(),
-        actor: ActorView { user_id: t.actor.user.to_string(), key_id: t.actor.key.map(|k| k.to_string()), agent: None, door: t.actor.door },
+        actor: ActorView {
+            user_id: t.actor.user.to_string(),
+            key_id: t.actor.key.map(|k| k.to_string()),
+            agent: t.actor.agent.map(|a| a.to_string()),
+            door: t.actor.door,
+        },
         signed: t.signed.map(|(key_id, digest)| SignedView { key_id, policy_digest: format!("sha256:{}", hex::encode(digest)) }),
         parent_id: t.parent.map(|p| p.to_string()),
         skill: t.skill,

@@ -2,6 +2,7 @@
 
 use super::discover::document_of_methods;
 use super::params::Params;
+use crate::doors::rest::agents::{self, LogsQuery};
 use crate::doors::rest::output::{self, stream_named};
 use crate::doors::rest::state::{self, ListQuery};
 use crate::doors::rest::{App, PathId, Query, Refusal, VERSION, Who, system, tasks};
@@ -9,9 +10,11 @@ use axum::Json;
 use axum::extract::State;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as B64;
-use mesh_core::TaskId;
+use mesh_core::{AgentId, TaskId};
 use mesh_wire::convert::rfc3339;
-use mesh_wire::rest::{HealthReply, StateReply, TaskOutputRequest, TaskOutputView, TaskView};
+use mesh_wire::rest::{
+    AgentList, AgentLogs, AgentLogsRequest, AgentReply, HealthReply, MetricsReply, StateReply, TaskOutputRequest, TaskOutputView, TaskView,
+};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -89,6 +92,42 @@ pub async fn state(app: App, who: Who, p: Params) -> Result<Json<StateReply>, Re
         all.entry(entry.agent_id).or_default().insert(entry.key, entry.value);
     }
     Ok(Json(StateReply { state: all, next_cursor: page.next_cursor, timestamp }))
+}
+
+pub async fn spawn(app: App, who: Who, p: Params) -> Result<Json<AgentReply>, Refusal> {
+    let (.., Json(agent)) = agents::spawn(State(app), who, p.creating()?).await?;
+    let message = if agent.task_id.is_some() { "decided; agent.list says when it runs" } else { "it is there until it is killed" };
+    Ok(Json(AgentReply { agent_id: agent.agent_id, status: agent.status, message: message.into() }))
+}
+
+pub async fn agents(app: App, who: Who, p: Params) -> Result<Json<AgentList>, Refusal> {
+    let Json(page) = agents::list(State(app), who, p.query()?).await?;
+    Ok(Json(AgentList { count: page.items.len() as u64, agents: page.items, next_cursor: page.next_cursor }))
+}
+
+pub async fn kill(app: App, who: Who, mut p: Params) -> Result<Json<AgentReply>, Refusal> {
+    let id = p.id("agent_id")?;
+    let (_, Json(agent)) = agents::kill(State(app), who, id, p.optional_body()?).await?;
+    let message = match agent.status.as_str() {
+        "stopping" => "it ends when its node has ended it",
+        _ => "it has ended",
+    };
+    Ok(Json(AgentReply { agent_id: agent.agent_id, status: agent.status, message: message.into() }))
+}
+
+pub async fn logs(app: App, who: Who, p: Params) -> Result<Json<AgentLogs>, Refusal> {
+    let r: AgentLogsRequest = p.read()?;
+    let PathId(id): PathId<AgentId> = PathId::of(&r.agent_id)?;
+    agents::lines(&app, &who, id, &LogsQuery { limit: r.limit, offset: r.offset, follow: None }).await.map(Json)
+}
+
+pub async fn metrics(app: App, who: Who, _: Params) -> Result<Json<MetricsReply>, Refusal> {
+    let counts = app.agents.counts(who.caller()).await?;
+    let timestamp = rfc3339(app.clock.now_ms());
+    let Json(mut system) = system::stats(State(app), who).await?;
+    system.history.clear();
+    let agents = counts.into_iter().map(|(status, n)| (status.as_str().to_owned(), n)).collect();
+    Ok(Json(MetricsReply { agents, system, timestamp }))
 }
 
 /// The same for all who are known.

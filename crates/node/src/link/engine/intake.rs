@@ -20,7 +20,7 @@ impl Engine {
         let Some(up) = &mut self.up else { return };
         match up.checker.check(e) {
             Ok(Accepted::Orders(orders)) => orders.into_iter().for_each(|o| self.on_order(o)),
-            Ok(Accepted::Cancels(keys)) => keys.into_iter().for_each(|k| self.on_cancel(k)),
+            Ok(Accepted::Cancels(keys)) => keys.into_iter().for_each(|(k, now)| self.on_cancel(k, now)),
             Ok(Accepted::Input(piece)) => self.on_input(piece),
             Err(r) => {
                 tracing::warn!(seq = r.seq, code = r.code, detail = %r.detail, "an envelope was rejected; nothing of it runs");
@@ -193,7 +193,7 @@ impl Engine {
         self.tell(&key);
     }
 
-    pub(super) fn on_cancel(&mut self, key: Key) {
+    pub(super) fn on_cancel(&mut self, key: Key, now: bool) {
         self.pulls.cancel(&key);
         if self.ahead.cancel(&key) {
             // It was not granted as far as is known here: the hub has decided, and waits for no word.
@@ -204,8 +204,8 @@ impl Engine {
             return self.tell(&key);
         }
         // Also for one that nobody knows here: the warden keeps a synced refusal.
-        self.cancelling.insert(key);
-        self.to_warden.push_back(Request::Cancel { task: key.task, attempt: key.attempt });
+        let now = *self.cancelling.entry(key).and_modify(|known| *known |= now).or_insert(now);
+        self.to_warden.push_back(ending(&key, now));
     }
 
     fn conflict(&mut self, key: Key) {
@@ -276,10 +276,10 @@ impl Engine {
                 }
                 // What was on its way when the last attachment ended. A repeated start runs nothing twice.
                 let again = self.starting.values().map(|g| Request::Start { grant: (**g).clone() });
-                self.to_warden.retain(|r| !matches!(r, Request::Start { .. } | Request::Cancel { .. }));
+                self.to_warden.retain(|r| !matches!(r, Request::Start { .. } | Request::Cancel { .. } | Request::Kill { .. }));
                 self.to_warden.extend(again);
-                self.cancelling.retain(|k| self.attempts.get(k).is_none_or(|a| a.end.is_none()));
-                let again = self.cancelling.iter().map(|k| Request::Cancel { task: k.task, attempt: k.attempt });
+                self.cancelling.retain(|k, _| self.attempts.get(k).is_none_or(|a| a.end.is_none()));
+                let again = self.cancelling.iter().map(|(k, now)| ending(k, *now));
                 self.to_warden.extend(again);
                 self.status.spool_id = spool.to_string();
                 let first = self.spool.replace(spool);
@@ -327,4 +327,10 @@ impl Engine {
             self.attempts.set_digest(key, *grant.spec());
         }
     }
+}
+
+/// Tells the warden to end an attempt, with or without time to end by itself.
+fn ending(key: &Key, now: bool) -> Request {
+    let (task, attempt) = (key.task, key.attempt);
+    if now { Request::Kill { task, attempt } } else { Request::Cancel { task, attempt } }
 }
