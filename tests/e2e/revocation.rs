@@ -54,11 +54,20 @@ fn config(root: &[u8], own: Option<(Vec<Vec<u8>>, &KeyPair)>) -> Arc<rustls::Cli
 }
 
 async fn dial(hub: HubId, address: SocketAddr, from: [u8; 4], config: &Arc<rustls::ClientConfig>) -> std::io::Result<Tls> {
-    let socket = TcpSocket::new_v4()?;
-    socket.bind((from, 0).into())?;
-    let tcp = socket.connect(address).await?;
-    let name = ServerName::try_from(enrol::server_name(hub)).unwrap();
-    tokio_rustls::TlsConnector::from(config.clone()).connect(name, tcp).await
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let socket = TcpSocket::new_v4()?;
+        socket.bind((from, 0).into())?;
+        let begun = Instant::now();
+        let tcp = socket.connect(address).await?;
+        let name = ServerName::try_from(enrol::server_name(hub)).unwrap();
+        match tokio_rustls::TlsConnector::from(config.clone()).connect(name, tcp).await {
+            // Who stood still for 3 s before its first word was hung up on, and dials again, as a node does.
+            Err(_) if tries < 10 && begun.elapsed() >= Duration::from_secs(3) => {}
+            done => return done,
+        }
+    }
 }
 
 const HERE: [u8; 4] = [127, 0, 0, 1];
@@ -231,7 +240,7 @@ async fn a_certificate_signs_no_other() {
         assert!(said.is_err(), "{what}: it was let in");
     }
     let failed = || hub.process.log().matches("a TLS handshake failed").count();
-    until("three handshakes to have failed", async || (failed() == 3).then_some(())).await;
+    until("three handshakes to have failed", async || (failed() >= 3).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
