@@ -4,6 +4,8 @@
 use mesh_tests::{Hub, Node, PASSWORD, checked, program, shown, text, until};
 use serde_json::{Value, json};
 use std::process::{Command, Output, Stdio};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 const NEW: &str = "a password of their own";
 
@@ -247,6 +249,67 @@ async fn rights_end_at_once() {
     assert_eq!(bob.call("GET", "/api/v1/auth/me", None).await.0, 401);
     assert_eq!(nobody(&hub).call("POST", "/api/v1/auth/login", Some(credentials)).await.0, 401);
     login(&hub, "bob", "set by an admin").await;
+}
+
+/// A request of which the hub knows the caller, and waits for the body.
+struct Begun {
+    stream: TcpStream,
+    body: String,
+}
+
+async fn begun(who: &As<'_>, path: &str, body: Value) -> Begun {
+    let (body, token) = (body.to_string(), &who.token);
+    let mut stream = TcpStream::connect(who.hub.address()).await.unwrap();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: {}\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n",
+        who.hub.address(),
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    // A body is asked for once something wants to read it: after all that the head alone decides.
+    let mut go = String::new();
+    while !go.ends_with("\r\n\r\n") {
+        go.push(char::from(stream.read_u8().await.expect("the hub asks for the body")));
+    }
+    assert!(go.starts_with("HTTP/1.1 100 "), "{go}");
+    Begun { stream, body }
+}
+
+impl Begun {
+    async fn ends(mut self) -> u16 {
+        self.stream.write_all(self.body.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        self.stream.read_to_string(&mut answer).await.unwrap();
+        answer.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or_else(|| panic!("{answer}"))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_takes_its_time_is_judged_by_the_rights_of_its_end() {
+    let hub = Hub::start_with(&[("CORTEX_LIMITS_REQUEST_SECS", "600")], &[]).await;
+    let (eve, eves) = user(&hub, "eve", "developer").await;
+    let (bob, bobs) = user(&hub, "bob", "developer").await;
+    let (_, ada) = user(&hub, "ada", "developer").await;
+    let (eve, bob) = (format!("/api/v1/users/{eve}"), format!("/api/v1/users/{bob}"));
+    let (_, key) = ada.call("POST", "/api/v1/api-keys", Some(json!({"name": "ci", "scopes": ["*"]}))).await;
+    let (program, key) = (As { hub: &hub, token: text(&key, "secret") }, text(&key, "id"));
+    let session = |who| begun(who, "/api/v1/sessions", json!({"name": "s"}));
+    let set = async |path: &str, to: Value| assert_eq!(hub.call("PATCH", path, Some(to)).await.0, 200);
+
+    let (of_eve, of_bob, of_program, of_ada) =
+        (session(&eves).await, session(&bobs).await, session(&program).await, session(&ada).await);
+    set(&eve, json!({"role": "guest"})).await;
+    set(&bob, json!({"disabled": true})).await;
+    assert_eq!(ada.call("DELETE", &format!("/api/v1/api-keys/{key}"), None).await.0, 204);
+    assert_eq!(of_eve.ends().await, 403, "who was demoted");
+    assert_eq!(of_bob.ends().await, 401, "who was disabled");
+    assert_eq!(of_program.ends().await, 401, "a key that was removed");
+    assert_eq!(of_ada.ends().await, 201, "what became of others is theirs");
+    // More rights count as well as fewer.
+    let of_eve = session(&eves).await;
+    set(&eve, json!({"role": "developer"})).await;
+    assert_eq!(of_eve.ends().await, 201);
 }
 
 /// A machine that somebody else than the admin invited.

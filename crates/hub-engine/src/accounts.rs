@@ -67,6 +67,13 @@ struct Seen {
     changes: u64,
 }
 
+/// When a caller was looked at, before the look.
+#[derive(Debug, Clone, Copy)]
+pub struct Look {
+    at: Duration,
+    changes: u64,
+}
+
 const RECENT: Duration = Duration::from_secs(1);
 const RECENT_MOST: usize = 4096;
 
@@ -243,6 +250,20 @@ impl Accounts {
         }
         let caller = self.with_granted(Caller::person(user.id, user.role)).await?;
         Ok(Authenticated { caller, login: Some(login) })
+    }
+
+    pub fn look(&self) -> Look {
+        Look { at: self.clock.steady(), changes: *self.events.rights().borrow() }
+    }
+
+    /// The same caller with the rights of now, if anything may have moved since they were looked at; an error
+    /// when they have ended.
+    pub async fn since(&self, who: &Authenticated, look: Look) -> Result<Option<Authenticated>> {
+        let now = self.look();
+        if now.changes == look.changes && now.at.saturating_sub(look.at) < RECENT {
+            return Ok(None);
+        }
+        self.still(who).await.map(Some).inspect_err(|_| audit::doing(&who.caller, Action::Authenticate))
     }
 
     /// The same caller with the rights of now, for a stream that outlives its token; an error when they

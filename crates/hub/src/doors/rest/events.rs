@@ -81,7 +81,7 @@ pub fn open(app: &App, who: Who, q: &EventsQuery, uri: &Uri, headers: &HeaderMap
         // The bus knows no such long id either: the reader hears a reset.
         Some(text) => Some(EventId::new(text.chars().take(MAX_ID).collect::<String>())),
     };
-    let feed = app.events.open(who.authenticated, topics, after.as_ref())?;
+    let feed = app.events.open(who.authenticated().clone(), topics, after.as_ref())?;
     Ok(Reader::new(feed, app.accounts.clone(), app.clock.clone()))
 }
 

@@ -72,7 +72,7 @@ pub async fn get(
     let task = app.tasks.get_narrow(who.caller(), id).await?;
     let watch = app.tasks.watchers.subscribe(id);
     let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    let follower = Follower::new(app, (who.authenticated, rights), task, watch);
+    let follower = Follower::new(app, (who.authenticated().clone(), rights), task, watch);
     if accept.contains("text/event-stream") {
         if q.from_byte.is_some() || q.follow.is_some() {
             return Err(Refusal::bad_request("bad_query", "an event stream takes from_seq, and always follows"));
