@@ -335,11 +335,10 @@ impl Accounts {
             }
         }
         let hash = self.passwords.hash(new).await?;
-        // Another has set it meanwhile, who may have had a reason.
-        if self.store.user(user.id).await?.is_none_or(|now| now.password_hash != user.password_hash) {
+        // Another may have set it meanwhile, who may have had a reason.
+        if !self.store.set_password(user.id, &user.password_hash, &hash, who.login).await? {
             return Err(wrong());
         }
-        self.store.set_password(user.id, &hash, who.login).await?;
         self.events.rights_changed(Whose::User(user.id));
         Ok(())
     }

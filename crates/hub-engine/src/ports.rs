@@ -232,8 +232,9 @@ pub trait Accounts: Send + Sync {
     async fn oldest_admin(&self) -> Stored<Option<User>>;
     /// All who are there, whether or not they may act.
     async fn count_users(&self) -> Stored<u64>;
-    /// Sets the hash and ends every log-in of the user but `keep`.
-    async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()>;
+    /// Sets the hash in place of `was`, and ends every log-in of the user but `keep`. False when another one
+    /// stands there.
+    async fn set_password(&self, id: UserId, was: &str, hash: &str, keep: Option<LoginId>) -> Stored<bool>;
 
     /// Adds a log-in and its first refresh token, and takes away what has ended of the same user's, in
     /// one commit.

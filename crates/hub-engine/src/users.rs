@@ -165,7 +165,11 @@ impl Users {
             own_password_is_not_lost(caller, id)?;
         }
         let (token, invite) = change.invite.then(|| self.new_invite(self.now())).unzip();
-        let to = UserChange { username: change.username, role, disabled: change.disabled, invite };
+        let password_hash = match change.password {
+            Some(password) => Some(self.accounts.passwords.hash(password).await?),
+            None => None,
+        };
+        let to = UserChange { username: change.username, role, disabled: change.disabled, invite, password_hash };
         let user = match self.store.change_user(id, &to, self.now()).await? {
             UserChanged::Done { before, now } => {
                 if (before.role, before.standing) != (now.role, now.standing) {
@@ -180,21 +184,13 @@ impl Users {
                 return Err(Error::conflict("has_password", "this user has a password and needs no invite; set a new one if it was lost"));
             }
         };
-        if role.is_some() || to.disabled.is_some() {
+        if to.password_hash.is_some() {
+            tracing::info!(user = %id, "a password was set; the log-ins of its user are ended");
+        }
+        if role.is_some() || to.disabled.is_some() || to.password_hash.is_some() {
             self.rights_changed(id);
         }
-        match change.password {
-            None => Ok(Told { user, invite: token }),
-            Some(password) => self.set_password(id, password).await,
-        }
-    }
-
-    async fn set_password(&self, id: UserId, password: String) -> Result<Told> {
-        let hash = self.accounts.passwords.hash(password).await?;
-        self.accounts.store.set_password(id, &hash, None).await?;
-        self.rights_changed(id);
-        tracing::info!(user = %id, "a password was set; the log-ins of its user are ended");
-        Ok(Told { user: self.known(id).await?, invite: None })
+        Ok(Told { user, invite: token })
     }
 
     /// Whose name this is.

@@ -64,8 +64,8 @@ impl Accounts for Slow {
     async fn count_users(&self) -> Stored<u64> {
         self.inner.count_users().await
     }
-    async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()> {
-        self.inner.set_password(id, hash, keep).await
+    async fn set_password(&self, id: UserId, was: &str, hash: &str, keep: Option<LoginId>) -> Stored<bool> {
+        self.inner.set_password(id, was, hash, keep).await
     }
     async fn add_login(&self, device: &Device, token: &RefreshToken) -> Stored<()> {
         self.inner.add_login(device, token).await
