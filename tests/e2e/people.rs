@@ -332,6 +332,36 @@ async fn dispatched(who: &As<'_>, node: &Node, script: String) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_owns_a_machine_sees_and_ends_what_others_run_on_it() {
+    let hub = Hub::start().await;
+    let ((_, bob), (_, ada), (_, eve)) =
+        (user(&hub, "bob", "developer").await, user(&hub, "ada", "developer").await, user(&hub, "eve", "developer").await);
+    let node = machine_of(&bob, "bobs").await;
+    let share = json!({"subject": "ada", "resource": node.id, "permissions": ["tasks:dispatch"]});
+    assert_eq!(bob.call("POST", "/api/v1/grants", Some(share)).await.0, 201);
+    let runs = dispatched(&ada, &node, "echo hers; sleep 1000".into()).await;
+    hub.task_when(&runs, "to run", |t| t["state"] == "running").await;
+
+    let task = format!("/api/v1/tasks/{runs}");
+    let listed = async |who: &As<'_>, query: String| {
+        let (status, page) = who.call("GET", &format!("/api/v1/tasks{query}"), None).await;
+        assert_eq!(status, 200, "{page}");
+        page["items"].as_array().unwrap().iter().map(|t| text(t, "id")).collect::<Vec<_>>()
+    };
+    let on = format!("?node={}", node.id);
+    assert_eq!(listed(&bob, on.clone()).await, [runs.as_str()], "the machine's own list");
+    assert_eq!(listed(&bob, String::new()).await, [""; 0], "and not among all that is bob's");
+    assert_eq!(listed(&eve, on).await, [""; 0]);
+    let (status, seen) = bob.call("GET", &task, None).await;
+    assert_eq!((status, &seen["state"]), (200, &json!("running")), "{seen}");
+    assert_eq!((eve.call("GET", &task, None).await.0, eve.call("POST", &format!("{task}/cancel"), None).await.0), (404, 404));
+    let input = json!({"seq": 1, "data_base64": "eA=="});
+    assert_eq!(bob.call("POST", &format!("{task}/input"), Some(input)).await.0, 403, "what they are told is not the machine's");
+    assert_eq!(bob.call("POST", &format!("{task}/cancel"), None).await.0, 202);
+    assert_eq!(hub.finished(&runs).await["state"], "cancelled");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn who_leaves_hands_over() {
     let mut hub = Hub::start().await;
     let (_, me) = hub.call("GET", "/api/v1/auth/me", None).await;

@@ -241,6 +241,8 @@ pub trait Accounts: Send + Sync {
     async fn add_login(&self, device: &Device, token: &RefreshToken) -> Stored<()>;
     /// Marks `old` as used and adds `new_mac` in its family, in one commit.
     async fn rotate_refresh(&self, old: &Digest, new_mac: &Digest, new_expires_at: UnixMs, now: UnixMs) -> Stored<Rotation>;
+    /// Whose token this is or was: those of a log-in are known for as long as any of its row is there.
+    async fn refresh_of(&self, mac: &Digest) -> Stored<Option<(UserId, LoginId)>>;
     async fn end_login(&self, login: LoginId) -> Stored<()>;
     /// One that lives: its log-in has a refresh token that is neither used up nor ended.
     async fn device(&self, id: DeviceId, now: UnixMs) -> Stored<Option<Device>>;

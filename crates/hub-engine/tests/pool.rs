@@ -73,6 +73,9 @@ impl Accounts for Slow {
     async fn rotate_refresh(&self, old: &Digest, new_mac: &Digest, new_expires_at: UnixMs, now: UnixMs) -> Stored<Rotation> {
         self.inner.rotate_refresh(old, new_mac, new_expires_at, now).await
     }
+    async fn refresh_of(&self, mac: &Digest) -> Stored<Option<(UserId, LoginId)>> {
+        self.inner.refresh_of(mac).await
+    }
     async fn end_login(&self, login: LoginId) -> Stored<()> {
         self.inner.end_login(login).await
     }

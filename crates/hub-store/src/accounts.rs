@@ -111,6 +111,15 @@ impl Accounts for Store {
         .await
     }
 
+    async fn refresh_of(&self, mac: &Digest) -> Stored<Option<(UserId, LoginId)>> {
+        let q = sql("SELECT \"user\", login FROM refresh_tokens WHERE mac = $1").bind(mac);
+        self.one("accounts.refresh_of", q, |row| {
+            let c = &mut Columns::of(row);
+            Ok((c.id()?, c.id()?))
+        })
+        .await
+    }
+
     async fn end_login(&self, login: LoginId) -> Stored<()> {
         self.write("accounts.end_login", login, |conn, login| Box::pin(end_login(conn, *login))).await
     }

@@ -543,6 +543,9 @@ impl Accounts for MemoryStore {
         state.refresh.entry(*old).and_modify(|r| r.used = true);
         Ok(Rotation::Rotated { user, login })
     }
+    async fn refresh_of(&self, mac: &Digest) -> Stored<Option<(UserId, LoginId)>> {
+        Ok(self.state().refresh.get(mac).map(|r| (r.token.user, r.token.login)))
+    }
     async fn end_login(&self, login: LoginId) -> Stored<()> {
         self.state().end_login(login);
         Ok(())

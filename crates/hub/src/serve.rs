@@ -143,18 +143,7 @@ impl Hub {
         let reach = Reach::of(&config, &Machine::look(), http, node, certified);
 
         let events = events(&config, &keys, &clock, &store_tasks).await;
-        let audit = Arc::new(Log {
-            store: store.clone(),
-            witness: Arc::new(crate::audit::Files::of(&dir)),
-            keyring: keys.clone(),
-            keys: keys.task_keys(),
-            hub: keys.hub,
-            clock: clock.clone(),
-            work: work.clone(),
-            bounds: Default::default(),
-        });
-        let restored = store.restored().await?.is_some();
-        audit.start(&crate::audit::identity(&dir)?, meta.incarnation, restored).await.context("the audit log")?;
+        let audit = crate::audit::log(&dir, &store, &keys, meta.incarnation, clock.clone(), work.clone()).await?;
         let services = Services::build(&config, &store, &keys, &clock, meta.incarnation, (&work, &doors), events)?;
         let made_password = first_admin(&services.accounts, &config, &dir).await?;
         // What ended while the hub was away has ended before anybody can ask.
@@ -455,6 +444,7 @@ impl Services {
             events: events.clone(),
             lifetimes: accounts::Lifetimes { access_secs: config.access_secs, refresh_days: config.refresh_days },
             throttle: Throttle::new(config.login_per_minute_address, config.login_per_minute_account, clock.clone()),
+            work: work.clone(),
         });
         let nodes = Arc::new(Nodes {
             hub: keys.hub,

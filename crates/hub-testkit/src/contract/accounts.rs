@@ -63,6 +63,11 @@ async fn rotation(store: &dyn Accounts) {
     assert!(!lives_at(T0 + 70).await, "the whole family has ended");
     assert_eq!(rotate(3, 5, T0 + 70).await, Rotation::Unknown, "its newest token too");
     assert_eq!(rotate(4, 6, T0 + 70).await, Rotation::Unknown, "nothing was given for the reused one");
+    let whose = async |mac: u8| store.refresh_of(&[mac; 32]).await.unwrap();
+    for known in [1, 2, 3] {
+        assert_eq!(whose(known).await, Some((user, login)), "used up or ended, it is known whose it was");
+    }
+    assert_eq!((whose(50).await, whose(4).await), (Some((user, login_id(2))), None));
     assert!(lives(store, 2, T0).await, "another log-in of the same user lives on");
 }
 
@@ -107,10 +112,8 @@ async fn log_ins_end(store: &dyn Accounts) {
     assert_eq!((hash().await.as_str(), all().await), ("new", vec![3, 4]), "and nothing ends by it");
     assert!(store.set_password(user_id(1), "new", "newer", None).await.unwrap());
     assert_eq!(all().await, [4]);
-    let (one, two) = futures::join!(
-        store.set_password(user_id(1), "newer", "one", None),
-        store.set_password(user_id(1), "newer", "two", None)
-    );
+    let (one, two) =
+        futures::join!(store.set_password(user_id(1), "newer", "one", None), store.set_password(user_id(1), "newer", "two", None));
     assert_ne!(one.unwrap(), two.unwrap(), "of two at once one is set");
 }
 
