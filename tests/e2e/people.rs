@@ -297,8 +297,7 @@ async fn a_body_that_takes_its_time_is_judged_by_the_rights_of_its_end() {
     let session = |who| begun(who, "/api/v1/sessions", json!({"name": "s"}));
     let set = async |path: &str, to: Value| assert_eq!(hub.call("PATCH", path, Some(to)).await.0, 200);
 
-    let (of_eve, of_bob, of_program, of_ada) =
-        (session(&eves).await, session(&bobs).await, session(&program).await, session(&ada).await);
+    let (of_eve, of_bob, of_program, of_ada) = (session(&eves).await, session(&bobs).await, session(&program).await, session(&ada).await);
     set(&eve, json!({"role": "guest"})).await;
     set(&bob, json!({"disabled": true})).await;
     assert_eq!(ada.call("DELETE", &format!("/api/v1/api-keys/{key}"), None).await.0, 204);
@@ -507,6 +506,14 @@ async fn the_hubs_own_machine_makes_people_and_passwords() {
         assert!(code == Some(1) && said.contains(part), "{args:?}: {said}");
     }
     hub.restart().await;
+    // Both are in the log, which is as whole as before.
+    let log = hub.get("/api/v1/audit?door=command").await;
+    let told: Vec<_> = log["items"].as_array().unwrap().iter().map(|e| (e["action"].as_str(), e["outcome"].as_str())).collect();
+    let refused = (Some("user.create"), Some("failed"));
+    assert_eq!(told, [refused, (Some("user.change"), Some("ok")), (Some("user.create"), Some("ok"))], "{log}");
+    assert_eq!(log["items"][1]["resource"]["id"], me["user"]["id"]);
+    assert_eq!(log["items"][1]["detail"]["password"], "set");
+    assert_eq!(hub.get("/api/v1/audit/verify").await["ok"], true);
     login(&hub, "bob", &bobs).await;
     login(&hub, "root", &format!("{PASSWORD} again")).await;
     assert_eq!(standing(&hub, &old_token).await, 401, "ended while the hub was away");
