@@ -506,16 +506,17 @@ async fn the_hubs_own_machine_makes_people_and_passwords() {
         assert!(code == Some(1) && said.contains(part), "{args:?}: {said}");
     }
     hub.restart().await;
-    // Both are in the log, which is as whole as before.
-    let log = hub.get("/api/v1/audit?door=command").await;
+    login(&hub, "bob", &bobs).await;
+    let root = login(&hub, "root", &format!("{PASSWORD} again")).await;
+    // All of it is in the log, which is as whole as before.
+    let (status, log) = root.call("GET", "/api/v1/audit?door=command", None).await;
+    assert_eq!(status, 200, "{log}");
     let told: Vec<_> = log["items"].as_array().unwrap().iter().map(|e| (e["action"].as_str(), e["outcome"].as_str())).collect();
     let refused = (Some("user.create"), Some("failed"));
     assert_eq!(told, [refused, (Some("user.change"), Some("ok")), (Some("user.create"), Some("ok"))], "{log}");
-    assert_eq!(log["items"][1]["resource"]["id"], me["user"]["id"]);
-    assert_eq!(log["items"][1]["detail"]["password"], "set");
-    assert_eq!(hub.get("/api/v1/audit/verify").await["ok"], true);
-    login(&hub, "bob", &bobs).await;
-    login(&hub, "root", &format!("{PASSWORD} again")).await;
+    let change = &log["items"][1];
+    assert_eq!((&change["resource"]["id"], &change["detail"]["password"]), (&me["user"]["id"], &json!("set")));
+    assert_eq!(root.call("GET", "/api/v1/audit/verify", None).await.1["ok"], true);
     assert_eq!(standing(&hub, &old_token).await, 401, "ended while the hub was away");
     let empty = hub.dir.path().join("empty");
     let out = Command::new(program("cortex-hub")).args(["admin", "reset-password", "admin", "--data-dir"]).arg(&empty).output().unwrap();
