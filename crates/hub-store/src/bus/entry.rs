@@ -9,6 +9,7 @@ use hub_engine::events::{Data, Event, NodeNews, SessionNews, TaskKind, TaskNews,
 use hub_engine::links::Health;
 use hub_engine::records::MessageRole;
 use mesh_core::canon::{Malformed, Reader, Writer};
+use mesh_core::ceiling::Closed;
 use mesh_core::permission::Role;
 use mesh_core::task::{Reason, ReasonCode, TaskState};
 use mesh_core::{ApiKeyId, HubId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId, sha256};
@@ -120,6 +121,7 @@ mod kind {
     pub const REMOVED: u8 = 12;
     pub const RECOVERED: u8 = 13;
     pub const SUPERSEDED: u8 = 14;
+    pub const TAKES: u8 = 15;
     pub const TASK: u8 = 16;
     pub const CREATED: u8 = 32;
     pub const CLOSED: u8 = 33;
@@ -185,6 +187,7 @@ fn write(w: &mut Writer, event: &Event) {
                 NodeNews::Revoked => of(kind::REVOKED),
                 NodeNews::Removed => of(kind::REMOVED),
                 NodeNews::Superseded => of(kind::SUPERSEDED),
+                NodeNews::Takes { closed, max_tasks } => of(kind::TAKES).str(closed.map_or("", Closed::as_str)).u32(*max_tasks),
             }
         }
         Data::Task(news) => write_task(head(kind::TASK), news),
@@ -261,7 +264,7 @@ fn read(body: &[u8]) -> Result<Option<Entry>, Malformed> {
 
 /// None where a later version wrote it.
 fn read_event(kind: u8, r: &mut Reader<'_>) -> Result<Option<Word>, Malformed> {
-    if !(kind::ENROLLED..=kind::SUPERSEDED).contains(&kind)
+    if !(kind::ENROLLED..=kind::TAKES).contains(&kind)
         && kind != kind::TASK
         && !(kind::CREATED..=kind::MESSAGE).contains(&kind)
         && !(kind::RIGHTS_USER..=kind::RIGHTS_ROLE).contains(&kind)
@@ -338,6 +341,7 @@ fn read_node(kind: u8, r: &mut Reader<'_>) -> Result<NodeNews, Malformed> {
         kind::REVOKED => NodeNews::Revoked,
         kind::REMOVED => NodeNews::Removed,
         kind::SUPERSEDED => NodeNews::Superseded,
+        kind::TAKES => NodeNews::Takes { closed: Closed::parse(r.str()?), max_tasks: r.u32()? },
         _ => NodeNews::Health(Health {
             cpu_percent: f64::from_bits(r.u64()?),
             memory_used: r.u64()?,
@@ -424,6 +428,8 @@ mod tests {
             NodeNews::Revoked,
             NodeNews::Removed,
             NodeNews::Superseded,
+            NodeNews::Takes { closed: Some(Closed::Disabled), max_tasks: 4 },
+            NodeNews::Takes { closed: None, max_tasks: 0 },
         ];
         let sessions = [
             SessionNews::Created { name: String::new() },

@@ -15,6 +15,7 @@ use futures::stream;
 use hub_engine::accounts::Accounts;
 use hub_engine::bus::EventId;
 use hub_engine::events::{Data, Event, Feed, NodeNews, SessionNews, TaskNews, Told, Topic};
+use mesh_core::ceiling::Closed;
 use mesh_process::{CancellationToken, SharedClock};
 use mesh_wire::convert::rfc3339;
 use mesh_wire::rest::{EventView, MemoryView, ReasonView, StreamEnd};
@@ -262,6 +263,10 @@ fn data(data: &Data) -> Value {
                 NodeNews::Online | NodeNews::Offline | NodeNews::Superseded => {}
                 NodeNews::Draining | NodeNews::Resumed | NodeNews::Revoked | NodeNews::Removed => {}
                 NodeNews::Renamed { name } => v["name"] = json!(name),
+                NodeNews::Takes { closed, max_tasks } => {
+                    v["reason"] = json!(closed.map(Closed::as_str));
+                    v["max_tasks"] = json!(max_tasks);
+                }
                 NodeNews::Changed { labels, slots, task_limit } => {
                     v["labels"] = json!(labels);
                     v["slots"] = json!(slots);
