@@ -122,6 +122,14 @@ const TABLE: &[Row] = &[
     ("GET /api/v1/system/stats", "", "222 333 222 333"),
     ("GET /api/v1/system/restored", "", "444 333 333 333"),
 ];
+/// Of another's task on a machine that is one's own, on which one was granted all there is, or which is another's.
+const ON_NODE: &[Row] = &[
+    ("GET /api/v1/tasks/{id}", "", READ),
+    ("GET /api/v1/tasks/{id}/events", "", READ),
+    ("GET /api/v1/tasks/{id}/output", "", READ),
+    ("POST /api/v1/tasks/{id}/cancel", "", "222 234 333 434"),
+    ("POST /api/v1/tasks/{id}/input", r#"{"seq": 1, "data_base64": "eA=="}"#, "999 334 333 434"),
+];
 const ALL: &str = "222 222 222 222";
 const ADMIN: &str = "222 333 333 333";
 const NOBODY: &str = "444 444 444 444";
@@ -283,9 +291,9 @@ impl World {
         self.hub.store.add_session(&session).await.unwrap();
         id
     }
-    async fn task(&self, user: UserId, session: SessionId) -> TaskId {
+    async fn task(&self, user: UserId, session: Option<SessionId>, named_node: Option<NodeId>) -> TaskId {
         let spec = Spec::Echo { payload: b"x".to_vec() }.encode();
-        let mut task = Task { id: fresh!(TaskId), session: Some(session), skill: "echo".into(), created_at: now(), ..sample::task(1) };
+        let mut task = Task { id: fresh!(TaskId), session, named_node, skill: "echo".into(), created_at: now(), ..sample::task(1) };
         (task.digest, task.spec, task.actor.user) = (sha256(&spec), spec, user);
         self.hub.store.accept(&task).await.unwrap();
         task.id
@@ -344,7 +352,7 @@ fn status_of(answer: &Value) -> u16 {
 
 /// One cell: makes the thing that the route is about, and asks, by a method of JSON-RPC if one is named. Gives
 /// the status.
-async fn ask(world: &World, (row, body, _): &Row, role: Role, column: usize, door: Door, method: Option<&str>) -> u16 {
+async fn ask(world: &World, (row, body, _): &Row, (on_node, method): (bool, Option<&str>), (role, column): (Role, usize), door: Door) -> u16 {
     let route = Route::of(row);
     let relation = RELATIONS[column];
     let me = if door == Door::Socket { world.admin } else { world.people[&(role, column)] };
@@ -357,12 +365,12 @@ async fn ask(world: &World, (row, body, _): &Row, role: Role, column: usize, doo
     let store = &world.hub.store;
     let mut path = route.path.replace("{key}", "k").replace("{file}", "none").replace("{target}", "none");
     let (mut node, mut session) = (None, None);
-    if route.is_below("/nodes/{id}") || path.contains("{node_id}") || body.contains("$node") {
+    if route.is_below("/nodes/{id}") || path.contains("{node_id}") || body.contains("$node") || on_node {
         let id = world.node(owner).await;
         share(Resource::Node(id)).await;
         node = Some(id);
     }
-    if route.is_below("/sessions/{id}") || route.is_below("/tasks/{id}") {
+    if route.is_below("/sessions/{id}") || (route.is_below("/tasks/{id}") && !on_node) {
         let id = world.session(owner).await;
         share(Resource::Session(id)).await;
         session = Some(id);
@@ -383,7 +391,8 @@ async fn ask(world: &World, (row, body, _): &Row, role: Role, column: usize, doo
             share(Resource::Agent(name)).await;
             id.to_string()
         }
-        () if route.is_below("/tasks/{id}") => world.task(owner, session.expect("it has one")).await.to_string(),
+        () if on_node => world.task(world.other, None, node).await.to_string(),
+        () if route.is_below("/tasks/{id}") => world.task(owner, session, None).await.to_string(),
         () if route.is_below("/nodes/invites/{id}") => world.invite(owner).await.to_string(),
         () if route.is_below("/nodes/{id}") => node.expect("there is one").to_string(),
         () if route.is_below("/sessions/{id}") => session.expect("there is one").to_string(),
@@ -521,10 +530,11 @@ async fn every_role_on_every_route_through_every_door() {
 
     let calls = METHODS.iter().map(|(method, route)| {
         let row = TABLE.iter().find(|(r, ..)| r == route).unwrap_or_else(|| panic!("{method}: no route {route}"));
-        (row, Some(*method))
+        (row, (false, Some(*method)))
     });
     let mut asked = vec![];
-    for (row, method) in TABLE.iter().map(|row| (row, None)).chain(calls) {
+    let on_nodes = ON_NODE.iter().map(|row| (row, (true, None)));
+    for (row, how) in TABLE.iter().map(|row| (row, (false, None))).chain(on_nodes).chain(calls) {
         for (r, role) in Role::ALL.into_iter().enumerate() {
             for column in 0..RELATIONS.len() {
                 for door in [Door::Token, Door::Key, Door::Socket] {
@@ -532,22 +542,19 @@ async fn every_role_on_every_route_through_every_door() {
                         continue;
                     }
                     let by_key = BY_KEY.iter().find(|(of, _)| *of == row.0 && door == Door::Key).map(|(_, expected)| *expected);
-                    asked.push((row, role, column, door, method, cells(by_key.unwrap_or(row.2))[r][column]));
+                    asked.push((row, how, (role, column), door, cells(by_key.unwrap_or(row.2))[r][column]));
                 }
             }
         }
     }
     let shared = &world;
     let wrong: Vec<String> = futures::stream::iter(asked)
-        .map(|(row, role, column, door, method, expected)| async move {
-            let status = ask(shared, row, role, column, door, method).await;
+        .map(|(row, how, (role, column), door, expected)| async move {
+            let status = ask(shared, row, how, (role, column), door).await;
+            let place = if how.0 { " (another's, on a node)" } else { "" };
             let at = || {
-                format!(
-                    "{} as {} on {:?} by {door:?}: {status}, and not {expected}",
-                    method.unwrap_or(row.0),
-                    role.as_str(),
-                    RELATIONS[column]
-                )
+                let (what, role) = (how.1.unwrap_or(row.0), role.as_str());
+                format!("{what}{place} as {role} on {:?} by {door:?}: {status}, and not {expected}", RELATIONS[column])
             };
             (!is(expected, status)).then(at)
         })

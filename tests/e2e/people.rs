@@ -4,6 +4,8 @@
 use mesh_tests::{Hub, Node, PASSWORD, checked, program, shown, text, until};
 use serde_json::{Value, json};
 use std::process::{Command, Output, Stdio};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 const NEW: &str = "a password of their own";
 
@@ -249,6 +251,66 @@ async fn rights_end_at_once() {
     login(&hub, "bob", "set by an admin").await;
 }
 
+/// A request of which the hub knows the caller, and waits for the body.
+struct Begun {
+    stream: TcpStream,
+    body: String,
+}
+
+async fn begun(who: &As<'_>, path: &str, body: Value) -> Begun {
+    let (body, token) = (body.to_string(), &who.token);
+    let mut stream = TcpStream::connect(who.hub.address()).await.unwrap();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: {}\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n",
+        who.hub.address(),
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    // A body is asked for once something wants to read it: after all that the head alone decides.
+    let mut go = String::new();
+    while !go.ends_with("\r\n\r\n") {
+        go.push(char::from(stream.read_u8().await.expect("the hub asks for the body")));
+    }
+    assert!(go.starts_with("HTTP/1.1 100 "), "{go}");
+    Begun { stream, body }
+}
+
+impl Begun {
+    async fn ends(mut self) -> u16 {
+        self.stream.write_all(self.body.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        self.stream.read_to_string(&mut answer).await.unwrap();
+        answer.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or_else(|| panic!("{answer}"))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_takes_its_time_is_judged_by_the_rights_of_its_end() {
+    let hub = Hub::start_with(&[("CORTEX_LIMITS_REQUEST_SECS", "600")], &[]).await;
+    let (eve, eves) = user(&hub, "eve", "developer").await;
+    let (bob, bobs) = user(&hub, "bob", "developer").await;
+    let (_, ada) = user(&hub, "ada", "developer").await;
+    let (eve, bob) = (format!("/api/v1/users/{eve}"), format!("/api/v1/users/{bob}"));
+    let (_, key) = ada.call("POST", "/api/v1/api-keys", Some(json!({"name": "ci", "scopes": ["*"]}))).await;
+    let (program, key) = (As { hub: &hub, token: text(&key, "secret") }, text(&key, "id"));
+    let session = |who| begun(who, "/api/v1/sessions", json!({"name": "s"}));
+    let set = async |path: &str, to: Value| assert_eq!(hub.call("PATCH", path, Some(to)).await.0, 200);
+
+    let (of_eve, of_bob, of_program, of_ada) = (session(&eves).await, session(&bobs).await, session(&program).await, session(&ada).await);
+    set(&eve, json!({"role": "guest"})).await;
+    set(&bob, json!({"disabled": true})).await;
+    assert_eq!(ada.call("DELETE", &format!("/api/v1/api-keys/{key}"), None).await.0, 204);
+    assert_eq!(of_eve.ends().await, 403, "who was demoted");
+    assert_eq!(of_bob.ends().await, 401, "who was disabled");
+    assert_eq!(of_program.ends().await, 401, "a key that was removed");
+    assert_eq!(of_ada.ends().await, 201, "what became of others is theirs");
+    // More rights count as well as fewer.
+    let of_eve = session(&eves).await;
+    set(&eve, json!({"role": "developer"})).await;
+    assert_eq!(of_eve.ends().await, 201);
+}
+
 /// A machine that somebody else than the admin invited.
 async fn machine_of(owner: &As<'_>, name: &str) -> Node {
     let (status, invite) = owner.call("POST", "/api/v1/nodes/invites", Some(json!({"name": name}))).await;
@@ -266,6 +328,36 @@ async fn dispatched(who: &As<'_>, node: &Node, script: String) -> String {
     let (status, task) = who.call("POST", "/api/v1/dispatch", Some(body)).await;
     assert_eq!(status, 202, "{task}");
     text(&task, "id")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_owns_a_machine_sees_and_ends_what_others_run_on_it() {
+    let hub = Hub::start().await;
+    let ((_, bob), (_, ada), (_, eve)) =
+        (user(&hub, "bob", "developer").await, user(&hub, "ada", "developer").await, user(&hub, "eve", "developer").await);
+    let node = machine_of(&bob, "bobs").await;
+    let share = json!({"subject": "ada", "resource": node.id, "permissions": ["tasks:dispatch"]});
+    assert_eq!(bob.call("POST", "/api/v1/grants", Some(share)).await.0, 201);
+    let runs = dispatched(&ada, &node, "echo hers; sleep 1000".into()).await;
+    hub.task_when(&runs, "to run", |t| t["state"] == "running").await;
+
+    let task = format!("/api/v1/tasks/{runs}");
+    let listed = async |who: &As<'_>, query: String| {
+        let (status, page) = who.call("GET", &format!("/api/v1/tasks{query}"), None).await;
+        assert_eq!(status, 200, "{page}");
+        page["items"].as_array().unwrap().iter().map(|t| text(t, "id")).collect::<Vec<_>>()
+    };
+    let on = format!("?node={}", node.id);
+    assert_eq!(listed(&bob, on.clone()).await, [runs.as_str()], "the machine's own list");
+    assert_eq!(listed(&bob, String::new()).await, [""; 0], "and not among all that is bob's");
+    assert_eq!(listed(&eve, on).await, [""; 0]);
+    let (status, seen) = bob.call("GET", &task, None).await;
+    assert_eq!((status, &seen["state"]), (200, &json!("running")), "{seen}");
+    assert_eq!((eve.call("GET", &task, None).await.0, eve.call("POST", &format!("{task}/cancel"), None).await.0), (404, 404));
+    let input = json!({"seq": 1, "data_base64": "eA=="});
+    assert_eq!(bob.call("POST", &format!("{task}/input"), Some(input)).await.0, 403, "what they are told is not the machine's");
+    assert_eq!(bob.call("POST", &format!("{task}/cancel"), None).await.0, 202);
+    assert_eq!(hub.finished(&runs).await["state"], "cancelled");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -416,7 +508,16 @@ async fn the_hubs_own_machine_makes_people_and_passwords() {
     }
     hub.restart().await;
     login(&hub, "bob", &bobs).await;
-    login(&hub, "root", &format!("{PASSWORD} again")).await;
+    let root = login(&hub, "root", &format!("{PASSWORD} again")).await;
+    // All of it is in the log, which is as whole as before.
+    let (status, log) = root.call("GET", "/api/v1/audit?door=command", None).await;
+    assert_eq!(status, 200, "{log}");
+    let told: Vec<_> = log["items"].as_array().unwrap().iter().map(|e| (e["action"].as_str(), e["outcome"].as_str())).collect();
+    let refused = (Some("user.create"), Some("failed"));
+    assert_eq!(told, [refused, (Some("user.change"), Some("ok")), (Some("user.create"), Some("ok"))], "{log}");
+    let change = &log["items"][1];
+    assert_eq!((&change["resource"]["id"], &change["detail"]["password"]), (&me["user"]["id"], &json!("set")));
+    assert_eq!(root.call("GET", "/api/v1/audit/verify", None).await.1["ok"], true);
     assert_eq!(standing(&hub, &old_token).await, 401, "ended while the hub was away");
     let empty = hub.dir.path().join("empty");
     let out = Command::new(program("cortex-hub")).args(["admin", "reset-password", "admin", "--data-dir"]).arg(&empty).output().unwrap();

@@ -17,8 +17,13 @@ pub fn authorize(
     if allows(caller, permission, owner, thing) {
         return Ok(());
     }
+    Err(deny(caller, permission, thing, allows(caller, read, owner, thing), what))
+}
+
+/// The refusal of an act on a thing that the caller may see, or may not know of.
+pub(crate) fn deny(caller: &Caller, permission: Permission, thing: Thing<'_>, seen: bool, what: &'static str) -> Error {
     audit::denied(caller, permission, Some(thing));
-    if allows(caller, read, owner, thing) { Err(missing(permission)) } else { Err(Error::NotFound(what)) }
+    if seen { missing(permission) } else { Error::NotFound(what) }
 }
 
 /// Permits an act that makes something of the caller's own; gives the person behind it. Where the caller
@@ -41,13 +46,10 @@ pub fn authorize_owner(
     read: Permission,
     what: &'static str,
 ) -> Result<()> {
-    match () {
-        () if allows(caller, permission, owner, Thing::Other) => Ok(()),
-        () => {
-            audit::denied(caller, permission, Some(thing));
-            if allows(caller, read, owner, thing) { Err(missing(permission)) } else { Err(Error::NotFound(what)) }
-        }
+    if allows(caller, permission, owner, Thing::Other) {
+        return Ok(());
     }
+    Err(deny(caller, permission, thing, allows(caller, read, owner, thing), what))
 }
 
 /// Does this permission reach everything?

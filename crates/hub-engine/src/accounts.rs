@@ -9,10 +9,11 @@ use crate::idempotency::{self, Keyed};
 use crate::ports::{self, Creation, Keyring, Passwords, Window};
 use crate::records::{ApiKey, RefreshToken, Rotation, User};
 use crate::rights::Rights;
+use crate::tasks::stopped;
 use crate::throttle::Throttle;
 use mesh_core::permission::{Caller, Permission, Reach, Role, Scope};
 use mesh_core::{ApiKeyId, Digest, LoginId, UnixMs, UserId, name};
-use mesh_process::{SharedClock, entropy};
+use mesh_process::{SharedClock, Tasks, entropy};
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -67,6 +68,13 @@ struct Seen {
     changes: u64,
 }
 
+/// When a caller was looked at, before the look.
+#[derive(Debug, Clone, Copy)]
+pub struct Look {
+    at: Duration,
+    changes: u64,
+}
+
 const RECENT: Duration = Duration::from_secs(1);
 const RECENT_MOST: usize = 4096;
 
@@ -94,6 +102,8 @@ pub struct Accounts {
     pub events: Events,
     pub lifetimes: Lifetimes,
     pub throttle: Throttle,
+    /// What crosses a commit runs here to its end, whether or not its caller waits.
+    pub work: Tasks,
 }
 
 impl Accounts {
@@ -168,7 +178,20 @@ impl Accounts {
         let now = self.clock.now_ms();
         let fresh = fresh_token(REFRESH_PREFIX);
         let (old, new) = (self.keyring.token_mac(token), self.keyring.token_mac(&fresh));
-        match self.store.rotate_refresh(&old, &new, self.refresh_end(now), now).await? {
+        let (store, events, until) = (self.store.clone(), self.events.clone(), self.refresh_end(now));
+        let rotate = async move {
+            // Also of one that is refused: whose it is, is known as long as its log-in is.
+            if let Some((user, login)) = store.refresh_of(&old).await? {
+                audit::by(user);
+                audit::about(login);
+            }
+            let rotation = store.rotate_refresh(&old, &new, until, now).await?;
+            if let Rotation::Reused { login, .. } = rotation {
+                events.rights_changed(Whose::Login(login));
+            }
+            Ok(rotation)
+        };
+        match self.work.complete("refresh log-in", audit::carry(rotate)).await.ok_or_else(stopped)?.map_err(Error::Store)? {
             Rotation::Rotated { user, login } => {
                 // The old token is used up by now: its caller must have the new one.
                 if let Err(error) = self.store.device_seen(login.into(), address, now).await {
@@ -178,7 +201,6 @@ impl Accounts {
             }
             Rotation::Reused { user, login } => {
                 tracing::warn!(%user, %login, "a refresh token came a second time; its log-in is ended");
-                self.events.rights_changed(Whose::Login(login));
                 Err(Error::Unauthenticated("this refresh token was used before; its log-in is ended, log in again"))
             }
             Rotation::Unknown => Err(Error::Unauthenticated("the refresh token is unknown or has expired; log in again")),
@@ -192,9 +214,24 @@ impl Accounts {
     }
 
     pub(crate) async fn end_login(&self, login: LoginId) -> Result<()> {
-        self.store.end_login(login).await?;
-        self.events.rights_changed(Whose::Login(login));
-        Ok(())
+        let store = self.store.clone();
+        self.finish("end log-in", Whose::Login(login), async move { Ok(store.end_login(login).await?) }).await
+    }
+
+    /// Writes what ends or changes rights, and tells of it once it is written, also if its caller has hung up.
+    pub(crate) async fn finish<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        whose: Whose,
+        write: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        let events = self.events.clone();
+        let work = async move {
+            let done = write.await?;
+            events.rights_changed(whose);
+            Ok(done)
+        };
+        self.work.complete(what, audit::carry(work)).await.ok_or_else(stopped)?
     }
 
     fn refresh_end(&self, now: UnixMs) -> UnixMs {
@@ -243,6 +280,20 @@ impl Accounts {
         }
         let caller = self.with_granted(Caller::person(user.id, user.role)).await?;
         Ok(Authenticated { caller, login: Some(login) })
+    }
+
+    pub fn look(&self) -> Look {
+        Look { at: self.clock.steady(), changes: *self.events.rights().borrow() }
+    }
+
+    /// The same caller with the rights of now, if anything may have moved since they were looked at; an error
+    /// when they have ended.
+    pub async fn since(&self, who: &Authenticated, look: Look) -> Result<Option<Authenticated>> {
+        let now = self.look();
+        if now.changes == look.changes && now.at.saturating_sub(look.at) < RECENT {
+            return Ok(None);
+        }
+        self.still(who).await.map(Some).inspect_err(|_| audit::doing(&who.caller, Action::Authenticate))
     }
 
     /// The same caller with the rights of now, for a stream that outlives its token; an error when they
@@ -314,13 +365,13 @@ impl Accounts {
             }
         }
         let hash = self.passwords.hash(new).await?;
-        // Another has set it meanwhile, who may have had a reason.
-        if self.store.user(user.id).await?.is_none_or(|now| now.password_hash != user.password_hash) {
-            return Err(wrong());
-        }
-        self.store.set_password(user.id, &hash, who.login).await?;
-        self.events.rights_changed(Whose::User(user.id));
-        Ok(())
+        // Another may have set it meanwhile, who may have had a reason.
+        let (store, login) = (self.store.clone(), who.login);
+        self.finish("change password", Whose::User(user.id), async move {
+            let set = store.set_password(user.id, &user.password_hash, &hash, login).await?;
+            if set { Ok(()) } else { Err(wrong()) }
+        })
+        .await
     }
 
     pub async fn create_key(
@@ -386,11 +437,11 @@ impl Accounts {
         if caller.key_id().is_some_and(|own| own != id) {
             return Err(Error::Forbidden("a key can remove itself only; log in as the person".into()));
         }
-        if !self.store.remove_key(id).await? {
-            return Err(Error::NotFound("API key"));
-        }
-        self.events.rights_changed(Whose::Key(id));
-        Ok(())
+        let store = self.store.clone();
+        self.finish("remove key", Whose::Key(id), async move {
+            if store.remove_key(id).await? { Ok(()) } else { Err(Error::NotFound("API key")) }
+        })
+        .await
     }
 }
 

@@ -230,6 +230,8 @@ struct State {
     entry: Option<Entry>,
     /// Whoever asks again is not asked twice: the entry of this call has been written.
     written: bool,
+    /// What is asked for was done before, and is not done again.
+    repeated: bool,
     denied: Option<(Option<UserId>, Option<ApiKeyId>, Permission, Resource)>,
 }
 
@@ -244,10 +246,13 @@ impl Call {
     }
     /// What is left to be written when the call ends so.
     fn left(&self, ending: Ending) -> Option<Entry> {
-        let (entry, denied) = {
+        let (entry, denied, repeated) = {
             let mut state = self.state();
-            (state.entry.take(), state.denied.take())
+            (state.entry.take(), state.denied.take(), state.repeated)
         };
+        if repeated && ending == Ending::Done {
+            return None;
+        }
         let hidden = denied.filter(|_| matches!(ending, Ending::Refused | Ending::Absent));
         let mut entry = match (entry, &hidden) {
             (Some(entry), _) => entry,
@@ -357,6 +362,11 @@ pub fn detail(key: &str, value: impl Display) {
     });
 }
 
+/// It was done before, under the same key: unless it is refused this leaves nothing, as it changes nothing.
+pub(crate) fn repeated() {
+    let _ = CALL.try_with(|call| call.state().repeated = true);
+}
+
 /// The choke point refused.
 pub(crate) fn denied(caller: &Caller, permission: Permission, thing: Option<Thing<'_>>) {
     let resource = match thing {
@@ -393,7 +403,8 @@ impl std::fmt::Debug for Ticket {
 
 /// Of the call that is under way, if it has something to write.
 pub fn ticket() -> Option<Ticket> {
-    CALL.try_with(|call| call.state().entry.is_some().then(|| Ticket(call.clone()))).ok().flatten()
+    let due = |state: &State| state.entry.is_some() && !state.repeated;
+    CALL.try_with(|call| due(&call.state()).then(|| Ticket(call.clone()))).ok().flatten()
 }
 
 impl Ticket {

@@ -9,6 +9,7 @@ use crate::bus::{Bus, EVENTS_KEPT, EventId, LocalBus, Next, Receiver};
 use crate::error::{Error, Result};
 use crate::links::{Health, Link};
 use crate::records::{MessageRole, Node, Task};
+use mesh_core::ceiling::Closed;
 use mesh_core::permission::{Permission, Role, Thing, allows};
 use mesh_core::task::{Event as TaskStep, Reason, TaskState};
 use mesh_core::{ApiKeyId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId};
@@ -119,6 +120,11 @@ pub enum NodeNews {
     Removed,
     /// Two machines use its identity, and neither is given a link.
     Superseded,
+    /// Its owner lets it take no work, or takes that back, or bounds anew how many tasks it takes.
+    Takes {
+        closed: Option<Closed>,
+        max_tasks: u32,
+    },
 }
 
 /// What a task's event tells: the task as it was after it.
@@ -228,6 +234,8 @@ impl Event {
                 NodeNews::Revoked => "revoked",
                 NodeNews::Removed => "removed",
                 NodeNews::Superseded => "superseded",
+                NodeNews::Takes { closed: Some(_), .. } => "closed",
+                NodeNews::Takes { closed: None, .. } => "opened",
             },
             Data::Task(t) => match t.kind {
                 TaskKind::Accepted => "accepted",
@@ -292,6 +300,11 @@ impl Events {
     pub fn offline(&self, link: &Link) {
         self.health_told().remove(&link.node);
         self.tell(link.owner, Data::Node(link.node, NodeNews::Offline));
+    }
+    /// What the owner of a linked node lets it take now.
+    pub fn takes(&self, link: &Link) {
+        let news = NodeNews::Takes { closed: link.closed, max_tasks: link.own_tasks };
+        self.tell(link.owner, Data::Node(link.node, news));
     }
     pub fn node(&self, node: &Node, news: NodeNews) {
         self.tell(node.owner, Data::Node(node.id, news));

@@ -112,6 +112,7 @@ impl Grants {
         let manage = manages(&grant.resource);
         let may = [owner, Some(grant.created_by)].into_iter().flatten().any(|of| allows(caller, manage, of, Thing::Other));
         if !may && !reaches_all(caller, Permission::SystemAdminister) {
+            audit::denied(caller, manage, None);
             let seen = shown_to(caller)?.is_none_or(|f| f.has(&grant));
             return Err(if seen { missing(manage) } else { Error::NotFound("grant") });
         }

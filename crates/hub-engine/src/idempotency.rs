@@ -3,6 +3,7 @@
 //! The store alone decides which of several is the first, in the commit that writes the thing. So a
 //! caller that hung up, a second hub and a request that is still under way all meet the same answer.
 
+use crate::audit;
 use crate::error::{Error, Result};
 use crate::ports::{self, Creation, Known, Once};
 use mesh_core::permission::Caller;
@@ -94,7 +95,10 @@ impl Keyed {
             ));
         }
         match known.thing.parse() {
-            Ok(id) => Ok(Some(id)),
+            Ok(id) => {
+                audit::repeated();
+                Ok(Some(id))
+            }
             Err(_) => Err(Error::conflict("idempotency_mismatch", format!("this Idempotency-Key has made {}", known.thing))),
         }
     }

@@ -361,6 +361,9 @@ impl Links {
         let Some(l) = link.filter(|l| (l.own_tasks, l.closed) != (own_tasks, closed)) else { return false };
         (l.own_tasks, l.closed) = (own_tasks, closed);
         l.max_tasks = l.task_limit.map_or(own_tasks, |limit| own_tasks.min(limit));
+        if let Some(events) = &self.1 {
+            events.takes(l);
+        }
         true
     }
     /// From now on this node is never given anything, and its streams end at once.

@@ -258,14 +258,17 @@ pub trait Accounts: Send + Sync {
     async fn oldest_admin(&self) -> Stored<Option<User>>;
     /// All who are there, whether or not they may act.
     async fn count_users(&self) -> Stored<u64>;
-    /// Sets the hash and ends every log-in of the user but `keep`.
-    async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()>;
+    /// Sets the hash in place of `was`, and ends every log-in of the user but `keep`. False when another one
+    /// stands there.
+    async fn set_password(&self, id: UserId, was: &str, hash: &str, keep: Option<LoginId>) -> Stored<bool>;
 
     /// Adds a log-in and its first refresh token, and takes away what has ended of the same user's, in
     /// one commit.
     async fn add_login(&self, device: &Device, token: &RefreshToken) -> Stored<()>;
     /// Marks `old` as used and adds `new_mac` in its family, in one commit.
     async fn rotate_refresh(&self, old: &Digest, new_mac: &Digest, new_expires_at: UnixMs, now: UnixMs) -> Stored<Rotation>;
+    /// Whose token this is or was: those of a log-in are known for as long as any of its row is there.
+    async fn refresh_of(&self, mac: &Digest) -> Stored<Option<(UserId, LoginId)>>;
     async fn end_login(&self, login: LoginId) -> Stored<()>;
     /// One that lives: its log-in has a refresh token that is neither used up nor ended.
     async fn device(&self, id: DeviceId, now: UnixMs) -> Stored<Option<Device>>;

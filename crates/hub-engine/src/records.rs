@@ -100,6 +100,8 @@ pub struct UserChange {
     pub disabled: Option<bool>,
     /// Takes the place of the link before it.
     pub invite: Option<UserInvite>,
+    /// Of a password; every log-in ends.
+    pub password_hash: Option<String>,
 }
 
 /// What became of a change.

@@ -1,7 +1,7 @@
 //! Tasks: accept, look, cancel. What happens on the way to a node is in [`crate::pool`], what a node
 //! says of them in [`crate::delivery`].
 
-use crate::access::{authorize, visible};
+use crate::access::{deny, visible};
 use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::idempotency::{self, Keyed};
@@ -14,7 +14,7 @@ use crate::records::{Actor, Children, OutputFrame, OutputTotals, Session, Stream
 use crate::sessions::Sessions;
 use crate::watch::{Watch, Watchers};
 use mesh_core::fan;
-use mesh_core::permission::{Caller, Permission};
+use mesh_core::permission::{Caller, Permission, allows};
 use mesh_core::spec::Spec;
 use mesh_core::task::{AttemptNo, Progress, ReasonCode, Refused, Terms};
 use mesh_core::{NodeId, SessionId, TaskId};
@@ -264,7 +264,12 @@ impl TaskService {
     /// A page, with the specs; it ends early when those come to more than [`PAGE_SPEC_BYTES`]. Says
     /// whether it did.
     pub async fn list(&self, caller: &Caller, mut filter: TaskFilter, window: Window<TaskId>) -> Result<(Vec<Task>, bool)> {
-        filter.within = visible(caller, Permission::TasksRead)?;
+        let within = visible(caller, Permission::TasksRead)?;
+        // Of all machines this would read what nobody asks for; of one it is the machine's own list.
+        filter.within = match filter.node {
+            Some(node) if within.is_some() && self.owns(caller, node, Permission::TasksRead).await? => None,
+            _ => within,
+        };
         let tasks = self.journal.tasks(&filter, window).await?;
         with_specs(&*self.journal, tasks).await
     }
@@ -287,7 +292,9 @@ impl TaskService {
     pub async fn cancel(self: &Arc<Self>, caller: &Caller, id: TaskId) -> Result<Task> {
         audit::doing(caller, Action::TaskCancel);
         audit::about(id);
-        audit::within(self.permitted(caller, id, Permission::TasksDispatch).await?.session);
+        let task = self.journal.narrow(id).await?.ok_or(Error::NotFound("task"))?;
+        self.judge(caller, &task, Permission::TasksDispatch, On::OwnMachines).await?;
+        audit::within(task.session);
         self.not_restored()?;
         let own = self.clone();
         let cancel = async move { own.request_cancel(id, ReasonCode::CancelledByUser).await };
@@ -335,14 +342,50 @@ impl TaskService {
 
     pub(crate) async fn permitted(&self, caller: &Caller, id: TaskId, permission: Permission) -> Result<Task> {
         let task = self.journal.task(id).await?.ok_or(Error::NotFound("task"))?;
-        authorize(caller, permission, task.thing(), Permission::TasksRead, "task")?;
+        self.judge(caller, &task, permission, On::of(permission)).await?;
         Ok(task)
     }
 
     pub(crate) async fn permitted_narrow(&self, caller: &Caller, id: TaskId, permission: Permission) -> Result<Task> {
         let task = self.journal.narrow(id).await?.ok_or(Error::NotFound("task"))?;
-        authorize(caller, permission, task.thing(), Permission::TasksRead, "task")?;
+        self.judge(caller, &task, permission, On::of(permission)).await?;
         Ok(task)
+    }
+
+    /// Permits an act on a task. Who owns the machine that it is on, or is meant for, sees it, and may end it.
+    async fn judge(&self, caller: &Caller, task: &Task, permission: Permission, on: On) -> Result<()> {
+        let (owner, thing) = task.thing();
+        if allows(caller, permission, owner, thing) {
+            return Ok(());
+        }
+        let mut seen = allows(caller, Permission::TasksRead, owner, thing);
+        if let Some(node) = task.node() {
+            if on == On::OwnMachines && self.owns(caller, node, permission).await? {
+                return Ok(());
+            }
+            seen = seen || self.owns(caller, node, Permission::TasksRead).await?;
+        }
+        Err(deny(caller, permission, thing, seen, "task"))
+    }
+
+    /// Is this a machine of theirs, and has the permission any reach to one's own?
+    async fn owns(&self, caller: &Caller, node: NodeId, permission: Permission) -> Result<bool> {
+        let Some(user) = caller.user().filter(|_| caller.reach(permission).is_to_own()) else { return Ok(false) };
+        Ok(self.nodes.store.node(node).await?.is_some_and(|n| n.owner == user))
+    }
+}
+
+/// What an act on others' tasks may be done to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum On {
+    /// What they run on machines of the caller's.
+    OwnMachines,
+    Nothing,
+}
+
+impl On {
+    fn of(permission: Permission) -> Self {
+        if permission == Permission::TasksRead { Self::OwnMachines } else { Self::Nothing }
     }
 }
 

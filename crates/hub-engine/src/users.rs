@@ -11,6 +11,7 @@ use crate::idempotency::{self, Keyed};
 use crate::pool::Pool;
 use crate::ports::{self, Creation, Window};
 use crate::records::{Standing, User, UserChange, UserChanged, UserEntry, UserInvite};
+use crate::tasks::stopped;
 use mesh_core::permission::{Caller, Permission, Role};
 use mesh_core::{UnixMs, UserId, name};
 use mesh_process::entropy;
@@ -22,6 +23,7 @@ const INVITE_PREFIX: &str = "cmi_";
 /// One answer to all that is wrong with a link, so that it tells nobody anything.
 const NO_INVITE: Error = Error::Unauthenticated("this invite is unknown, was used or has expired; ask an admin for a new one");
 
+#[derive(Clone)]
 pub struct Users {
     pub store: Arc<dyn ports::Users>,
     pub accounts: Arc<Accounts>,
@@ -165,8 +167,22 @@ impl Users {
             own_password_is_not_lost(caller, id)?;
         }
         let (token, invite) = change.invite.then(|| self.new_invite(self.now())).unzip();
-        let to = UserChange { username: change.username, role, disabled: change.disabled, invite };
-        let user = match self.store.change_user(id, &to, self.now()).await? {
+        let password_hash = match change.password {
+            Some(password) => Some(self.accounts.passwords.hash(password).await?),
+            None => None,
+        };
+        let to = UserChange { username: change.username, role, disabled: change.disabled, invite, password_hash };
+        let rights_change = role.is_some() || to.disabled.is_some() || to.password_hash.is_some();
+        let (own, write) = (self.clone(), to.clone());
+        // To its end, whether or not its caller waits: who reads streams must hear of it.
+        let change = async move {
+            let changed = own.store.change_user(id, &write, own.now()).await?;
+            if rights_change && matches!(changed, UserChanged::Done { .. }) {
+                own.rights_changed(id);
+            }
+            Ok::<_, Error>(changed)
+        };
+        let user = match self.accounts.work.complete("change user", audit::carry(change)).await.ok_or_else(stopped)?? {
             UserChanged::Done { before, now } => {
                 if (before.role, before.standing) != (now.role, now.standing) {
                     tracing::info!(user = %id, role = now.role.as_str(), standing = ?now.standing, "user changed");
@@ -180,21 +196,10 @@ impl Users {
                 return Err(Error::conflict("has_password", "this user has a password and needs no invite; set a new one if it was lost"));
             }
         };
-        if role.is_some() || to.disabled.is_some() {
-            self.rights_changed(id);
+        if to.password_hash.is_some() {
+            tracing::info!(user = %id, "a password was set; the log-ins of its user are ended");
         }
-        match change.password {
-            None => Ok(Told { user, invite: token }),
-            Some(password) => self.set_password(id, password).await,
-        }
-    }
-
-    async fn set_password(&self, id: UserId, password: String) -> Result<Told> {
-        let hash = self.accounts.passwords.hash(password).await?;
-        self.accounts.store.set_password(id, &hash, None).await?;
-        self.rights_changed(id);
-        tracing::info!(user = %id, "a password was set; the log-ins of its user are ended");
-        Ok(Told { user: self.known(id).await?, invite: None })
+        Ok(Told { user, invite: token })
     }
 
     /// Whose name this is.

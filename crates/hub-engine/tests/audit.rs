@@ -2,12 +2,14 @@
 
 use hub_engine::audit::{self, Action, Ending, Log, Reading};
 use hub_engine::error::Error;
-use hub_engine::ports::{Audit, Window};
+use hub_engine::idempotency::Idempotency;
+use hub_engine::ports::{Audit, Creation, Window};
 use hub_engine::records::AuditFilter;
+use hub_testkit::contract::sample;
 use hub_testkit::{MemoryStore, Nowhere, TestKeys};
 use mesh_core::audit::{Detail, Row};
 use mesh_core::permission::{Caller, Permission, Role, Via};
-use mesh_core::{HubId, TaskId, UserId};
+use mesh_core::{HubId, SessionId, TaskId, UserId};
 use mesh_process::{SystemClock, Tasks};
 use std::sync::Arc;
 
@@ -75,6 +77,32 @@ async fn a_call_leaves_one_entry_that_says_how_it_ended() {
     assert_eq!(rows[2].user, guest().user());
     let (detail, _) = Detail::decode(rows[2].detail.as_ref().unwrap()).unwrap();
     assert_eq!(detail.0["permission"], "system:administer");
+}
+
+/// The second of two equal requests changes nothing, and the log tells of changes.
+#[tokio::test]
+async fn a_request_that_comes_again_under_its_key_leaves_nothing() {
+    let w = World::new().await;
+    let keys = Idempotency { store: w.store.clone(), clock: SystemClock::shared() };
+    let make = async |body: u8, before: bool| {
+        let keyed = keys.keyed(&admin(), "POST /sessions", "k", [body; 32]);
+        let work = async {
+            audit::doing(&admin(), Action::SessionCreate);
+            let made = match before {
+                true => keyed.before::<SessionId>().await?,
+                false => keyed.create(Creation::Session(sample::session(1, 1))).await?,
+            };
+            Ok(made)
+        };
+        w.call(work).await
+    };
+    assert_eq!(make(1, false).await.unwrap(), None, "the first makes it");
+    for before in [false, true] {
+        assert_eq!(make(1, before).await.unwrap(), Some(sample::session_id(1)));
+    }
+    make(2, true).await.unwrap_err();
+    let told: Vec<_> = w.rows().await.iter().map(|r| (r.action.clone(), r.outcome.clone())).collect();
+    assert_eq!(told, ["ok", "failed"].map(|outcome| ("session.create".to_owned(), outcome.to_owned())), "and another request is refused");
 }
 
 #[tokio::test]

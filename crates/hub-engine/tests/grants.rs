@@ -2,6 +2,7 @@
 
 use async_trait::async_trait;
 use hub_engine::accounts::{self, Accounts, Authenticated};
+use hub_engine::audit::{self, Ending, Log};
 use hub_engine::error::{Error, Result};
 use hub_engine::events::{Events, NodeNews, Told};
 use hub_engine::grants::{Grants, NewGrant, On};
@@ -9,15 +10,15 @@ use hub_engine::idempotency::Idempotency;
 use hub_engine::links::{Link, Links};
 use hub_engine::nodes::{Lifetimes, Nodes};
 use hub_engine::pool::{Pool, Queue};
-use hub_engine::ports::{Accounts as _, AgentState, Grants as _, Journal, NodeDirectory, Passwords, Sessions as _, Window};
+use hub_engine::ports::{Accounts as _, AgentState, Audit, Grants as _, Journal, NodeDirectory, Passwords, Sessions as _, Window};
 use hub_engine::records::*;
 use hub_engine::rights::{MAX_GRANTS, Rights};
 use hub_engine::sessions::Sessions;
 use hub_engine::throttle::Throttle;
 use hub_engine::watch::Watchers;
 use hub_testkit::contract::{HandClock, sample};
-use hub_testkit::{MemoryStore, TestKeys};
-use mesh_core::permission::{Caller, Permission, Role, Scope, Thing, allows};
+use hub_testkit::{MemoryStore, Nowhere, TestKeys};
+use mesh_core::permission::{Caller, Permission, Role, Scope, Thing, Via, allows};
 use mesh_core::task::TaskState;
 use mesh_core::{NodeId, TaskId, sha256};
 use mesh_process::{Clock, Tasks};
@@ -69,6 +70,7 @@ impl World {
             events: events.clone(),
             lifetimes: accounts::Lifetimes { access_secs: 600, refresh_days: 1 },
             throttle: Throttle::new(1000, 1000, clock.clone()),
+            work: Tasks::new(),
         });
         let nodes = Arc::new(Nodes {
             hub: sample::hub_id(1),
@@ -402,6 +404,36 @@ async fn a_task_goes_where_its_person_may_and_follows_when_that_ends() {
     w.clock.advance(Duration::from_secs(5));
     w.free(node, owners).await;
     assert_eq!(w.on(friends).await, None);
+}
+
+/// By whoever may see the grant, and by whoever may not.
+#[tokio::test]
+async fn who_may_not_take_a_grant_back_is_denied_and_told_of() {
+    let w = World::new().await;
+    let node = w.machine(1, &[]).await;
+    let given = w.give(OWNER, "u3", node, &["nodes:read"]).await.unwrap();
+    let log = Arc::new(Log {
+        store: w.store.clone(),
+        witness: Arc::new(Nowhere),
+        keyring: Arc::new(TestKeys),
+        keys: vec![],
+        hub: sample::hub_id(1),
+        clock: w.clock.clone(),
+        work: Tasks::new(),
+        bounds: Default::default(),
+    });
+    log.start(&[1; 16], 1, false).await.unwrap();
+    for (who, says) in [(FRIEND, "forbidden"), (GUEST, "not_found")] {
+        let caller = w.caller(who).await;
+        let remove = w.grants.remove(&caller, given.id);
+        assert_eq!(code(audit::scope(&log, Via::default(), remove, Ending::of).await), says);
+    }
+    let mut rows = w.store.entries(&AuditFilter::default(), Window { before: None, limit: 10 }).await.unwrap();
+    rows.sort_by_key(|r| r.seq);
+    let told: Vec<_> = rows[1..].iter().map(|r| (r.kind.as_str(), r.action.as_str(), r.outcome.as_str(), r.user)).collect();
+    let of = |who| ("authorization_denied", "grant.remove", "denied", Some(sample::user_id(who)));
+    assert_eq!(told, [of(FRIEND), of(GUEST)]);
+    assert!(rows[1..].iter().all(|r| r.resource_id == given.id.to_string()));
 }
 
 #[tokio::test]

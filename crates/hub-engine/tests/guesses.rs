@@ -11,7 +11,7 @@ use hub_engine::throttle::Throttle;
 use hub_testkit::contract::sample;
 use hub_testkit::keys::TestKeys;
 use hub_testkit::memory::MemoryStore;
-use mesh_process::Clock;
+use mesh_process::{Clock, Tasks};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -71,6 +71,7 @@ impl World {
             events: Events::local(Duration::from_secs(60), clock.clone()),
             lifetimes: Lifetimes { access_secs: 600, refresh_days: 30 },
             throttle: Throttle::new(10, 5, clock.clone()),
+            work: Tasks::new(),
             rights: Arc::new(Rights::new(store.clone(), store.clone(), clock.clone())),
         };
         Self { accounts, clock, hashes }

@@ -82,6 +82,7 @@ impl World {
             events: events.clone(),
             lifetimes: Lifetimes { access_secs: 600, refresh_days: 30 },
             throttle: Throttle::new(1000, 1000, clock.clone()),
+            work: work.clone(),
             rights: rights.clone(),
         });
         let nodes = Arc::new(Nodes {

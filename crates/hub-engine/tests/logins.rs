@@ -2,19 +2,20 @@
 
 use async_trait::async_trait;
 use hub_engine::accounts::{Accounts, Lifetimes, Recent};
+use hub_engine::audit::{self, Ending, Log};
 use hub_engine::devices::LoginFrom;
 use hub_engine::events::{Data, Events, NodeNews, Told, Topic, Whose};
-use hub_engine::ports::{Accounts as _, Keyring, Passwords, Stored, Window};
-use hub_engine::records::User;
+use hub_engine::ports::{Accounts as _, Audit, Keyring, Passwords, Stored, Window};
+use hub_engine::records::{AuditFilter, User};
 use hub_engine::rights::Rights;
 use hub_engine::throttle::Throttle;
 use hub_engine::{Error, Result};
 use hub_testkit::contract::{HandClock, sample};
-use hub_testkit::{MemoryStore, TestKeys};
-use mesh_core::permission::{Caller, Permission, Reach, Role};
+use hub_testkit::{MemoryStore, Nowhere, TestKeys};
+use mesh_core::permission::{Caller, Permission, Reach, Role, Via};
 use mesh_core::seal::Intent;
 use mesh_core::{Digest, LoginId, NodeId, UnixMs, UserId};
-use mesh_process::Clock;
+use mesh_process::{Clock, Tasks};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -89,6 +90,7 @@ async fn stage(role: Role) -> Stage {
         events: events.clone(),
         lifetimes: Lifetimes { access_secs: 600, refresh_days: 30 },
         throttle: Throttle::new(1000, 1000, clock.clone()),
+        work: Tasks::new(),
         rights: Arc::new(Rights::new(store.clone(), store.clone(), clock.clone())),
     };
     Stage { store, clock, passwords, events, accounts }
@@ -174,6 +176,42 @@ async fn a_stream_of_somebody_demoted_ends() {
     s.accounts.logout(&person(Role::Guest), tokens.login).await.unwrap();
     assert!(matches!(feed.next().await, Told::LookAgain));
     assert!(matches!(s.accounts.still(feed.who()).await, Err(Error::Unauthenticated(_))));
+}
+
+/// Also a token that counts no more belongs to somebody, and a log that does not say to whom is of no use.
+#[tokio::test]
+async fn a_refresh_names_whose_token_it_was() {
+    let s = stage(Role::Developer).await;
+    let log = Arc::new(Log {
+        store: s.store.clone(),
+        witness: Arc::new(Nowhere),
+        keyring: Arc::new(Open),
+        keys: vec![],
+        hub: sample::hub_id(1),
+        clock: s.clock.clone(),
+        work: Tasks::new(),
+        bounds: Default::default(),
+    });
+    log.start(&[1; 16], 1, false).await.unwrap();
+    let refresh = async |token: &str| audit::scope(&log, Via::default(), s.accounts.refresh(token, None), Ending::of).await;
+    let ended = s.accounts.login("ada", "right".into(), LoginFrom::default()).await.unwrap();
+    let old = s.accounts.login("ada", "right".into(), LoginFrom::default()).await.unwrap();
+    let first = s.accounts.login("ada", "right".into(), LoginFrom::default()).await.unwrap();
+    s.accounts.logout(&person(Role::Developer), ended.login).await.unwrap();
+    refresh(&first.refresh).await.unwrap();
+    refresh(&first.refresh).await.map(drop).expect_err("it was used before");
+    refresh(&ended.refresh).await.map(drop).expect_err("its log-in has ended");
+    s.clock.advance(Duration::from_secs(31 * 86_400));
+    refresh(&old.refresh).await.map(drop).expect_err("it has expired");
+    refresh("cmr_nobodys").await.map(drop).expect_err("nobody made it");
+    let mut rows = s.store.entries(&AuditFilter::default(), Window { before: None, limit: 10 }).await.unwrap();
+    rows.sort_by_key(|r| r.seq);
+    let told: Vec<_> = rows[1..].iter().map(|r| (r.action.as_str(), r.outcome.as_str(), r.user, r.resource_id.clone())).collect();
+    let of = |outcome, login: LoginId| ("auth.refresh", outcome, Some(sample::user_id(1)), login.to_string());
+    let (first, ended, old) = (first.login, ended.login, old.login);
+    let all =
+        [of("ok", first), of("denied", first), of("denied", ended), of("denied", old), ("auth.refresh", "denied", None, String::new())];
+    assert_eq!(told, all);
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@
 use hub_engine::Error;
 use hub_engine::accounts::Authenticated;
 use hub_engine::delivery::{Delivery, Hello, Reported, Welcome};
-use hub_engine::events::{Events, Told, Topic};
+use hub_engine::events::{Data, Events, NodeNews, Told, Topic};
 use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
 use hub_engine::manage::Management;
 use hub_engine::nodes::{Lifetimes, Nodes};
@@ -17,6 +17,7 @@ use hub_testkit::TestJournal;
 use hub_testkit::contract::sample;
 use hub_testkit::memory::MemoryStore;
 use mesh_core::capability::Capabilities;
+use mesh_core::ceiling::Closed;
 use mesh_core::permission::{Caller, Role};
 use mesh_core::seal::Intent;
 use mesh_core::select::Selector;
@@ -97,8 +98,8 @@ impl World {
     fn over(store: Arc<MemoryStore>) -> Self {
         let clock = Arc::new(Hands(AtomicI64::new(1000)));
         let journal = TestJournal::over(store.clone());
-        let links = Arc::new(Links::default());
         let events = Events::local(Duration::from_secs(60), clock.clone());
+        let links = Arc::new(Links::telling(events.clone()));
         let nodes = Arc::new(Nodes {
             hub: sample::hub_id(1),
             store: store.clone(),
@@ -200,6 +201,35 @@ fn code(e: &Error) -> &'static str {
 }
 fn orders(queue: &mut mpsc::Receiver<LinkCommand>) -> usize {
     std::iter::from_fn(|| queue.try_recv().ok()).filter(|c| matches!(c, LinkCommand::Order(_))).count()
+}
+
+#[tokio::test]
+async fn what_an_owner_lets_a_machine_take_is_told_when_it_changes() {
+    let w = World::new().await;
+    let (welcome, _queue) = w.hello().await;
+    let who = Authenticated { caller: admin(), login: None };
+    let mut feed = w.nodes.events.open(who, Some(vec![Topic::Nodes]), None).unwrap();
+    let link = Caller::Node { node: w.node.id, generation: welcome.generation };
+    for (max_tasks, closed) in
+        [(4, Some(Closed::Disabled)), (4, Some(Closed::Disabled)), (4, None), (2, None), (2, Some(Closed::CeilingUnreadable)), (2, None)]
+    {
+        w.delivery.standing(&link, max_tasks, closed).unwrap();
+    }
+    let before = Caller::Node { node: w.node.id, generation: welcome.generation - 1 };
+    w.delivery.standing(&before, 1, Some(Closed::Disabled)).expect_err("a link that is no more");
+    w.nodes.events.node(&w.node, NodeNews::Draining);
+    let mut told = vec![];
+    while let Told::Event(_, event) = feed.next().await {
+        if let Data::Node(id, NodeNews::Takes { closed, max_tasks }) = event.data {
+            assert_eq!((id, event.owner), (w.node.id, w.node.owner));
+            told.push((event.kind(), closed.map(Closed::as_str), max_tasks));
+        }
+        if event.kind() == "draining" {
+            break;
+        }
+    }
+    let all = [("closed", Some("disabled"), 4), ("opened", None, 4), ("opened", None, 2), ("closed", Some("ceiling_unreadable"), 2)];
+    assert_eq!(told, [&all[..], &[("opened", None, 2)]].concat());
 }
 
 #[tokio::test]

@@ -64,14 +64,17 @@ impl Accounts for Slow {
     async fn count_users(&self) -> Stored<u64> {
         self.inner.count_users().await
     }
-    async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()> {
-        self.inner.set_password(id, hash, keep).await
+    async fn set_password(&self, id: UserId, was: &str, hash: &str, keep: Option<LoginId>) -> Stored<bool> {
+        self.inner.set_password(id, was, hash, keep).await
     }
     async fn add_login(&self, device: &Device, token: &RefreshToken) -> Stored<()> {
         self.inner.add_login(device, token).await
     }
     async fn rotate_refresh(&self, old: &Digest, new_mac: &Digest, new_expires_at: UnixMs, now: UnixMs) -> Stored<Rotation> {
         self.inner.rotate_refresh(old, new_mac, new_expires_at, now).await
+    }
+    async fn refresh_of(&self, mac: &Digest) -> Stored<Option<(UserId, LoginId)>> {
+        self.inner.refresh_of(mac).await
     }
     async fn end_login(&self, login: LoginId) -> Stored<()> {
         self.inner.end_login(login).await

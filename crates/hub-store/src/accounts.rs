@@ -49,15 +49,15 @@ impl Accounts for Store {
         Ok(count.unwrap_or(0))
     }
 
-    async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()> {
-        self.write("accounts.set_password", (id, hash.to_owned(), keep), |conn, (id, hash, keep)| {
+    async fn set_password(&self, id: UserId, was: &str, hash: &str, keep: Option<LoginId>) -> Stored<bool> {
+        self.write("accounts.set_password", (id, was.to_owned(), hash.to_owned(), keep), |conn, (id, was, hash, keep)| {
             Box::pin(async move {
-                conn.execute(&sql("UPDATE users SET password_hash = $1 WHERE id = $2").bind(hash.as_str()).bind(id.blob())).await?;
-                conn.alone(sql("SELECT $1").bind(id.blob())).await?;
-                // DISTINCT: with no log-in to keep, all differ from NULL.
-                let q = sql("UPDATE refresh_tokens SET ended = TRUE WHERE \"user\" = $1 AND login IS DISTINCT FROM $2");
-                conn.execute(&q.bind(id.blob()).bind(blob(*keep))).await?;
-                Ok(())
+                let q = sql("UPDATE users SET password_hash = $1 WHERE id = $2 AND password_hash = $3");
+                if conn.execute(&q.bind(hash.as_str()).bind(id.blob()).bind(was.as_str())).await? == 0 {
+                    return Ok(false);
+                }
+                end_log_ins(conn, *id, *keep).await?;
+                Ok(true)
             })
         })
         .await
@@ -107,6 +107,15 @@ impl Accounts for Store {
                 conn.insert("refresh_tokens", REFRESH_COLUMNS, &Rows::of([refresh_row(&next)]), "").await?;
                 Ok(Rotation::Rotated { user, login })
             })
+        })
+        .await
+    }
+
+    async fn refresh_of(&self, mac: &Digest) -> Stored<Option<(UserId, LoginId)>> {
+        let q = sql("SELECT \"user\", login FROM refresh_tokens WHERE mac = $1").bind(mac);
+        self.one("accounts.refresh_of", q, |row| {
+            let c = &mut Columns::of(row);
+            Ok((c.id()?, c.id()?))
         })
         .await
     }
@@ -197,6 +206,15 @@ fn device(row: &Row) -> Result<Device, Failed> {
 
 fn refresh_row(t: &RefreshToken) -> [Value<'_>; 4] {
     values![&t.mac, t.login.blob(), t.user.blob(), t.expires_at]
+}
+
+/// Of a user, all but `keep`.
+pub(crate) async fn end_log_ins(conn: &mut Conn, user: UserId, keep: Option<LoginId>) -> Result<(), Failed> {
+    conn.alone(sql("SELECT $1").bind(user.blob())).await?;
+    // DISTINCT: with no log-in to keep, all differ from NULL.
+    let q = sql("UPDATE refresh_tokens SET ended = TRUE WHERE \"user\" = $1 AND login IS DISTINCT FROM $2");
+    conn.execute(&q.bind(user.blob()).bind(blob(keep))).await?;
+    Ok(())
 }
 
 /// Who ends a family and who adds to it take turns: a token added beside would live on.

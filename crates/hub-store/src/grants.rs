@@ -30,7 +30,7 @@ impl Grants for Store {
             let Some(f) = filter else { return q };
             let users = f.to.iter().filter_map(|s| if let Subject::User(id) = s { Some(id) } else { None });
             let roles = f.to.iter().filter_map(|s| if let Subject::Role(role) = s { Some(role.as_str().into()) } else { None });
-            q.and_any([("created_by", all(&f.made_by)), ("subject", all(users)), ("role", roles.collect())])
+            q.and_any(self.read.dialect(), [("created_by", all(&f.made_by)), ("subject", all(users)), ("role", roles.collect())])
         };
         self.page("grants.grants", (COLUMNS, "grants"), narrow, window, grant).await
     }

@@ -38,7 +38,7 @@ pub(crate) fn tasks(dialect: Dialect, f: &TaskFilter, window: Window<TaskId>) ->
     // Alone, the owner is a filter like any other, and has its indexes.
     let own = f.within.as_ref().filter(|w| w.nodes.is_empty() && w.sessions.is_empty()).map(|w| w.owner);
     if let Some(w) = f.within.as_ref().filter(|_| own.flatten().is_none()) {
-        q = q.and_any([("t.\"user\"", all(&w.owner)), ("t.session", all(&w.sessions)), (NODE, all(&w.nodes))]);
+        q = q.and_any(dialect, [("t.\"user\"", all(&w.owner)), ("t.session", all(&w.sessions)), (NODE, all(&w.nodes))]);
     }
     for id in f.user.into_iter().chain(own.flatten()) {
         q = q.and(" AND t.\"user\" = ", id.blob());

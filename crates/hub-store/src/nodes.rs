@@ -27,7 +27,7 @@ impl NodeDirectory for Store {
 
     async fn invites(&self, within: Option<&Within>, window: Window<InviteId>) -> Stored<Vec<Invite>> {
         let narrow = |q: Sql| match within {
-            Some(w) => q.and_any([("owner", all(&w.owner))]),
+            Some(w) => q.and_any(self.read.dialect(), [("owner", all(&w.owner))]),
             None => q,
         };
         self.page("nodes.invites", (INVITE_COLUMNS, "invites"), narrow, window, invite).await
@@ -52,7 +52,7 @@ impl NodeDirectory for Store {
 
     async fn nodes(&self, within: Option<&Within>, window: Window<NodeId>) -> Stored<Vec<Node>> {
         let narrow = |q: Sql| match within {
-            Some(w) => q.and_any([("owner", all(&w.owner)), ("id", all(&w.nodes))]),
+            Some(w) => q.and_any(self.read.dialect(), [("owner", all(&w.owner)), ("id", all(&w.nodes))]),
             None => q,
         };
         self.page("nodes.nodes", (NODE_COLUMNS, "nodes"), narrow, window, node).await

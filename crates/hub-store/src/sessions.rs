@@ -94,7 +94,7 @@ impl Sessions for Store {
     async fn sessions(&self, within: Option<&Within>, window: Window<SessionId>) -> Stored<Vec<Session>> {
         let columns = session_columns(self.read.dialect());
         let narrow = |q: Sql| match within {
-            Some(w) => q.and_any([("owner", all(&w.owner)), ("id", all(&w.sessions))]),
+            Some(w) => q.and_any(self.read.dialect(), [("owner", all(&w.owner)), ("id", all(&w.sessions))]),
             None => q,
         };
         self.page("sessions.sessions", (&columns, "sessions s"), narrow, window, session).await

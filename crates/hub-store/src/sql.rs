@@ -3,6 +3,7 @@
 //! Placeholders are `$1`, `$2`, …: both databases know them. Columns named `user` are quoted. What
 //! cannot be said alike in both is in [`crate::dialect`].
 
+use crate::dialect::Dialect;
 use std::borrow::Cow;
 use std::fmt::Write;
 
@@ -85,19 +86,36 @@ impl Sql {
         self
     }
     /// Keeps those rows of which one of these columns has one of its values.
-    pub(crate) fn and_any<const N: usize>(mut self, columns: [(&str, Vec<Value<'static>>); N]) -> Self {
+    pub(crate) fn and_any<const N: usize>(mut self, dialect: Dialect, columns: [(&str, Vec<Value<'static>>); N]) -> Self {
         let mut before = " AND (";
         for (column, values) in columns.into_iter().filter(|(_, values)| !values.is_empty()) {
-            self.text.to_mut().push_str(&format!("{before}{column} IN"));
-            for (n, value) in values.into_iter().enumerate() {
-                self = self.and(if n == 0 { " (" } else { ", " }, value);
-            }
+            self.text.to_mut().push_str(&format!("{before}{column} IN ("));
+            self = match ids(&values) {
+                Some(ids) if ids.len() > PLACEHOLDERS => {
+                    self.values.push(Value::List(ids));
+                    let listed = dialect.listed(&format!("${}", self.values.len()));
+                    self.text.to_mut().push_str(&listed);
+                    self
+                }
+                _ => values.into_iter().enumerate().fold(self, |q, (n, value)| q.and(if n == 0 { "" } else { ", " }, value)),
+            };
             self.text.to_mut().push(')');
             before = " OR ";
         }
         self.text.to_mut().push_str(if before == " OR " { ")" } else { " AND FALSE" });
         self
     }
+}
+
+/// A statement has 32,766 of them on SQLite; more ids than these are one value.
+const PLACEHOLDERS: usize = 500;
+
+fn ids(values: &[Value<'_>]) -> Option<Vec<IdBytes>> {
+    let id = |value: &Value<'_>| match value {
+        Value::Id(id) => *id,
+        _ => None,
+    };
+    values.iter().map(id).collect()
 }
 
 /// Rows for one write over all of them. They may borrow from what they are made of.

@@ -30,7 +30,10 @@ impl AgentState for Store {
         let narrow = || {
             let mut q = sql("WHERE TRUE");
             if let Some(w) = &filter.within {
-                q = q.and_any([("owner", all(&w.owner)), ("agent", w.agents.iter().map(|a| a.clone().into()).collect())]);
+                q = q.and_any(
+                    self.read.dialect(),
+                    [("owner", all(&w.owner)), ("agent", w.agents.iter().map(|a| a.clone().into()).collect())],
+                );
             }
             if let Some(agent) = &filter.agent {
                 q = q.and(" AND agent = ", agent.as_str());

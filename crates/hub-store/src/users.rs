@@ -1,5 +1,6 @@
 //! The people of the hub: how they come, change and leave.
 
+use crate::accounts::end_log_ins;
 use crate::dialect::{Conn, Row};
 use crate::nodes::raise_epoch;
 use crate::rows::{Columns, Id, USER_COLUMNS};
@@ -181,18 +182,18 @@ async fn change(conn: &mut Conn, id: UserId, to: &UserChange, now: UnixMs) -> Re
         false => None,
     };
     let q = sql("UPDATE users SET username = COALESCE($1, username), role = COALESCE($2, role), epoch = COALESCE($3, epoch), \
-         disabled_at = CASE WHEN $4 THEN COALESCE(disabled_at, $5) WHEN $6 THEN NULL ELSE disabled_at END WHERE id = $7")
+         password_hash = COALESCE($8, password_hash), disabled_at = CASE WHEN $4 THEN COALESCE(disabled_at, $5) WHEN $6 THEN NULL ELSE disabled_at END WHERE id = $7")
     .bind(to.username.clone())
     .bind(to.role.map(|r| r.as_str()))
     .bind(epoch)
     .bind(to.disabled == Some(true))
     .bind(now)
     .bind(to.disabled == Some(false))
-    .bind(id.blob());
+    .bind(id.blob())
+    .bind(to.password_hash.clone());
     conn.execute(&q).await?;
-    if to.disabled == Some(true) {
-        conn.alone(sql("SELECT $1").bind(id.blob())).await?;
-        conn.execute(&sql("UPDATE refresh_tokens SET ended = TRUE WHERE \"user\" = $1").bind(id.blob())).await?;
+    if to.disabled == Some(true) || to.password_hash.is_some() {
+        end_log_ins(conn, id, None).await?;
     }
     if to.disabled == Some(true) || to.role.is_some_and(|r| !matches!(r, Role::Admin | Role::Developer)) {
         // Who may have no machines invites none.

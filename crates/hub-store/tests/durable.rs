@@ -1,15 +1,23 @@
 //! What a store promises beyond the ports: it survives, it shares commits, it keeps others out.
 
+use async_trait::async_trait;
+use futures::FutureExt;
 use futures::future::join_all;
-use hub_engine::ports::{Applied, Besides, Gauges, Journal, Meta, Output, Purges, Sessions};
-use hub_engine::records::{OutputFrame, PurgeStart, PurgeStep, Stream, Task, TaskFilter};
+use hub_engine::accounts::{self, Lifetimes};
+use hub_engine::events::Events;
+use hub_engine::ports::{Accounts, Applied, Besides, Gauges, Journal, Meta, Output, Passwords, Purges, Sessions};
+use hub_engine::records::{OutputFrame, PurgeStart, PurgeStep, RefreshToken, Stream, Task, TaskFilter};
+use hub_engine::rights::Rights;
+use hub_engine::throttle::Throttle;
 use hub_store::{Database, OpenError, Store};
-use hub_testkit::contract::sample::{assigned_task, attempt, frame, session, session_id, task, task_id};
+use hub_testkit::TestKeys;
+use hub_testkit::contract::sample::{assigned_task, attempt, device, frame, login_id, session, session_id, task, task_id, user_id};
 use mesh_core::output::Digests;
+use mesh_core::permission::{Caller, Role};
 use mesh_core::task::{Event, Outcome};
 use mesh_core::{TaskId, sha256};
-use mesh_process::Tasks;
 use mesh_process::tasks::Ended;
+use mesh_process::{SystemClock, Tasks};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Row};
 use std::os::unix::fs::PermissionsExt;
@@ -536,4 +544,47 @@ async fn what_is_asked_often_reads_an_index() {
         let plan: Vec<String> = rows.iter().map(|r| r.get::<String, _>(3)).collect();
         assert!(plan.iter().any(|line| line.contains(index)), "{query}: {plan:?}");
     }
+}
+
+struct NoPasswords;
+
+#[async_trait]
+impl Passwords for NoPasswords {
+    async fn hash(&self, password: String) -> hub_engine::Result<String> {
+        Ok(password)
+    }
+    async fn verify(&self, _: String, _: Option<String>) -> hub_engine::Result<bool> {
+        Ok(false)
+    }
+}
+
+/// The engine on a store that takes its time: what ends rights is told to open streams, though nobody waits for
+/// the answer any more.
+#[tokio::test]
+async fn who_hangs_up_while_a_log_in_ends_keeps_no_stream_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, tasks) = open(dir.path()).await;
+    let token = RefreshToken { mac: [1; 32], login: login_id(1), user: user_id(1), expires_at: i64::MAX };
+    store.add_login(&device(1, 1), &token).await.unwrap();
+    let clock = SystemClock::shared();
+    let events = Events::local(Duration::from_secs(600), clock.clone());
+    let accounts = accounts::Accounts {
+        recent: Default::default(),
+        store: store.clone(),
+        rights: Arc::new(Rights::new(store.clone(), store.clone(), clock.clone())),
+        keyring: Arc::new(TestKeys),
+        passwords: Arc::new(NoPasswords),
+        clock: clock.clone(),
+        events: events.clone(),
+        lifetimes: Lifetimes { access_secs: 600, refresh_days: 30 },
+        throttle: Throttle::new(10, 5, clock),
+        work: tasks.clone(),
+    };
+    let mut rights = events.rights();
+    rights.mark_unchanged();
+    let caller = Caller::person(user_id(1), Role::Developer);
+    let hung_up = accounts.logout(&caller, login_id(1)).now_or_never();
+    tokio::time::timeout(GRACE, rights.changed()).await.expect("streams are told").unwrap();
+    assert!(store.device(login_id(1).into(), 0).await.unwrap().is_none(), "after it has ended");
+    drop(hung_up);
 }

@@ -390,6 +390,7 @@ async fn hubs_in_each_others_way_both_get_through() {
 async fn no_token_escapes_the_end_of_its_log_in() {
     let hubs = Hubs::new();
     let stores = hubs.pair().await;
+    assert!(stores[0].add_user(&user(1, "ada")).await.unwrap());
     for n in 0..40u16 {
         let mac = |k: u8| {
             let mut m = [k; 32];
@@ -401,12 +402,14 @@ async fn no_token_escapes_the_end_of_its_log_in() {
         stores[0].add_login(&device(n, 1), &token).await.unwrap();
         let (old, new) = (mac(1), mac(2));
         let rotate = stores[0].rotate_refresh(&old, &new, 1000, 5);
-        let (rotated, end) = if n % 2 == 0 {
-            futures::join!(rotate, stores[1].end_login(login))
-        } else {
-            futures::join!(rotate, stores[1].set_password(user_id(1), "new", None))
+        let end = async {
+            if n % 2 == 0 {
+                return stores[1].end_login(login).await.unwrap();
+            }
+            let was = stores[1].user(user_id(1)).await.unwrap().unwrap().password_hash;
+            assert!(stores[1].set_password(user_id(1), &was, &format!("new {n}"), None).await.unwrap());
         };
-        end.unwrap();
+        let (rotated, ()) = futures::join!(rotate, end);
         assert!(matches!(rotated.unwrap(), Rotation::Rotated { .. } | Rotation::Unknown));
         assert!(stores[0].device(login.into(), 6).await.unwrap().is_none(), "round {n}");
     }

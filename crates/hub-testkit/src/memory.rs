@@ -542,14 +542,13 @@ impl Accounts for MemoryStore {
     async fn count_users(&self) -> Stored<u64> {
         Ok(self.state().users.len() as u64)
     }
-    async fn set_password(&self, id: UserId, hash: &str, keep: Option<LoginId>) -> Stored<()> {
+    async fn set_password(&self, id: UserId, was: &str, hash: &str, keep: Option<LoginId>) -> Stored<bool> {
         let mut state = self.state();
-        if let Some(user) = state.users.get_mut(&id) {
-            user.password_hash = hash.to_owned();
-        }
+        let Some(user) = state.users.get_mut(&id).filter(|u| u.password_hash == was) else { return Ok(false) };
+        user.password_hash = hash.to_owned();
         let others = state.refresh.values_mut().filter(|r| r.token.user == id && Some(r.token.login) != keep);
         others.for_each(|r| r.ended = true);
-        Ok(())
+        Ok(true)
     }
 
     async fn add_login(&self, device: &Device, token: &RefreshToken) -> Stored<()> {
@@ -577,6 +576,9 @@ impl Accounts for MemoryStore {
         add(&mut state.refresh, "accounts.rotate_refresh", *new_mac, Refresh { token, used: false, ended: false })?;
         state.refresh.entry(*old).and_modify(|r| r.used = true);
         Ok(Rotation::Rotated { user, login })
+    }
+    async fn refresh_of(&self, mac: &Digest) -> Stored<Option<(UserId, LoginId)>> {
+        Ok(self.state().refresh.get(mac).map(|r| (r.token.user, r.token.login)))
     }
     async fn end_login(&self, login: LoginId) -> Stored<()> {
         self.state().end_login(login);

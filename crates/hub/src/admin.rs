@@ -7,6 +7,7 @@ use crate::keys::{Argon2Passwords, Keys};
 use crate::serve::MADE_PASSWORD;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use hub_engine::accounts::{Accounts, Lifetimes, Recent, made_password};
+use hub_engine::audit;
 use hub_engine::events::Events;
 use hub_engine::ports::Meta;
 use hub_engine::records::HubMeta;
@@ -14,7 +15,7 @@ use hub_engine::rights::Rights;
 use hub_engine::throttle::Throttle;
 use hub_engine::users::{Change, Users};
 use hub_store::Store;
-use mesh_core::permission::Caller;
+use mesh_core::permission::{Caller, Via};
 use mesh_process::{SharedClock, Tasks, files};
 use mesh_wire::rest::{Page, UserPatch, UserRequest, UserView};
 use std::io::Read;
@@ -24,6 +25,8 @@ use std::time::Duration;
 /// The hub takes 256 characters; a stream that never ends is no password.
 const MAX_PASSWORD_BYTES: u64 = 4 << 10;
 const GRACE: Duration = Duration::from_secs(10);
+/// What the audit log says these came by: nobody is known to have asked but who owns the machine.
+const DOOR: &str = "command";
 const CALLER: Caller = Caller::System("admin command");
 
 /// A password, and what is to be shown of it: one that was made is shown once.
@@ -123,21 +126,23 @@ async fn find(config: &Config, username: &str) -> Result<String> {
 }
 
 /// Does something to the people that the data folder of a stopped hub knows.
-async fn on_store(config: &Config, clock: SharedClock, work: impl AsyncFnOnce(Users) -> hub_engine::Result<()>) -> Result<()> {
+async fn on_store(config: &Config, clock: SharedClock, change: impl AsyncFnOnce(Users) -> hub_engine::Result<()>) -> Result<()> {
     let dir = &config.data_dir;
     if let Some(marker) = crate::backup::unfinished(dir) {
         bail!("a restore into {} did not finish ({}); run it again", dir.display(), marker.display());
     }
     let now = clock.now_ms();
     let keys = Arc::new(Keys::open(dir, now).map_err(|e| anyhow!(e))?);
-    let tasks = Tasks::new();
+    let (work, tasks) = (Tasks::new(), Tasks::new());
     let store = Store::open(dir, &config.database, &tasks).await.context("opening the store")?;
     let meta = store.hub(HubMeta { id: keys.hub, incarnation: 1, created_at: now }).await?;
     ensure!(meta.id == keys.hub, "the database and the keys in {} are of two hubs", dir.display());
+    let log = crate::audit::log(dir, &store, &keys, meta.incarnation, clock.clone(), work.clone()).await?;
     let accounts = Arc::new(Accounts {
         recent: Recent::default(),
         store: store.clone(),
         keyring: keys,
+        work: work.clone(),
         passwords: Arc::new(Argon2Passwords::new()?),
         throttle: Throttle::new(config.login_per_minute_address, config.login_per_minute_account, clock.clone()),
         rights: Arc::new(Rights::new(store.clone(), store.clone(), clock.clone())),
@@ -145,7 +150,13 @@ async fn on_store(config: &Config, clock: SharedClock, work: impl AsyncFnOnce(Us
         events: Events::local(Duration::ZERO, clock),
         lifetimes: Lifetimes { access_secs: config.access_secs, refresh_days: config.refresh_days },
     });
-    let done = work(Users { store, accounts, pool: None }).await;
+    let via = Via { door: DOOR, ..Via::default() };
+    let done = audit::scope(&log, via, change(Users { store, accounts, pool: None }), audit::Ending::of).await;
+    work.end(GRACE).await;
+    if let Err(error) = log.checkpoint().await {
+        // The next start of the hub signs it.
+        eprintln!("the entry of this in the audit log is not signed yet: {error}");
+    }
     tasks.end(GRACE).await;
     Ok(done?)
 }

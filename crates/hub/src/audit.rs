@@ -1,11 +1,14 @@
 //! The audit log as text: checkpoints in files beside the database, and an export that is verified with
 //! nothing but itself.
 
+use crate::keys::Keys;
 use anyhow::{Context, Result, bail, ensure};
-use hub_engine::ports::{Noted, Witness};
+use hub_engine::audit::Log;
+use hub_engine::ports::{Meta, Noted, Witness};
+use hub_store::Store;
 use mesh_core::audit::{Checkpoint, Detail, Head, Person, Row, Salt, Signed, follow};
 use mesh_core::{ChainId, Digest};
-use mesh_process::{entropy, files};
+use mesh_process::{SharedClock, Tasks, entropy, files};
 use mesh_wire::convert::{parse_rfc3339, rfc3339};
 use mesh_wire::rest::{AuditActor, AuditCheckpoint, AuditEntry, AuditExportEnd, AuditHead, AuditResource};
 use std::collections::BTreeMap;
@@ -13,6 +16,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// In the data folder: who this hub process is, and a file of checkpoints for each of its chains.
 const FOLDER: &str = "audit";
@@ -37,6 +41,30 @@ pub fn identity(data_dir: &Path) -> Result<[u8; 16]> {
         Err(e) => return Err(e).with_context(|| path.display().to_string()),
     }
     Ok(id)
+}
+
+/// The log of the hub whose data folder this is, which goes on with its own chain.
+pub async fn log(
+    data_dir: &Path,
+    store: &Arc<Store>,
+    keys: &Arc<Keys>,
+    incarnation: u32,
+    clock: SharedClock,
+    work: Tasks,
+) -> Result<Arc<Log>> {
+    let log = Arc::new(Log {
+        store: store.clone(),
+        witness: Arc::new(Files::of(data_dir)),
+        keyring: keys.clone(),
+        keys: keys.task_keys(),
+        hub: keys.hub,
+        clock,
+        work,
+        bounds: Default::default(),
+    });
+    let restored = store.restored().await?.is_some();
+    log.start(&identity(data_dir)?, incarnation, restored).await.context("the audit log")?;
+    Ok(log)
 }
 
 /// Checkpoints in `{data_dir}/audit`, one file for each chain of this process.

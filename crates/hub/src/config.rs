@@ -63,6 +63,8 @@ pub struct Config {
     pub output_bytes: u64,
     pub request_secs: u64,
     pub connections: u64,
+    /// 0: no limit.
+    pub connections_per_address: u64,
     pub events_replay_secs: u64,
     /// 0: no limit.
     pub api_per_second: u64,
@@ -102,6 +104,7 @@ const SETTINGS: &[(&str, &str, bool)] = &[
     ("limits", "request_secs", true),
     ("limits", "upload_bytes", false),
     ("limits", "connections", true),
+    ("limits", "connections_per_address", true),
     ("limits", "api_per_second", true),
     ("limits", "api_burst", true),
     ("limits", "login_per_minute_address", true),
@@ -249,6 +252,7 @@ impl Config {
             output_bytes: l.number("limits", "output_bytes", 64 << 20, 1024, 1 << 40)?,
             request_secs: l.number("limits", "request_secs", 30, 1, 3600)?,
             connections: l.number("limits", "connections", 10_000, 1, 1_000_000)?,
+            connections_per_address: l.number("limits", "connections_per_address", 2_000, 0, 1_000_000)?,
             events_replay_secs: l.number("limits", "events_replay_secs", 600, 1, 86_400)?,
             api_per_second: l.number("limits", "api_per_second", 100, 0, 1_000_000)?,
             api_burst: l.number("limits", "api_burst", 200, 1, 1_000_000)?,

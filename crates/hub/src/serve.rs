@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::doors::https::{self, DoorTls, Tls};
-use crate::doors::listener::{self, Accept, Limits};
+use crate::doors::listener::{self, Accept, Limits, Shares};
 use crate::doors::rest::{self, Binaries, Door, Facts, RestState};
 use crate::keys::{Argon2Passwords, KeyError, Keys};
 use crate::link::{self, LinkContext, tls};
@@ -144,18 +144,7 @@ impl Hub {
         let reach = Reach::of(&config, &Machine::look(), http, node, certified);
 
         let events = events(&config, &keys, &clock, &store_tasks).await;
-        let audit = Arc::new(Log {
-            store: store.clone(),
-            witness: Arc::new(crate::audit::Files::of(&dir)),
-            keyring: keys.clone(),
-            keys: keys.task_keys(),
-            hub: keys.hub,
-            clock: clock.clone(),
-            work: work.clone(),
-            bounds: Default::default(),
-        });
-        let restored = store.restored().await?.is_some();
-        audit.start(&crate::audit::identity(&dir)?, meta.incarnation, restored).await.context("the audit log")?;
+        let audit = crate::audit::log(&dir, &store, &keys, meta.incarnation, clock.clone(), work.clone()).await?;
         let services = Services::build(&config, &store, &keys, &clock, meta.incarnation, (&work, &doors), events)?;
         let made_password = first_admin(&services.accounts, &config, &dir).await?;
         // What ended while the hub was away has ended before anybody can ask.
@@ -325,9 +314,9 @@ impl Hub {
             Some(doors_tls) => {
                 let (door, shaken) = https::Door::new(doors_tls);
                 tls::accept(http_listener, gate, Some(door), &doors);
-                serve_http(&doors, shaken, app.clone(), connections);
+                serve_http(&doors, shaken, app.clone(), &config);
             }
-            None => serve_http(&doors, http_listener, app.clone(), connections),
+            None => serve_http(&doors, http_listener, app.clone(), &config),
         }
         let socket = dir.join("hub.sock");
         serve_socket(&doors, &socket, app)?;
@@ -465,6 +454,7 @@ impl Services {
             events: events.clone(),
             lifetimes: accounts::Lifetimes { access_secs: config.access_secs, refresh_days: config.refresh_days },
             throttle: Throttle::new(config.login_per_minute_address, config.login_per_minute_account, clock.clone()),
+            work: work.clone(),
         });
         let nodes = Arc::new(Nodes {
             hub: keys.hub,
@@ -702,9 +692,12 @@ impl Renewed {
     }
 }
 
-fn serve_http(group: &Tasks, listener: impl Accept, app: Router, connections: usize) {
+fn serve_http(group: &Tasks, listener: impl Accept, app: Router, config: &Config) {
     let app = app.layer(axum::Extension(Door::Http));
-    group.spawn_vital("http", listener::serve("http", listener, app, Limits::of(connections), group.clone()));
+    let limits = Limits::of(config.connections as usize);
+    let shares = u32::try_from(config.connections_per_address).ok().filter(|most| *most > 0);
+    let shares = shares.map(|most| Shares::new(most, config.trusted_proxies.clone()));
+    group.spawn_vital("http", listener::serve("http", listener, app, limits, shares, group.clone()));
 }
 
 /// The control socket: 0600, and the peer's uid must be the hub's own.
@@ -714,10 +707,10 @@ fn serve_socket(group: &Tasks, path: &Path, app: Router) -> anyhow::Result<()> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     let app = app.layer(axum::Extension(Door::Socket));
     let listener = listener::OwnUid { listener, own: rustix::process::getuid().as_raw() };
-    group.spawn_vital("control socket", listener::serve("socket", listener, app, Limits::of(SOCKET_CONNECTIONS), group.clone()));
+    group.spawn_vital("control socket", listener::serve("socket", listener, app, Limits::of(SOCKET_CONNECTIONS), None, group.clone()));
     Ok(())
 }
 
 fn serve_metrics(group: &Tasks, listener: TcpListener, app: Router) {
-    group.spawn_vital("metrics", listener::serve("metrics", listener, app, Limits::of(METRICS_CONNECTIONS), group.clone()));
+    group.spawn_vital("metrics", listener::serve("metrics", listener, app, Limits::of(METRICS_CONNECTIONS), None, group.clone()));
 }

@@ -9,6 +9,7 @@ use hub_engine::events::{Data, Event, NodeNews, SessionNews, TaskKind, TaskNews,
 use hub_engine::links::Health;
 use hub_engine::records::MessageRole;
 use mesh_core::canon::{Malformed, Reader, Writer};
+use mesh_core::ceiling::Closed;
 use mesh_core::permission::Role;
 use mesh_core::task::{Reason, ReasonCode, TaskState};
 use mesh_core::{ApiKeyId, HubId, LoginId, MessageId, NodeId, SessionId, TaskId, UnixMs, UserId, sha256};
@@ -120,6 +121,7 @@ mod kind {
     pub const REMOVED: u8 = 12;
     pub const RECOVERED: u8 = 13;
     pub const SUPERSEDED: u8 = 14;
+    pub const TAKES: u8 = 15;
     pub const TASK: u8 = 16;
     pub const CREATED: u8 = 32;
     pub const CLOSED: u8 = 33;
@@ -185,6 +187,7 @@ fn write(w: &mut Writer, event: &Event) {
                 NodeNews::Revoked => of(kind::REVOKED),
                 NodeNews::Removed => of(kind::REMOVED),
                 NodeNews::Superseded => of(kind::SUPERSEDED),
+                NodeNews::Takes { closed, max_tasks } => of(kind::TAKES).str(closed.map_or("", Closed::as_str)).u32(*max_tasks),
             }
         }
         Data::Task(news) => write_task(head(kind::TASK), news),
@@ -261,7 +264,7 @@ fn read(body: &[u8]) -> Result<Option<Entry>, Malformed> {
 
 /// None where a later version wrote it.
 fn read_event(kind: u8, r: &mut Reader<'_>) -> Result<Option<Word>, Malformed> {
-    if !(kind::ENROLLED..=kind::SUPERSEDED).contains(&kind)
+    if !(kind::ENROLLED..=kind::TAKES).contains(&kind)
         && kind != kind::TASK
         && !(kind::CREATED..=kind::MESSAGE).contains(&kind)
         && !(kind::RIGHTS_USER..=kind::RIGHTS_ROLE).contains(&kind)
@@ -274,7 +277,7 @@ fn read_event(kind: u8, r: &mut Reader<'_>) -> Result<Option<Word>, Malformed> {
             Some(news) => Data::Task(Box::new(news)),
             None => return Ok(None),
         },
-        kind::ENROLLED..=kind::SUPERSEDED => Data::Node(NodeId::from_bytes(r.array()?), read_node(kind, r)?),
+        kind::ENROLLED..=kind::TAKES => Data::Node(NodeId::from_bytes(r.array()?), read_node(kind, r)?),
         kind::CREATED..=kind::MESSAGE => {
             let session = SessionId::from_bytes(r.array()?);
             match read_session(kind, r)? {
@@ -338,6 +341,7 @@ fn read_node(kind: u8, r: &mut Reader<'_>) -> Result<NodeNews, Malformed> {
         kind::REVOKED => NodeNews::Revoked,
         kind::REMOVED => NodeNews::Removed,
         kind::SUPERSEDED => NodeNews::Superseded,
+        kind::TAKES => NodeNews::Takes { closed: Closed::parse(r.str()?), max_tasks: r.u32()? },
         _ => NodeNews::Health(Health {
             cpu_percent: f64::from_bits(r.u64()?),
             memory_used: r.u64()?,
@@ -424,6 +428,8 @@ mod tests {
             NodeNews::Revoked,
             NodeNews::Removed,
             NodeNews::Superseded,
+            NodeNews::Takes { closed: Some(Closed::Disabled), max_tasks: 4 },
+            NodeNews::Takes { closed: None, max_tasks: 0 },
         ];
         let sessions = [
             SessionNews::Created { name: String::new() },
@@ -469,7 +475,7 @@ mod tests {
             000000066661696c65640000000301000000046578697400000003c3a40001ffffffff0100000009";
         assert_eq!(hex(&sealed[MAC..]), body);
         let all: Vec<u8> = words().iter().flat_map(|w| sealer().seal(&LIFE, 1, 2, w)).collect();
-        assert_eq!(hex(&sha256(&all)), "584234b0ecad1f353da80fd24102d2d42e88762c6f110c410b671cbc30cc2023");
+        assert_eq!(hex(&sha256(&all)), "1ee3c76b59615255e95934358ede19528c73576a6caa1ca4713f42b21b3ab205");
     }
 
     #[test]
@@ -504,7 +510,7 @@ mod tests {
         };
         let kind_at = 1 + 16 + 8 + 8;
         assert_eq!(body(&|b| b[0] = 2), Ok(None));
-        for kind in [0, 15, 17, 40, 52, 200, 255] {
+        for kind in [0, 17, 31, 40, 52, 200, 255] {
             assert!(matches!(body(&|b| b[kind_at] = kind), Ok(Some(Entry { word: Word::Unknown, number: 1, .. }))), "{kind}");
         }
         let state = |b: &mut Vec<u8>| {

@@ -63,6 +63,11 @@ async fn rotation(store: &dyn Accounts) {
     assert!(!lives_at(T0 + 70).await, "the whole family has ended");
     assert_eq!(rotate(3, 5, T0 + 70).await, Rotation::Unknown, "its newest token too");
     assert_eq!(rotate(4, 6, T0 + 70).await, Rotation::Unknown, "nothing was given for the reused one");
+    let whose = async |mac: u8| store.refresh_of(&[mac; 32]).await.unwrap();
+    for known in [1, 2, 3] {
+        assert_eq!(whose(known).await, Some((user, login)), "used up or ended, it is known whose it was");
+    }
+    assert_eq!((whose(50).await, whose(4).await), (Some((user, login_id(2))), None));
     assert!(lives(store, 2, T0).await, "another log-in of the same user lives on");
 }
 
@@ -95,11 +100,21 @@ async fn log_ins_end(store: &dyn Accounts) {
     store.end_login(login_id(77)).await.unwrap();
     assert_eq!(all().await, [2, 3, 4]);
     assert_eq!(store.rotate_refresh(&[1; 32], &[90; 32], T0 + 9, T0).await.unwrap(), Rotation::Unknown, "ended");
-    store.set_password(user_id(1), "new", Some(login_id(3))).await.unwrap();
+    let old = user(1, "ada").password_hash;
+    assert!(store.set_password(user_id(1), &old, "new", Some(login_id(3))).await.unwrap());
     assert_eq!(all().await, [3, 4], "all but the kept one, and nobody else's");
-    assert_eq!(store.user(user_id(1)).await.unwrap().unwrap().password_hash, "new");
-    store.set_password(user_id(1), "newer", None).await.unwrap();
+    let hash = async || store.user(user_id(1)).await.unwrap().unwrap().password_hash;
+    assert_eq!(hash().await, "new");
+    for was in [old.as_str(), "", "NEW"] {
+        assert!(!store.set_password(user_id(1), was, "stale", None).await.unwrap(), "another one was set meanwhile");
+    }
+    assert!(!store.set_password(user_id(77), "new", "stale", None).await.unwrap());
+    assert_eq!((hash().await.as_str(), all().await), ("new", vec![3, 4]), "and nothing ends by it");
+    assert!(store.set_password(user_id(1), "new", "newer", None).await.unwrap());
     assert_eq!(all().await, [4]);
+    let (one, two) =
+        futures::join!(store.set_password(user_id(1), "newer", "one", None), store.set_password(user_id(1), "newer", "two", None));
+    assert_ne!(one.unwrap(), two.unwrap(), "of two at once one is set");
 }
 
 async fn devices(store: &dyn Accounts) {

@@ -413,6 +413,8 @@ async fn lists(store: &dyn Journal) {
     assert_eq!(ids(within(Within::owned_by(user_id(2))), all()).await, [8, 7, 6, 5]);
     assert_eq!(ids(within(Within::default()), all()).await, Vec::<i64>::new());
     assert_eq!(ids(within(Within { nodes: vec![node_id(1)], ..Within::default() }), all()).await, [3, 1]);
+    let many: Vec<_> = (100..40_100).map(node_id).collect();
+    assert_eq!(ids(within(Within { nodes: [many, vec![node_id(1)]].concat(), ..Within::default() }), all()).await, [3, 1]);
     let granted = Within { sessions: vec![session_id(1)], nodes: vec![node_id(1)], ..Within::owned_by(user_id(2)) };
     assert_eq!(ids(within(granted), all()).await, [8, 7, 6, 5, 4, 3, 2, 1], "each once");
     let narrow = TaskFilter { session: Some(session_id(1)), user: Some(user_id(1)), since: Some(T0 + 2), until: Some(T0 + 4), ..f() };

@@ -145,7 +145,11 @@ async fn lists(store: &dyn NodeDirectory) {
     assert_eq!(within(Within::owned_by(user_id(2))).await, [3, 1].map(node_id));
     let granted = vec![node_id(4), node_id(3), node_id(9)];
     assert_eq!(within(Within { nodes: granted.clone(), ..Within::owned_by(user_id(2)) }).await, [4, 3, 1].map(node_id), "each once");
-    assert_eq!(within(Within { nodes: granted, ..Default::default() }).await, [4, 3].map(node_id));
+    assert_eq!(within(Within { nodes: granted.clone(), ..Default::default() }).await, [4, 3].map(node_id));
+    // As many as a grant by labels may reach.
+    let many: Vec<_> = (100..40_100).map(node_id).collect();
+    let many = Within { nodes: [many, granted].concat(), ..Within::owned_by(user_id(2)) };
+    assert_eq!(within(many).await, [4, 3, 1].map(node_id));
     assert_eq!(within(Within::default()).await, vec![], "within nothing");
     assert_eq!(ids(store.nodes_named("build").await.unwrap()), [4, 3, 1].map(node_id), "names are shared");
     assert_eq!(ids(store.nodes_named("Build").await.unwrap()), vec![]);

@@ -85,8 +85,15 @@ async fn coming<S: Accounts + Users + ?Sized>(store: &S) {
     assert_eq!(standing(store, 3).await, Some(Standing::Invited { until: T0 + 20 }));
     assert_eq!(store.accept_invite(&[4; 32], "x", T0).await.unwrap(), None);
     assert_eq!(store.change_user(user_id(2), &again, T0).await.unwrap(), UserChanged::HasPassword);
-    store.set_password(user_id(3), "set", None).await.unwrap();
-    assert_eq!(standing(store, 3).await, Some(Standing::Active));
+    let password = UserChange { password_hash: Some("set".into()), username: Some("Eva".into()), ..Default::default() };
+    log_in(store, 33, 3).await;
+    log_in(store, 34, 2).await;
+    let taken = UserChange { username: Some("bob".into()), ..password.clone() };
+    assert_eq!(store.change_user(user_id(3), &taken, T0).await.unwrap(), UserChanged::NameTaken);
+    assert_eq!((standing(store, 3).await, lives(store, 33).await), (Some(Standing::Invited { until: T0 + 20 }), true), "all or nothing");
+    let UserChanged::Done { now, .. } = store.change_user(user_id(3), &password, T0).await.unwrap() else { panic!("a password is set") };
+    assert_eq!((now.username.as_deref(), now.standing), (Some("Eva"), Standing::Active));
+    assert_eq!((lives(store, 33).await, lives(store, 34).await), (false, true), "their log-ins end, and nobody else's");
     assert_eq!(store.accept_invite(&[5; 32], "x", T0).await.unwrap(), None);
     assert_eq!(store.user(user_id(3)).await.unwrap().unwrap().password_hash, "set");
 }

@@ -89,15 +89,16 @@ impl Users for MemoryStore {
         state.users.entry(id).and_modify(|u| {
             u.username = to.username.clone().unwrap_or(u.username.clone());
             u.role = to.role.unwrap_or(u.role);
+            u.password_hash = to.password_hash.clone().unwrap_or(u.password_hash.clone());
         });
+        if to.disabled == Some(true) || to.password_hash.is_some() {
+            state.refresh.values_mut().filter(|r| r.token.user == id).for_each(|r| r.ended = true);
+        }
         if to.disabled == Some(true) || to.role.is_some_and(|r| !matches!(r, Role::Admin | Role::Developer)) {
             state.revoke_invites(id, now);
         }
         match to.disabled {
-            Some(true) => {
-                state.disabled.insert(id);
-                state.refresh.values_mut().filter(|r| r.token.user == id).for_each(|r| r.ended = true);
-            }
+            Some(true) => drop(state.disabled.insert(id)),
             Some(false) => drop(state.disabled.remove(&id)),
             None => {}
         }

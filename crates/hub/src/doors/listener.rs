@@ -5,6 +5,8 @@
 
 mod watch;
 
+use super::forwarded::Networks;
+use crate::link::crowd::{self, Crowd};
 use axum::Router;
 use axum::body::Body;
 use futures::future::poll_fn;
@@ -66,6 +68,27 @@ impl Limits {
     }
 }
 
+/// What each network may have of a listener's connections, so that none takes all of them.
+#[derive(Clone)]
+pub struct Shares {
+    crowd: Arc<Crowd>,
+    /// One of them is many.
+    proxies: Networks,
+}
+
+impl Shares {
+    pub fn new(most: u32, proxies: Networks) -> Self {
+        Self { crowd: Crowd::new(most), proxies }
+    }
+    /// None: too many. What comes from this machine is not counted: it may be a proxy that nobody told of.
+    fn enter(&self, peer: Peer) -> Option<Option<crowd::Place>> {
+        match peer.address.filter(|a| !a.is_loopback() && !self.proxies.contains(*a)) {
+            Some(address) => self.crowd.enter(address).map(Some),
+            None => Some(None),
+        }
+    }
+}
+
 /// Something that connections come from.
 pub trait Accept: Send + Sync + 'static {
     type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
@@ -121,7 +144,14 @@ impl Accept for OwnUid {
 }
 
 /// Serves `app` until the group is asked to end; then lets requests under way come to theirs.
-pub async fn serve<L: Accept>(name: &'static str, mut listener: L, app: Router, limits: Limits, tasks: Tasks) -> Result<(), Infallible> {
+pub async fn serve<L: Accept>(
+    name: &'static str,
+    mut listener: L,
+    app: Router,
+    limits: Limits,
+    shares: Option<Shares>,
+    tasks: Tasks,
+) -> Result<(), Infallible> {
     let stop = tasks.token();
     let places = Arc::new(Semaphore::new(limits.connections));
     // Told once until it is over: what makes it happen makes it happen often.
@@ -150,8 +180,14 @@ pub async fn serve<L: Accept>(name: &'static str, mut listener: L, app: Router, 
             continue;
         };
         full = false;
+        let Some(share) = shares.as_ref().map_or(Some(None), |shares| shares.enter(peer)) else {
+            metrics::counter!("cortex_http_connections_refused_total", "listener" => name).increment(1);
+            tracing::debug!(listener = name, address = ?peer.address, "too many connections of one address; more are refused");
+            refuse(io);
+            continue;
+        };
         let watch = Arc::new(Watch::new(limits));
-        let socket = Socket::new(io, watch.clone(), Place::take(name, permit));
+        let socket = Socket::new(io, watch.clone(), Place::take(name, permit, share));
         let connection = connection((name, peer), socket, watch, app.clone(), tasks.clone(), stop.clone());
         tasks.spawn("http connection", connection);
     }

@@ -174,6 +174,7 @@ mod tests {
             events: events.clone(),
             lifetimes: Lifetimes { access_secs: 600, refresh_days: 30 },
             throttle: hub_engine::throttle::Throttle::new(10, 5, clock.clone()),
+            work: Tasks::new(),
         });
         let (stop, tasks) = (CancellationToken::new(), Tasks::new());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+#[derive(Debug)]
 pub struct Crowd {
     most: u32,
     /// No network without a place stands in it.
@@ -12,6 +13,7 @@ pub struct Crowd {
 }
 
 /// One place of a network, until it is dropped.
+#[derive(Debug)]
 pub struct Place {
     crowd: Arc<Crowd>,
     network: IpAddr,

@@ -5,7 +5,7 @@
 //!             └─► NodeLink.SyncConfiguration, TaskStream, DataStream, ReportHealth, Renew
 //! ```
 
-mod crowd;
+pub(crate) mod crowd;
 mod data;
 mod enrolment;
 pub mod envelope;

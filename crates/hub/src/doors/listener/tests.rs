@@ -21,6 +21,10 @@ struct Stage {
 }
 
 async fn stage(limits: Limits) -> Stage {
+    staged(limits, None, |listener| listener).await
+}
+
+async fn staged<L: Accept>(limits: Limits, shares: Option<Shares>, door: impl FnOnce(TcpListener) -> L) -> Stage {
     let endless = || async {
         let part = Bytes::from(vec![b'x'; 16 << 10]);
         Body::from_stream(futures::stream::repeat(part).map(Ok::<_, Infallible>))
@@ -42,7 +46,7 @@ async fn stage(limits: Limits) -> Stage {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let tasks = Tasks::new();
-    tasks.spawn_vital("test", serve("test", listener, app, limits, tasks.clone()));
+    tasks.spawn_vital("test", serve("test", door(listener), app, limits, shares, tasks.clone()));
     Stage { address, tasks, begun }
 }
 
@@ -97,6 +101,63 @@ async fn rest(io: &mut TcpStream) -> String {
     // A reset is an end too.
     let _ = soon("the end of a connection", io.read_to_end(&mut seen)).await;
     String::from_utf8_lossy(&seen).into_owned()
+}
+
+/// Connections that come from elsewhere, one address after the other, and then all from [`GREEDY`].
+const GREEDY: &str = "192.0.2.1";
+struct From(TcpListener, std::vec::IntoIter<&'static str>);
+
+impl Accept for From {
+    type Io = TcpStream;
+    async fn accept(&mut self) -> std::io::Result<Option<(TcpStream, Peer)>> {
+        let (io, _) = self.0.accept().await?;
+        let address = self.1.next().unwrap_or(GREEDY).parse().unwrap();
+        Ok(Some((io, Peer { address: Some(address), local: None })))
+    }
+}
+
+#[tokio::test]
+async fn no_network_takes_all_connections() {
+    let shares = Shares::new(2, Networks::parse(["198.51.100.7"]).unwrap());
+    let all = [
+        (GREEDY, true),
+        (GREEDY, true),
+        (GREEDY, false),
+        ("192.0.2.2", true),
+        ("2001:db8::1", true),
+        ("2001:db8::2", true),
+        ("2001:db8::3", false),
+        ("198.51.100.7", true),
+        ("198.51.100.7", true),
+        ("198.51.100.7", true),
+        ("127.0.0.1", true),
+        ("127.0.0.1", true),
+        ("127.0.0.1", true),
+    ];
+    let addresses: Vec<&str> = all.iter().map(|(address, _)| *address).collect();
+    let stage = staged(limits(), Some(shares), |listener| From(listener, addresses.into_iter())).await;
+    let mut kept = vec![];
+    for (n, (address, taken)) in all.into_iter().enumerate() {
+        let mut io = stage.connect().await;
+        if taken {
+            assert_eq!(ask(&mut io, "/").await, "HTTP/1.1 200 OK", "{n}: {address}");
+            kept.push(io);
+        } else {
+            assert!(rest(&mut io).await.starts_with("HTTP/1.1 503 "), "{n}: {address}");
+        }
+    }
+    kept.remove(0);
+    soon("a place that was given back", async {
+        loop {
+            let mut io = stage.connect().await;
+            let mut first = [0; 12];
+            io.write_all(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n").await.ok();
+            if io.read_exact(&mut first).await.is_ok() && first == *b"HTTP/1.1 200" {
+                return;
+            }
+        }
+    })
+    .await;
 }
 
 #[tokio::test]

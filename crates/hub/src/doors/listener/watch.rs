@@ -1,6 +1,7 @@
 //! What one connection is doing, and when that has lasted too long.
 
 use super::Limits;
+use crate::link::crowd;
 use axum::body::{Body, Bytes};
 use hyper::body::{Frame, SizeHint};
 use std::collections::BTreeMap;
@@ -209,13 +210,14 @@ impl hyper::body::Body for Sent {
 pub struct Place {
     listener: &'static str,
     _permit: OwnedSemaphorePermit,
+    _share: Option<crowd::Place>,
 }
 
 impl Place {
-    pub fn take(listener: &'static str, permit: OwnedSemaphorePermit) -> Self {
+    pub fn take(listener: &'static str, permit: OwnedSemaphorePermit, share: Option<crowd::Place>) -> Self {
         metrics::gauge!("cortex_http_connections", "listener" => listener).increment(1);
         metrics::counter!("cortex_http_connections_accepted_total", "listener" => listener).increment(1);
-        Self { listener, _permit: permit }
+        Self { listener, _permit: permit, _share: share }
     }
 }
 

@@ -58,7 +58,7 @@ pub async fn until_end(app: &App, mut who: Who, id: TaskId, secs: u64, ear: &Ear
     loop {
         if rights.has_changed().unwrap_or(false) || Instant::now() >= look_at {
             rights.mark_unchanged();
-            who.authenticated = app.accounts.still(&who.authenticated).await?;
+            who.renew(app).await?;
             look_at = Instant::now() + GRANTED_EVERY;
         }
         let task = app.tasks.journal.narrow(id).await.map_err(Error::from)?.ok_or(Error::NotFound("task"))?;

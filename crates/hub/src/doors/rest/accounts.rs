@@ -122,7 +122,7 @@ pub async fn refresh(
 /// Ends the log-in of the token that was used. With an API key there is nothing to end.
 #[utoipa::path(post, path = "/auth/logout", tag = "auth", responses((status = 204, description = "Ended")))]
 pub async fn logout(State(app): State<App>, who: Who) -> Answer<(StatusCode, HeaderMap)> {
-    if let Some(login) = who.authenticated.login {
+    if let Some(login) = who.authenticated().login {
         app.accounts.logout(who.caller(), login).await?;
     }
     let headers = if who.by_cookie { cookie::taken() } else { HeaderMap::new() };
@@ -133,7 +133,7 @@ pub async fn logout(State(app): State<App>, who: Who) -> Answer<(StatusCode, Hea
 #[utoipa::path(get, path = "/auth/me", tag = "auth", responses((status = 200, description = "The caller", body = MeReply)))]
 pub async fn me(State(app): State<App>, who: Who) -> Answer<Json<MeReply>> {
     let (user, permissions) = app.accounts.me(who.caller()).await?;
-    let csrf_token = who.authenticated.login.filter(|_| who.by_cookie).map(|login| cookie::csrf_token(&app, login));
+    let csrf_token = who.authenticated().login.filter(|_| who.by_cookie).map(|login| cookie::csrf_token(&app, login));
     Ok(Json(MeReply {
         csrf_token,
         role: user.role.as_str().into(),
@@ -151,7 +151,7 @@ pub async fn me(State(app): State<App>, who: Who) -> Answer<Json<MeReply>> {
     responses((status = 204, description = "Changed"), (status = 422, description = "Not 12 to 256 characters")),
 )]
 pub async fn change_password(State(app): State<App>, who: Who, Body(r): Body<PasswordRequest>) -> Answer<StatusCode> {
-    app.accounts.change_password(&who.authenticated, r.current_password, r.new_password).await?;
+    app.accounts.change_password(who.authenticated(), r.current_password, r.new_password).await?;
     let (user, _) = app.accounts.me(who.caller()).await?;
     if user.username == ADMIN {
         // The file held the password that was made at the first start, and is of no more use.

@@ -180,7 +180,7 @@ pub async fn logs(
     let ear = app.agents.listen(id);
     let next = resumed.or(q.offset).unwrap_or(0);
     let (ready, look_at) = (VecDeque::new(), Instant::now() + GRANTED_EVERY);
-    let state = Following { app, who: who.authenticated, rights, look_at, id, next, ear, ready, done: false };
+    let state = Following { app, who: who.authenticated().clone(), rights, look_at, id, next, ear, ready, done: false };
     let body = stream::unfold(state, |mut s| async move {
         loop {
             if let Some(event) = s.ready.pop_front() {

@@ -3,7 +3,7 @@
 use super::App;
 use super::problem::Refusal;
 use super::requests;
-use super::who::Who;
+use super::who::{Known, Who};
 use axum::extract::{FromRequest, FromRequestParts, OriginalUri, Path, Request};
 use axum::http::request::Parts;
 use axum::http::{StatusCode, header};
@@ -109,14 +109,29 @@ pub async fn read_text(body: axum::body::Body, limit: usize) -> String {
 
 /// The bytes of a body that says it is JSON.
 pub async fn json(request: Request, app: &App) -> Result<Bytes, Refusal> {
-    let kind = request.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+    let (parts, bytes) = whole(request, app).await?;
+    says_json(&parts)?;
+    Ok(bytes)
+}
+
+/// Reads a body to its end, and looks again who sends it.
+async fn whole(request: Request, app: &App) -> Result<(Parts, Bytes), Refusal> {
+    let (parts, body) = request.into_parts();
+    let bytes = read(body, app.facts.body_bytes).await?;
+    if let Some(known) = parts.extensions.get::<Known>() {
+        known.again(app).await?;
+    }
+    Ok((parts, bytes))
+}
+
+fn says_json(parts: &Parts) -> Result<(), Refusal> {
+    let kind = parts.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let kind = kind.split(';').next().unwrap_or_default().trim();
-    let bytes = read(request.into_body(), app.facts.body_bytes).await?;
     if !kind.eq_ignore_ascii_case("application/json") {
         let detail = format!("the body must be application/json, not {kind:?}");
         return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", detail));
     }
-    Ok(bytes)
+    Ok(())
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refusal> {
@@ -151,13 +166,12 @@ pub struct OptionalBody<T>(pub T);
 impl<T: DeserializeOwned + Default> FromRequest<App> for OptionalBody<T> {
     type Rejection = Refusal;
     async fn from_request(request: Request, app: &App) -> Result<Self, Refusal> {
-        let (parts, body) = request.into_parts();
-        let bytes = read(body, app.facts.body_bytes).await?;
+        let (parts, bytes) = whole(request, app).await?;
         if bytes.is_empty() {
             return Ok(Self(T::default()));
         }
-        let request = Request::from_parts(parts, bytes.into());
-        Body::from_request(request, app).await.map(|b| Self(b.0))
+        says_json(&parts)?;
+        parse(&bytes).map(Self)
     }
 }
 

@@ -24,7 +24,7 @@ use mesh_wire::rest::{DevicePatch, DeviceView, Page};
 pub async fn list(State(app): State<App>, who: Who, Query(q): Query<PlainList>) -> Answer<Json<Page<DeviceView>>> {
     let w = window(q.limit, q.cursor.as_deref(), "devices", DeviceId::from_bytes)?;
     let found = app.accounts.devices(who.caller(), w).await?;
-    let own = who.authenticated.login.map(DeviceId::from);
+    let own = who.authenticated().login.map(DeviceId::from);
     Ok(Json(page(found, w.limit, "devices", |d| *d.id.as_bytes(), |d| views::device(d, own))))
 }
 
@@ -44,7 +44,7 @@ pub async fn change(
 ) -> Answer<Json<DeviceView>> {
     let change = DeviceChange { name: r.name, trusted: r.trusted };
     let device = app.accounts.change_device(who.caller(), id, change).await?;
-    Ok(Json(views::device(device, who.authenticated.login.map(DeviceId::from))))
+    Ok(Json(views::device(device, who.authenticated().login.map(DeviceId::from))))
 }
 
 /// Revoke a device

@@ -15,6 +15,7 @@ use futures::stream;
 use hub_engine::accounts::Accounts;
 use hub_engine::bus::EventId;
 use hub_engine::events::{Data, Event, Feed, NodeNews, SessionNews, TaskNews, Told, Topic};
+use mesh_core::ceiling::Closed;
 use mesh_process::{CancellationToken, SharedClock};
 use mesh_wire::convert::rfc3339;
 use mesh_wire::rest::{EventView, MemoryView, ReasonView, StreamEnd};
@@ -82,7 +83,7 @@ pub fn open(app: &App, who: Who, q: &EventsQuery, uri: &Uri, headers: &HeaderMap
 pub fn reader(app: &App, who: Who, topics: Option<Vec<Topic>>, after: Option<&str>) -> Answer<Reader> {
     // The bus knows no id as long as one that is cut here either: the reader hears a reset.
     let after = after.filter(|id| !id.is_empty()).map(|id| EventId::new(id.chars().take(MAX_ID).collect::<String>()));
-    let feed = app.events.open(who.authenticated, topics, after.as_ref())?;
+    let feed = app.events.open(who.authenticated().clone(), topics, after.as_ref())?;
     Ok(Reader::new(feed, app.accounts.clone(), app.clock.clone()))
 }
 
@@ -260,6 +261,10 @@ fn data(data: &Data) -> Value {
                 NodeNews::Online | NodeNews::Offline | NodeNews::Superseded => {}
                 NodeNews::Draining | NodeNews::Resumed | NodeNews::Revoked | NodeNews::Removed => {}
                 NodeNews::Renamed { name } => v["name"] = json!(name),
+                NodeNews::Takes { closed, max_tasks } => {
+                    v["reason"] = json!(closed.map(Closed::as_str));
+                    v["max_tasks"] = json!(max_tasks);
+                }
                 NodeNews::Changed { labels, slots, task_limit } => {
                     v["labels"] = json!(labels);
                     v["slots"] = json!(slots);

@@ -105,7 +105,7 @@ async fn follow(app: App, who: Who, id: TaskId) -> Answer<Follower> {
     rights.mark_changed();
     let task = app.tasks.get_narrow(who.caller(), id).await?;
     let watch = app.tasks.watchers.subscribe(id);
-    Ok(Follower::new(app, (who.authenticated, rights), task, watch))
+    Ok(Follower::new(app, (who.authenticated().clone(), rights), task, watch))
 }
 
 /// Some of the output, as far as there is any.

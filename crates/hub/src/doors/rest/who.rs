@@ -8,10 +8,11 @@ use axum::extract::FromRequestParts;
 use axum::http::header;
 use axum::http::request::Parts;
 use hub_engine::Error;
-use hub_engine::accounts::Authenticated;
+use hub_engine::accounts::{Authenticated, Look};
 use hub_engine::throttle::Principal;
 use mesh_core::permission::{Caller, Via};
 use std::net::IpAddr;
+use std::sync::{Arc, OnceLock};
 
 /// The name of the first user.
 pub const ADMIN: &str = "admin";
@@ -27,24 +28,55 @@ pub enum Door {
 /// The authenticated caller of a request.
 #[derive(Clone)]
 pub struct Who {
-    pub authenticated: Authenticated,
+    known: Known,
     pub asked: Asked,
     /// It is a page with a cookie.
     pub by_cookie: bool,
 }
 
+/// Who was known before the body of a request arrived, which may take its time: what they may do is decided by
+/// their rights of when all of it is there.
+#[derive(Clone)]
+pub(super) struct Known {
+    before: Authenticated,
+    look: Look,
+    /// The same caller, when something moved meanwhile.
+    since: Arc<OnceLock<Authenticated>>,
+}
+
+impl Known {
+    /// The body is there now; an error when its caller's rights have ended.
+    pub async fn again(&self, app: &App) -> Result<(), Refusal> {
+        if let Some(now) = app.accounts.since(&self.before, self.look).await? {
+            let _ = self.since.set(now);
+        }
+        Ok(())
+    }
+}
+
 impl Who {
+    pub fn authenticated(&self) -> &Authenticated {
+        self.known.since.get().unwrap_or(&self.known.before)
+    }
     pub fn caller(&self) -> &Caller {
-        &self.authenticated.caller
+        &self.authenticated().caller
+    }
+
+    /// Takes the rights of now, for what goes on for long; an error when they have ended.
+    pub async fn renew(&mut self, app: &App) -> Result<(), Error> {
+        let look = app.accounts.look();
+        let before = app.accounts.still(self.authenticated()).await?;
+        self.known = Known { before, look, since: Arc::default() };
+        Ok(())
     }
 
     /// The same caller, for one call of a door within HTTP: it is named in the audit and in the task.
     pub fn through(&self, door: &'static str) -> Self {
-        let mut who = self.clone();
-        if let Caller::Person(person) = &mut who.authenticated.caller {
+        let mut now = self.authenticated().clone();
+        if let Caller::Person(person) = &mut now.caller {
             person.via.door = door;
         }
-        who
+        Self { known: Known { before: now, look: self.known.look, since: Arc::default() }, ..self.clone() }
     }
 }
 
@@ -57,6 +89,7 @@ impl FromRequestParts<App> for Who {
         // What a browser sends by itself counts least.
         let cookie = Cookie::of(&parts.headers).filter(|_| !socket && !parts.headers.contains_key(header::AUTHORIZATION));
         let by_cookie = cookie.is_some();
+        let look = app.accounts.look();
         let who = identify(parts, app, socket, cookie, asked.address).await;
         let principal = match &who {
             _ if socket => None,
@@ -76,7 +109,9 @@ impl FromRequestParts<App> for Who {
         if let Caller::Person(person) = &mut authenticated.caller {
             person.via = Via { door, address: asked.address, request_id: Some(asked.request_id.clone()), device };
         }
-        Ok(Self { authenticated, asked, by_cookie })
+        let known = Known { before: authenticated, look, since: Arc::default() };
+        parts.extensions.insert(known.clone());
+        Ok(Self { known, asked, by_cookie })
     }
 }
 

@@ -180,11 +180,10 @@ impl Asker {
 
     /// Takes the rights of now: a connection outlives them.
     async fn look_again(&mut self) {
-        if let Some(Ok(who)) = &mut self.who {
-            match self.app.accounts.still(&who.authenticated).await {
-                Ok(now) => who.authenticated = now,
-                Err(e) => self.who = Some(Err(e.into())),
-            }
+        if let Some(Ok(who)) = &mut self.who
+            && let Err(e) = who.renew(&self.app).await
+        {
+            self.who = Some(Err(e.into()));
         }
     }
 

@@ -307,7 +307,7 @@ impl Talk {
     /// Who has lost the right to be here hears it, even if they say nothing.
     async fn look(&mut self) -> Result<(), End> {
         let Some(who) = &self.who else { return Ok(()) };
-        match self.app.accounts.still(&who.authenticated).await {
+        match self.app.accounts.still(who.authenticated()).await {
             Err(e @ Error::Unauthenticated(_)) => Err(Some((POLICY, e.to_string()))),
             _ => Ok(()),
         }
