@@ -154,7 +154,7 @@ impl Door {
             (Bad, Mcp) => plain(200, "bad_arguments"),
             (TooLarge, Rpc) => numbered(413, -32006, "body_too_large"),
             // Of a message that is too large nothing is read, so nobody knows which call it was.
-            (TooLarge, RpcSocket) => numbered(101, 1009, ""),
+            (TooLarge, RpcSocket) => numbered(101, 1002, ""),
             (Silent, Rpc) => numbered(408, -32007, "body_too_slow"),
             (TooLarge, Rest | Socket | Mcp) => plain(413, "body_too_large"),
             (Silent, Rest | Socket | Mcp) => plain(408, "body_too_slow"),
