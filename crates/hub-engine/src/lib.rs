@@ -33,6 +33,7 @@ pub mod refusals;
 pub mod restore;
 pub mod retention;
 pub mod rights;
+pub mod rotation;
 pub mod sessions;
 pub mod state;
 pub mod stats;

@@ -7,6 +7,8 @@ mod admin;
 pub mod audit;
 mod backup;
 pub mod cli;
+mod ca;
+mod certificates;
 pub mod config;
 mod control;
 pub mod doors;

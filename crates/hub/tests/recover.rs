@@ -63,7 +63,7 @@ impl Machine {
         let (spki_der, nonce, exporter) = (self.spki(), [3; 32], [exporter; 32]);
         let proof = enrol::recover_bytes(hub, self.id, &exporter, &sha256(&spki_der), counter, &nonce);
         let proof = self.key.sign(&proof).to_bytes().to_vec();
-        Recovery { node: self.id, spki_der, counter, nonce, proof, exporter }
+        Recovery { node: self.id, spki_der, counter, nonce, proof, exporter, roots: vec![] }
     }
 }
 
@@ -142,7 +142,7 @@ async fn a_node_gets_one_certificate_for_each_counter() {
     assert_eq!(format!("{:?}", e.data).matches(&second.not_after.to_string()).count(), 1, "{e:?}");
     // What was given by a renewal whose answer was lost is given again too.
     let caller = Caller::Node { node: m.id, generation: 1 };
-    let renewed = w.nodes.renew(&caller, &m.spki(), 3).await.unwrap();
+    let renewed = w.nodes.renew(&caller, &m.spki(), 3, &[]).await.unwrap();
     assert_eq!(w.ask(&m, 3).await.unwrap(), renewed);
     // Neither what is over nor what is far ahead.
     for stale in [0, 1, 2, 68, u64::MAX] {
@@ -252,7 +252,7 @@ async fn the_hubs_own_certificate_is_replaced_without_a_restart() {
     tls::accept(listener, gate, None, &tasks);
 
     let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from(keys.root_der().to_vec())).unwrap();
+    roots.add(CertificateDer::from(keys.authority().issuing().root.clone())).unwrap();
     let mut config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
     config.alpn_protocols = vec![b"h2".to_vec()];
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));

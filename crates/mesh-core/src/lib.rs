@@ -4,6 +4,7 @@
 //! gRPC, HTTP or JSON: time and keys arrive as arguments, answers leave as values.
 
 pub mod audit;
+pub mod bundle;
 pub mod canon;
 pub mod capability;
 pub mod ceiling;

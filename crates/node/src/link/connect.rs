@@ -62,7 +62,7 @@ pub fn says_superseded(s: &Status) -> Option<&str> {
 }
 
 impl DialError {
-    /// The hub, or its TLS, says that this certificate has ended.
+    /// The hub, or its TLS, says that this certificate counts no more: it has ended, or its root was retired.
     pub fn certificate_ended(&self) -> bool {
         let mut text = self.to_string();
         let mut source = std::error::Error::source(self);
@@ -71,7 +71,8 @@ impl DialError {
             source = e.source();
         }
         text.retain(char::is_alphabetic);
-        text.to_lowercase().contains("certificateexpired")
+        let text = text.to_lowercase();
+        text.contains("certificateexpired") || text.contains("unknownca")
     }
     /// The certificate ended so long ago that its key does not count any more.
     pub fn too_late(&self) -> bool {
@@ -129,7 +130,7 @@ impl Dial {
         let identity: Identity = self.dir.identity()?;
         let (certificate, root) = self.dir.certificates()?;
         let own = ClientCertificate { certificate, root, key: identity.private() };
-        let config = tls::client_config(self.settings.ca_pin, Some(own), self.time.clone())?;
+        let config = tls::client_config(&self.settings.trust, Some(own), self.time.clone())?;
         let stream = self.settings.way.connect(&self.settings.server_name, config).await?;
         let channel = tls::channel(stream).await?;
         let registration = RegistrationRequest {
@@ -194,6 +195,9 @@ mod tests {
         let alert = rustls::Error::AlertReceived(rustls::AlertDescription::CertificateExpired);
         let broken = std::io::Error::new(std::io::ErrorKind::InvalidData, alert);
         assert!(DialError::Tls(TlsError::Handshake { address: "a".into(), source: broken }).certificate_ended());
+        let alert = rustls::Error::AlertReceived(rustls::AlertDescription::UnknownCA);
+        let broken = std::io::Error::new(std::io::ErrorKind::InvalidData, alert);
+        assert!(DialError::Tls(TlsError::Handshake { address: "a".into(), source: broken }).certificate_ended(), "a retired root");
         assert!(answer(Status::unauthenticated("certificate_expired")).certificate_ended());
         assert!(!answer(Status::unauthenticated("the certificate is not for this node's key")).certificate_ended());
         let late = Status::failed_precondition("recover_too_late: the certificate ended");
