@@ -110,6 +110,8 @@ const TABLE: &[Row] = &[
     ("GET /api/v1/system/info", "", ALL),
     ("GET /api/v1/system/stats", "", "222 333 222 333"),
     ("GET /api/v1/system/restored", "", "444 333 333 333"),
+    ("GET /api/v1/system/ca", "", ADMIN),
+    ("POST /api/v1/system/ca/rotate", r#"{"step": "abort"}"#, "999 333 333 333"),
 ];
 const ALL: &str = "222 222 222 222";
 const ADMIN: &str = "222 333 333 333";

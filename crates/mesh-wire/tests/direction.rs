@@ -17,6 +17,7 @@ fn what_a_hub_says_is_no_word_of_a_node() {
         hub_frame::Kind::Welcome(welcome),
         hub_frame::Kind::Envelope(envelope),
         hub_frame::Kind::ResultAck(wire::ResultAck { task_id: task(), attempt: 1 }),
+        hub_frame::Kind::Bundle(wire::SignedBundle { body: vec![16; 90], signatures: vec![] }),
         hub_frame::Kind::Goodbye(wire::Goodbye { code: "revoked".into(), detail: "x".into() }),
     ];
     for kind in said {

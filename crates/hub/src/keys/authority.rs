@@ -277,10 +277,9 @@ impl Authority {
     }
     /// All keys that ever signed; the one that signs now is the first.
     pub fn signers(&self) -> Vec<[u8; 32]> {
-        let mut all = vec![self.issuing().public()];
-        all.extend(self.pairs.iter().map(|p| p.public()).filter(|key| *key != all[0]));
-        all.extend(&self.retired);
-        all
+        let first = self.issuing().public();
+        let others = self.pairs.iter().map(|p| p.public()).filter(|key| *key != first);
+        std::iter::once(first).chain(others).chain(self.retired.iter().copied()).collect()
     }
 
     pub fn bundle(&self) -> Bundle {
@@ -303,5 +302,152 @@ impl Authority {
 impl Pair {
     fn kept(&self) -> KeptPair {
         KeptPair { root_key: self.root_key.clone(), root: STANDARD.encode(&self.root), task_key: hex::encode(self.task.to_bytes()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::{self, Keys};
+    use hub_engine::ports::Keyring;
+    use mesh_core::bundle::{Refused, Verdict, judge};
+    use mesh_core::seal::verify;
+    use rustls::RootCertStore;
+    use rustls::client::WebPkiServerVerifier;
+    use rustls::client::danger::ServerCertVerifier;
+    use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::Duration;
+
+    const NOW: UnixMs = 1_790_000_000_000;
+
+    /// Does a client that trusts this root alone take what the hub's server shows?
+    fn taken(keys: &Keys, root: &[u8]) -> bool {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from(root.to_vec())).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider).build().unwrap();
+        let chain: Vec<CertificateDer<'_>> = keys.server_identity(NOW).unwrap().chain.into_iter().map(CertificateDer::from).collect();
+        let name = ServerName::try_from(mesh_core::enrol::server_name(keys.hub)).unwrap();
+        let now = UnixTime::since_unix_epoch(Duration::from_millis(NOW as u64));
+        verifier.verify_server_cert(&chain[0], &chain[1..], &name, &[], now).is_ok()
+    }
+    /// What a node that believes `trusted` makes of the bundle of now.
+    fn told(keys: &Keys, trusted: &[[u8; 32]], stored: Option<&[u8]>) -> Result<Verdict, Refused> {
+        let (body, signatures) = keys.authority().signed();
+        judge(keys.hub, trusted, stored, &body, &signatures)
+    }
+    fn node_certificate(keys: &Keys, believed: &[Digest]) -> Vec<u8> {
+        let key = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+        let node = mesh_core::NodeId::from_bytes([5; 16]);
+        keys.issue_certificate(node, &key.subject_public_key_info(), NOW, NOW + 3_600_000, believed).unwrap()
+    }
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<_> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn nobody_is_shown_what_they_cannot_check_until_the_old_root_is_retired() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::open(dir.path(), NOW).unwrap();
+        let sent = |keys: &Keys, believed: &[String]| {
+            let (key, signature) = keys.sign_for(believed, payload_type::ORDERS, b"orders");
+            move |public: &[u8; 32]| verify(&[*public], &key, payload_type::ORDERS, b"orders", &signature).is_ok()
+        };
+        let (old, a) = (keys.authority().issuing().root.clone(), keys.task_key());
+        let (old_pin, first) = (keys.authority().issuing().spki, keys.authority().signed().0);
+        assert!(taken(&keys, &old));
+        assert!(keys.step(Step::Issue, NOW).is_err() && keys.step(Step::Retire, NOW).is_err() && keys.step(Step::Abort, NOW).is_err());
+
+        keys.step(Step::Begin, NOW).unwrap();
+        let (new, b) = (keys.authority().newest().root.clone(), keys.authority().newest().public());
+        let new_pin = keys.authority().newest().spki;
+        let ids = [key_id(&a), key_id(&b)];
+        assert!(taken(&keys, &old) && !taken(&keys, &new), "the new root is only told of");
+        assert!(sent(&keys, &ids)(&a) && keys.task_key() == a);
+        assert!(keys.authority().oldest().issued(&node_certificate(&keys, &[old_pin, new_pin])));
+        let Ok(Verdict::Newer(both)) = told(&keys, &[a], Some(&first)) else { panic!("it is newer") };
+        assert_eq!(both.task_keys, [a, b]);
+        let both = both.encode();
+
+        keys.step(Step::Issue, NOW).unwrap();
+        assert!(taken(&keys, &old) && taken(&keys, &new), "who knows either root alone");
+        assert_eq!(told(&keys, &[a, b], Some(&both)), Ok(Verdict::Same), "the bundle is the same");
+        assert!(matches!(told(&keys, &[b], None), Ok(Verdict::Newer(_))), "also for who joins with an invite of now");
+        assert!(matches!(told(&keys, &[a], Some(&first)), Ok(Verdict::Newer(_))), "and for who was away");
+        for (believed, public, other) in [(&ids[..], b, a), (&ids[..1], a, b), (&ids[..0], a, b)] {
+            assert!(sent(&keys, believed)(&public) && !sent(&keys, believed)(&other), "{believed:?}");
+        }
+        for (believed, root) in [(&[old_pin, new_pin][..], &new), (&[old_pin][..], &old), (&[new_pin][..], &new), (&[][..], &old)] {
+            let issued = node_certificate(&keys, believed);
+            assert_eq!(&keys.authority().issuer_of(&issued).unwrap().root, root, "{believed:?}");
+        }
+        assert_eq!(keys.sign(payload_type::AUDIT, b"x").0, ids[1]);
+        assert_eq!(keys.signers(), [b, a]);
+        let of_old = node_certificate(&keys, &[old_pin]);
+        assert!(keys.step(Step::Abort, NOW).is_err(), "what was issued cannot be taken back");
+
+        keys.step(Step::Retire, NOW).unwrap();
+        assert!(!taken(&keys, &old) && taken(&keys, &new));
+        assert!(!keys.counts(&of_old) && keys.counts(&node_certificate(&keys, &[])));
+        assert!(matches!(told(&keys, &[a, b], Some(&both)), Ok(Verdict::Newer(n)) if n.task_keys == [b]));
+        assert_eq!(told(&keys, &[a], Some(&first)), Err(Refused::Unsigned), "who was left behind needs a new invite");
+        assert_eq!(keys.signers(), [b, a], "what it signed in the audit log stays signed");
+        let kept = std::fs::read_to_string(dir.path().join("keys").join(FILE)).unwrap();
+        assert!(kept.matches("PRIVATE KEY").count() == 2, "one key, with its first and last line");
+    }
+
+    #[test]
+    fn each_step_is_one_file_that_is_there_or_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("keys");
+        let open = || Keys::open(dir.path(), NOW).unwrap().authority();
+        let born = {
+            let mut all = names(&folder_of(&Keys::open(dir.path(), NOW).unwrap()));
+            all.retain(|n| BORN.contains(&n.as_str()));
+            all.iter().map(|n| (n.clone(), std::fs::read(folder.join(n)).unwrap())).collect::<Vec<_>>()
+        };
+        assert_eq!(born.len(), 3);
+        let (mut seq, mut before) = (open().seq, None::<Vec<u8>>);
+        for step in [Step::Begin, Step::Abort, Step::Begin, Step::Issue, Step::Retire, Step::Begin, Step::Issue, Step::Retire] {
+            let was = open();
+            Keys::open(dir.path(), NOW).unwrap().step(step, NOW).unwrap();
+            let after = std::fs::read(folder.join(FILE)).unwrap();
+            assert_eq!(std::fs::metadata(folder.join(FILE)).unwrap().permissions().mode() & 0o777, 0o600);
+            assert_eq!(names(&folder), ["authority.json", "hub-id", "intent.key", "jwt.key", "token.key"]);
+            // Killed before the file was replaced: its part is hidden, and the step was not taken.
+            std::fs::write(folder.join(".authority.json.1.tmp"), &after[..after.len() / 2]).unwrap();
+            match &before {
+                Some(bytes) => std::fs::write(folder.join(FILE), bytes).unwrap(),
+                None => {
+                    std::fs::remove_file(folder.join(FILE)).unwrap();
+                    born.iter().for_each(|(name, bytes)| std::fs::write(folder.join(name), bytes).unwrap());
+                }
+            }
+            assert_eq!((open().phase, open().seq, open().bundle()), (was.phase, was.seq, was.bundle()), "{step:?}");
+            assert!(keys::missing(&keys::files(dir.path()).unwrap()).is_empty());
+            // Killed right behind it: it was taken. What it replaced goes with the next start, in any order.
+            std::fs::write(folder.join(FILE), &after).unwrap();
+            born.iter().skip(1).for_each(|(name, bytes)| std::fs::write(folder.join(name), bytes).unwrap());
+            let now = open();
+            assert_eq!(Some(now.phase), was.phase.after(step));
+            assert!(BORN.iter().all(|name| !folder.join(name).exists()), "{step:?}");
+            assert!(keys::missing(&keys::files(dir.path()).unwrap()).is_empty());
+            assert_eq!(now.seq > seq, step != Step::Issue, "{step:?}: {} after {seq}", now.seq);
+            (seq, before) = (now.seq, Some(after));
+            std::fs::remove_file(folder.join(".authority.json.1.tmp")).unwrap();
+        }
+        assert!(seq > (NOW / 1000) as u64, "ahead of what a restored hub has forgotten");
+        for bad in [&b"{}"[..], b"", &before.unwrap()[1..]] {
+            std::fs::write(folder.join(FILE), bad).unwrap();
+            let Err(e) = Keys::open(dir.path(), NOW) else { panic!("it cannot be read") };
+            assert!(e.to_string().contains(FILE), "{e}");
+        }
+    }
+
+    fn folder_of(keys: &Keys) -> PathBuf {
+        keys.dir.clone()
     }
 }

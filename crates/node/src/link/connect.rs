@@ -45,6 +45,8 @@ pub enum DialError {
     NoWelcome,
     #[error("the hub said goodbye before its welcome: {code} {detail}")]
     Goodbye { code: String, detail: String },
+    #[error("the hub has retired the root of this node's certificate")]
+    RootRetired,
     #[error("a certificate request cannot be made: {0}")]
     Csr(#[from] rcgen::Error),
     #[error("the hub's welcome: {0}")]
@@ -64,6 +66,9 @@ pub fn says_superseded(s: &Status) -> Option<&str> {
 impl DialError {
     /// The hub, or its TLS, says that this certificate counts no more: it has ended, or its root was retired.
     pub fn certificate_ended(&self) -> bool {
+        if matches!(self, Self::RootRetired) {
+            return true;
+        }
         let mut text = self.to_string();
         let mut source = std::error::Error::source(self);
         while let Some(e) = source {
@@ -129,9 +134,15 @@ impl Dial {
     pub async fn run(self) -> Result<Dialed, DialError> {
         let identity: Identity = self.dir.identity()?;
         let (certificate, root) = self.dir.certificates()?;
+        let own_root = tls::spki_sha256(&root);
         let own = ClientCertificate { certificate, root, key: identity.private() };
         let config = tls::client_config(&self.settings.trust, Some(own), self.time.clone())?;
         let stream = self.settings.way.connect(&self.settings.server_name, config).await?;
+        // A hub shows each root that it takes certificates of. Its refusal could be lost with the connection.
+        let shown: Vec<_> = stream.get_ref().1.peer_certificates().unwrap_or_default().iter().map(|c| tls::spki_sha256(c)).collect();
+        if !shown.contains(&own_root) && self.settings.trust.pins.iter().any(|pin| shown.contains(&Some(*pin))) {
+            return Err(DialError::RootRetired);
+        }
         let channel = tls::channel(stream).await?;
         let registration = RegistrationRequest {
             version: env!("CARGO_PKG_VERSION").into(),

@@ -3,7 +3,7 @@
 use super::{ASK_AGAIN, Engine, key};
 use crate::link::ahead::Keeping;
 use crate::link::data::Pulled;
-use crate::link::orders::{Accepted, Checked, Key, Payload};
+use crate::link::orders::{Accepted, Checked, Key, Payload, Rejected};
 use crate::skills::{self, Step};
 use mesh_core::spec::Spec;
 use mesh_core::task::{NeverStarted, Outcome, Reason, ReasonCode};
