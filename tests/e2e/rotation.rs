@@ -3,13 +3,14 @@
 #![expect(clippy::disallowed_methods, reason = "tests start the real binaries")]
 
 use mesh_process::SystemClock;
-use mesh_tests::{Hub, Node, program, shown, text, until};
+use mesh_tests::{Hub, Node, folder, program, shown, text, until};
 use mesh_wire::node::node_link_client::NodeLinkClient;
 use mesh_wire::node::{HealthReport, RegistrationRequest};
 use node::link::time::NodeTime;
 use node::state::DataDir;
 use node::tls::{self, ClientCertificate};
 use serde_json::{Value, json};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 fn ca(hub: &Hub, args: &[&str]) -> Output {
@@ -63,8 +64,10 @@ fn shows(node: &Node) -> (Vec<u8>, Vec<u8>) {
     let (certificate, root) = DataDir::new(node.data()).certificates().unwrap();
     (certificate.to_vec(), root.to_vec())
 }
-/// A call to the hub with that, by somebody who trusts the hub's root of now.
-async fn calls(hub: &Hub, node: &Node, (certificate, root): (Vec<u8>, Vec<u8>)) -> Result<(), String> {
+type Client = NodeLinkClient<tonic::transport::Channel>;
+
+/// A connection to the hub with that, by somebody who trusts the hub's root of now.
+async fn connects(hub: &Hub, node: &Node, (certificate, root): (Vec<u8>, Vec<u8>)) -> Result<Client, String> {
     let shown = done(hub, &["show"]);
     let pin = shown.lines().find_map(|l| l.strip_prefix("pin   ")).expect("a pin");
     let pin = node::config::parse_pin(pin.trim()).unwrap();
@@ -73,11 +76,16 @@ async fn calls(hub: &Hub, node: &Node, (certificate, root): (Vec<u8>, Vec<u8>)) 
     let config = tls::client_config(pin, Some(own), NodeTime::new(0, SystemClock::shared())).unwrap();
     let hub_id = std::fs::read_to_string(hub.data().join("keys/hub-id")).unwrap().trim().parse().unwrap();
     let stream = tls::connect(&hub.node, &mesh_core::enrol::server_name(hub_id), config).await.map_err(|e| e.to_string())?;
-    let mut link = NodeLinkClient::new(tls::channel(stream).await.map_err(|e| e.to_string())?);
+    Ok(NodeLinkClient::new(tls::channel(stream).await.map_err(|e| e.to_string())?))
+}
+async fn asks(link: &mut Client) -> Result<(), String> {
     let report = HealthReport { ask_only: true, ..Default::default() };
     link.sync_configuration(RegistrationRequest { version: "t".into(), ..Default::default() }).await.map_err(|e| e.to_string())?;
     link.report_health(report).await.map_err(|e| e.to_string())?;
     Ok(())
+}
+async fn calls(hub: &Hub, node: &Node, who: (Vec<u8>, Vec<u8>)) -> Result<(), String> {
+    asks(&mut connects(hub, node, who).await?).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -151,7 +159,11 @@ async fn a_rotation_loses_no_work_and_leaves_nobody_behind_unseen() {
     }
     assert_eq!(hub.task(&work).await["state"], "running");
 
+    let mut stands_still = connects(&hub, &here, old.clone()).await.unwrap();
+    assert_eq!(asks(&mut stands_still).await, Ok(()));
     done(&hub, &["rotate", "--retire", "--leave-behind"]);
+    let said = asks(&mut stands_still).await.expect_err("its root is retired");
+    assert!(said.contains("certificate_expired"), "{said}");
     hub.crash_and_restart().await;
     for node in [&mut here, &mut absent] {
         node.online(&hub).await;
@@ -193,6 +205,45 @@ async fn a_rotation_loses_no_work_and_leaves_nobody_behind_unseen() {
     };
     assert_eq!(steps("ok"), ["begin", "issue", "retire"], "{entries}");
     assert_eq!(steps("failed"), ["abort", "abort", "issue", "issue", "retire", "retire"]);
+}
+
+/// What stands in the keys: whose, in which step.
+fn of_keys(shown: &str) -> Vec<&str> {
+    let words = ["hub ", "pin ", "sign ", "phase ", "seq ", "other "];
+    shown.lines().filter(|l| words.iter().any(|w| l.starts_with(w))).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_with_keys_brings_a_rotation_back_where_it_was() {
+    let mut hub = Hub::start().await;
+    let run = |data: &Path, args: &[&str]| {
+        let mut c = Command::new(program("cortex-hub"));
+        let out = c.args(args).arg("--data-dir").arg(data).stdin(Stdio::null()).output().expect("cortex-hub runs");
+        assert!(out.status.success(), "{}", shown(&out));
+    };
+    let (file, words) = (hub.dir.path().join("backup"), hub.dir.path().join("words"));
+    std::fs::write(&words, "four words are enough").unwrap();
+    let (file, words) = (file.to_str().unwrap(), words.to_str().unwrap());
+    done(&hub, &["rotate", "--begin"]);
+    run(&hub.data(), &["backup", file, "--with-keys", "--passphrase-file", words]);
+    let then = done(&hub, &["show"]);
+    assert_eq!(of_keys(&then).len(), 6, "{then}");
+    done(&hub, &["rotate", "--issue"]);
+    hub.process.terminate().await;
+    assert!(refused(&hub, &["rotate", "--retire"]).contains("no hub runs on"));
+    assert!(done(&hub, &["show"]).contains("phase issuing"), "the keys say so without a hub");
+
+    let other = folder();
+    let data = other.path().join("hub");
+    run(&data, &["restore", file, "--passphrase-file", words]);
+    let restored = Hub::start_in(data.clone(), &[], &[]).await;
+    run(&data, &["restore", "--go"]);
+    let now = done(&restored, &["show"]);
+    assert_eq!(of_keys(&now), of_keys(&then));
+    done(&restored, &["rotate", "--issue"]);
+    let told = done(&restored, &["rotate", "--retire"]);
+    assert!(told.contains("phase steady"), "{told}");
+    assert_eq!(restored.get("/api/v1/audit/verify").await["ok"], true);
 }
 
 fn pin(yaml: &str) -> &str {

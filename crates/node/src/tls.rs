@@ -12,7 +12,7 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -94,8 +94,12 @@ impl ServerCertVerifier for PinVerifier {
     ) -> Result<ServerCertVerified, rustls::Error> {
         let pinned = |c: &&CertificateDer<'_>| spki_sha256(c).is_some_and(|h| self.roots.pins.contains(&h));
         let mut roots = RootCertStore::empty();
-        for anchor in std::iter::once(leaf).chain(intermediates).chain(&self.roots.known).filter(pinned) {
+        for anchor in std::iter::once(leaf).chain(intermediates).filter(pinned) {
             roots.add(anchor.clone().into_owned())?;
+        }
+        let shown = !roots.is_empty();
+        for anchor in self.roots.known.iter().filter(pinned) {
+            roots.add(anchor.clone())?;
         }
         if roots.is_empty() {
             return Err(rustls::Error::General(WRONG_PIN.into()));
@@ -104,6 +108,10 @@ impl ServerCertVerifier for PinVerifier {
             .build()
             .map_err(|e| rustls::Error::General(format!("the pinned root is not usable: {e}")))?
             .verify_server_cert(leaf, intermediates, name, ocsp, now)
+            .map_err(|e| match e {
+                rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) if !shown => rustls::Error::General(WRONG_PIN.into()),
+                e => e,
+            })
     }
     fn verify_tls12_signature(
         &self,

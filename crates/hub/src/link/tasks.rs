@@ -96,7 +96,7 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
             .into_iter()
             .map(|(t, a, seq)| wire::OutputMark { task_id: t.to_string(), attempt: a.0, durable_seq: seq })
             .collect(),
-        bundle: (has < authority.seq).then(|| bundle(&authority)),
+        bundle: (has < authority.seq).then(|| sent(&authority)),
     });
     let _ = out.send(Ok(wire::HubFrame { kind: Some(frame) })).await;
     let (reports, report_queue) = mpsc::channel(REPORT_QUEUE);
@@ -289,7 +289,7 @@ impl Conversation {
         let authority = self.context.keys.authority();
         if authority.seq > self.told {
             self.told = authority.seq;
-            if !self.say(hub_frame::Kind::Bundle(bundle(&authority))).await {
+            if !self.say(hub_frame::Kind::Bundle(sent(&authority))).await {
                 return Some(("gone", "the stream was closed".into()));
             }
         }
@@ -399,6 +399,7 @@ impl Conversation {
                 return Ok(());
             }
             Some(node_frame::Kind::Bundle(b)) => {
+                metrics::counter!("cortex_bundles_acknowledged_total").increment(1);
                 let authority = self.context.keys.authority();
                 if b.seq == authority.seq {
                     self.believed = authority.bundle().key_ids();
@@ -462,6 +463,11 @@ async fn until(asking: &Asking) {
         Asking::At(at) => tokio::time::sleep_until(*at).await,
         Asking::No | Asking::Asked => std::future::pending().await,
     }
+}
+
+fn sent(authority: &Authority) -> wire::SignedBundle {
+    metrics::counter!("cortex_bundles_sent_total").increment(1);
+    bundle(authority)
 }
 
 fn key_ids(said: &[String]) -> Vec<String> {
