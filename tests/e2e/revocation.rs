@@ -105,7 +105,14 @@ impl Machine {
         let registration = wire::RegistrationRequest { suggested_name: suggested.into(), ..Default::default() };
         let seed = ed25519_dalek::SigningKey::from_bytes(&self.invite.seed);
         let proof = ed25519_dalek::Signer::sign(&seed, &signed).to_bytes().to_vec();
-        wire::EnrolRequest { invite_id: invite.to_string(), csr_der, nonce: nonce.to_vec(), proof, registration: Some(registration), roots: vec![] }
+        wire::EnrolRequest {
+            invite_id: invite.to_string(),
+            csr_der,
+            nonce: nonce.to_vec(),
+            proof,
+            registration: Some(registration),
+            roots: vec![],
+        }
     }
 
     async fn enrol(&mut self, csr: Vec<u8>, suggested: &str) -> Result<wire::EnrolReply, Status> {

@@ -51,8 +51,9 @@ impl Carrier {
                 let keys = Keys::open(dir.path(), T0).expect("keys");
                 let certified = |n| {
                     let spki = rcgen::PublicKeyData::subject_public_key_info(&rcgen::KeyPair::generate().expect("a key"));
-                    let der =
-                        keys.issue_certificate(sample::node_id(n), &spki, T0 - 86_400_000, T0 + 30 * 86_400_000, &[]).expect("a certificate");
+                    let der = keys
+                        .issue_certificate(sample::node_id(n), &spki, T0 - 86_400_000, T0 + 30 * 86_400_000, &[])
+                        .expect("a certificate");
                     (sha256(&spki), der.into())
                 };
                 let nodes = (1..=MOST_NODES as u16).map(certified).collect();

@@ -48,8 +48,12 @@ pub async fn rotate(config: &Config, step: Step, leave_behind: bool) -> Result<V
     let answer = control::ask(dir, "POST", "/system/ca/rotate", Some(&body)).await?;
     let view: AuthorityView = serde_json::from_slice(&answer)?;
     let done = match step {
-        Step::Begin => "a new root and a new task key are there; when all nodes have acknowledged, go on with: cortex-hub ca rotate --issue",
-        Step::Issue => "certificates and orders are of the new root and key; when no node is on the old root, end with: cortex-hub ca rotate --retire",
+        Step::Begin => {
+            "a new root and a new task key are there; when all nodes have acknowledged, go on with: cortex-hub ca rotate --issue"
+        }
+        Step::Issue => {
+            "certificates and orders are of the new root and key; when no node is on the old root, end with: cortex-hub ca rotate --retire"
+        }
         Step::Retire => "the old root and task key count no more; make a new backup with the keys",
         Step::Abort => "the new root and task key are gone again",
     };

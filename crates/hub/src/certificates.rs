@@ -62,7 +62,9 @@ impl Certificates {
 impl Given {
     /// An error is for the log: it is tried again.
     fn renewed(&self, now: UnixMs) -> bool {
-        self.renew(now).inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the hub's certificate could not be renewed")).is_ok()
+        self.renew(now)
+            .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the hub's certificate could not be renewed"))
+            .is_ok()
     }
     fn renew(&self, now: UnixMs) -> anyhow::Result<()> {
         let until = self.link.renew(&self.keys, now)?;

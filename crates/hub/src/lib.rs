@@ -6,9 +6,9 @@
 mod admin;
 pub mod audit;
 mod backup;
-pub mod cli;
 mod ca;
 mod certificates;
+pub mod cli;
 pub mod config;
 mod control;
 pub mod doors;

@@ -261,7 +261,8 @@ impl Hub {
         };
         let pin = https.as_ref().and_then(|(_, own)| own.as_ref()).map(|own| Keys::door_pin(&own.key)).transpose()?;
         let (doors_tls, own) = https.unzip();
-        let certificates = Certificates::new(keys.clone(), server_tls, doors_tls.clone().zip(own.flatten()), certificate_end, clock.clone());
+        let certificates =
+            Certificates::new(keys.clone(), server_tls, doors_tls.clone().zip(own.flatten()), certificate_end, clock.clone());
         let certificates = Arc::new(certificates);
         let keeper = certificates.clone();
         work.spawn_until_cancelled("hub certificate", async move { keeper.keep().await });

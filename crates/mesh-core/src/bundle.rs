@@ -93,13 +93,7 @@ pub enum Refused {
 }
 
 /// Judges `body` for a node of `hub` that believes `trusted`, and has taken `stored` before.
-pub fn judge(
-    hub: HubId,
-    trusted: &[[u8; 32]],
-    stored: Option<&[u8]>,
-    body: &[u8],
-    signatures: &[Signature],
-) -> Result<Verdict, Refused> {
+pub fn judge(hub: HubId, trusted: &[[u8; 32]], stored: Option<&[u8]>, body: &[u8], signatures: &[Signature]) -> Result<Verdict, Refused> {
     if body.len() > MAX_BYTES {
         return Err(Malformed::Bounds("the bundle's size").into());
     }

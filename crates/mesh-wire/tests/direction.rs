@@ -11,7 +11,8 @@ fn task() -> String {
 
 #[test]
 fn what_a_hub_says_is_no_word_of_a_node() {
-    let welcome = wire::Welcome { hub_id: "hub_1".into(), hub_time_ms: 1, link_session: vec![1; 16], generation: 1, marks: vec![], bundle: None };
+    let welcome =
+        wire::Welcome { hub_id: "hub_1".into(), hub_time_ms: 1, link_session: vec![1; 16], generation: 1, marks: vec![], bundle: None };
     let envelope = wire::Envelope { payload_type: TASK.into(), body: vec![1; 9], key_id: "k".into(), signature: vec![2; 64] };
     let said = [
         hub_frame::Kind::Welcome(welcome),

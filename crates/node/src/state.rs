@@ -259,7 +259,9 @@ impl State {
     /// Whom this node believes, once a bundle has come. All of it is one value, so one commit.
     pub fn trust(&self) -> Result<Option<Trust>, StateError> {
         let Some(body) = self.value(BUNDLE)? else { return Ok(None) };
-        Trust::of_bundle(&body).map(Some).map_err(|e| StateError::Damaged { path: self.path.clone(), problem: format!("the trust bundle: {e}") })
+        Trust::of_bundle(&body)
+            .map(Some)
+            .map_err(|e| StateError::Damaged { path: self.path.clone(), problem: format!("the trust bundle: {e}") })
     }
     pub fn set_trust(&self, trust: &Trust) -> Result<(), StateError> {
         self.write(|tx| {

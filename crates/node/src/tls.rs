@@ -41,7 +41,9 @@ pub enum TlsError {
         #[source]
         source: std::io::Error,
     },
-    #[error("{WRONG_PIN}; it is another hub or somebody in between, or the hub has retired that root while this machine was away: then join anew with a fresh invite; nothing was sent ({address})")]
+    #[error(
+        "{WRONG_PIN}; it is another hub or somebody in between, or the hub has retired that root while this machine was away: then join anew with a fresh invite; nothing was sent ({address})"
+    )]
     Pin { address: String },
     #[error("{address} did not answer within {secs} s")]
     Late { address: String, secs: u64 },

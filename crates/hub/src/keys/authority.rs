@@ -138,9 +138,8 @@ impl Authority {
             let path = dir.join(name);
             std::fs::read(&path).map_err(|source| KeyError::File { path, source })
         };
-        let text = |name: &str| {
-            String::from_utf8(read(name)?).map_err(|e| KeyError::Damaged { path: dir.join(name), problem: e.to_string() })
-        };
+        let text =
+            |name: &str| String::from_utf8(read(name)?).map_err(|e| KeyError::Damaged { path: dir.join(name), problem: e.to_string() });
         let pair = Pair::read(&dir.join(BORN[0]), &text(BORN[0])?, read(BORN[1])?, &text(BORN[2])?)?;
         Ok(Self { hub, phase: Phase::Steady, seq: 1, made_at: 0, pairs: vec![pair], crossed: None, retired: vec![] })
     }
@@ -153,7 +152,8 @@ impl Authority {
         }
         let phase = Phase::parse(&kept.phase).ok_or_else(|| damaged(format!("phase {:?}", kept.phase)))?;
         let base64 = |text: &str| STANDARD.decode(text).map_err(|e| damaged(e.to_string()));
-        let pairs = kept.pairs.iter().map(|p| Pair::read(path, &p.root_key, base64(&p.root)?, &p.task_key)).collect::<Result<Vec<_>, _>>()?;
+        let pairs =
+            kept.pairs.iter().map(|p| Pair::read(path, &p.root_key, base64(&p.root)?, &p.task_key)).collect::<Result<Vec<_>, _>>()?;
         let crossed = kept.crossed.as_deref().map(base64).transpose()?;
         let public = |text: &String| {
             let mut key = [0; 32];
@@ -201,7 +201,15 @@ impl Authority {
         // By the clock where it can be, so that a hub that was restored is ahead of what it forgot.
         let seq = if step == Step::Issue { self.seq } else { (self.seq + 1).max((now / 1000).max(0) as u64) };
         let made_at = if step == Step::Issue { self.made_at } else { now };
-        let mut next = Self { hub: self.hub, phase, seq, made_at, pairs: self.pairs.clone(), crossed: self.crossed.clone(), retired: self.retired.clone() };
+        let mut next = Self {
+            hub: self.hub,
+            phase,
+            seq,
+            made_at,
+            pairs: self.pairs.clone(),
+            crossed: self.crossed.clone(),
+            retired: self.retired.clone(),
+        };
         match step {
             Step::Begin => {
                 let fresh = Pair::make(self.hub, seq, now)?;

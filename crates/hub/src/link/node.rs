@@ -71,7 +71,8 @@ impl wire::node_link_server::NodeLink for LinkService {
         let r = request.into_inner();
         let key = csr_key(&r.csr_der)?;
         let caller = Caller::Node { node: peer.node, generation: node.generation };
-        let fresh = self.0.audited(&connection, self.0.nodes.renew(&caller, &key, r.counter, &roots(&r.roots))).await.map_err(|e| status(&e))?;
+        let fresh =
+            self.0.audited(&connection, self.0.nodes.renew(&caller, &key, r.counter, &roots(&r.roots))).await.map_err(|e| status(&e))?;
         tracing::info!(node = %peer.node, counter = fresh.counter, "node certificate renewed");
         Ok(Response::new(certificate(&self.0.keys, fresh)))
     }

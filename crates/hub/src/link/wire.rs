@@ -3,9 +3,9 @@
 use crate::keys::{Authority, Keys};
 use futures::stream::BoxStream;
 use hub_engine::records::NodeCertificate;
+use mesh_core::Digest;
 use mesh_core::bundle;
 use mesh_core::capability::{Capabilities, Gpu};
-use mesh_core::Digest;
 use mesh_wire::node as wire;
 use rcgen::{CertificateSigningRequestParams, PublicKeyData};
 use tonic::Status;

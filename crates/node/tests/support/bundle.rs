@@ -44,7 +44,8 @@ async fn a_node_believes_its_newest_bundle_and_no_other() {
     let (first, both, last) = (body(&hub, 1, &[&old]), body(&hub, 2, &[&old, &new]), body(&hub, 3, &[&new]));
     let good = || signed(payload_type::BUNDLE, both.clone(), &[&old, &new]);
 
-    let refused = |r: Result<u64, String>, why: &str| assert!(r.as_ref().is_err_and(|e| e.starts_with("bad_bundle") && e.contains(why)), "{r:?}");
+    let refused =
+        |r: Result<u64, String>, why: &str| assert!(r.as_ref().is_err_and(|e| e.starts_with("bad_bundle") && e.contains(why)), "{r:?}");
     refused(told(&mut link, signed(payload_type::BUNDLE, both.clone(), &[&new])).await, "no key that this node believes");
     refused(told(&mut link, signed(payload_type::ORDERS, both.clone(), &[&old])).await, "no key that this node believes");
     assert_eq!(told(&mut link, good()).await, Ok(2));

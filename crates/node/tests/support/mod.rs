@@ -438,7 +438,14 @@ impl NodeLink for Service {
             };
             (k.generation, hello.attempts.iter().map(mark).collect())
         };
-        let welcome = Welcome { hub_id: self.0.hub.to_string(), hub_time_ms: now_ms(), link_session: session.to_vec(), generation, marks, bundle: None };
+        let welcome = Welcome {
+            hub_id: self.0.hub.to_string(),
+            hub_time_ms: now_ms(),
+            link_session: session.to_vec(),
+            generation,
+            marks,
+            bundle: None,
+        };
         let _ = to_node.send(Ok(HubFrame { kind: Some(hub_frame::Kind::Welcome(welcome)) })).await;
         let link = Link { hello, session, seq: 0, to_node, from_node, inner: self.0.clone() };
         let _ = self.0.links.send(link).await;
