@@ -46,9 +46,13 @@ impl Certificates {
 
     /// Renews them in time. Runs until dropped.
     pub async fn keep(&self) {
-        let mut look = LOOK_EVERY;
+        let (mut look, mut changes) = (LOOK_EVERY, self.given.keys.changes());
         loop {
-            tokio::time::sleep(look).await;
+            tokio::select! {
+                () = tokio::time::sleep(look) => {}
+                // It has followed already, unless it could not.
+                Ok(()) = changes.changed() => {}
+            }
             let now = self.clock.now_ms();
             look = match self.given.end.load(Ordering::SeqCst) - now {
                 left if left > LEFT_MS => LOOK_EVERY,

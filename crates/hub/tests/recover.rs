@@ -7,8 +7,9 @@ use hub_engine::accounts::Authenticated;
 use hub_engine::events::{Events, Told, Topic};
 use hub_engine::links::Links;
 use hub_engine::nodes::{Lifetimes, Nodes, Recovery};
-use hub_engine::ports::NodeDirectory;
+use hub_engine::ports::{Keyring, NodeDirectory};
 use hub_engine::records::{Claim, Node, NodeCertificate};
+use hub_engine::rotation::Step;
 use hub_testkit::contract::sample;
 use hub_testkit::memory::MemoryStore;
 use mesh_core::permission::{Caller, Role};
@@ -41,6 +42,7 @@ struct World {
     nodes: Nodes,
     store: Arc<MemoryStore>,
     clock: Arc<Hands>,
+    keys: Arc<Keys>,
     _dir: tempfile::TempDir,
 }
 
@@ -76,7 +78,7 @@ impl World {
         let nodes = Nodes {
             hub: keys.hub,
             store: store.clone(),
-            keyring: keys,
+            keyring: keys.clone(),
             links: Arc::new(Links::default()),
             events: Events::local(Duration::from_secs(60), clock.clone()),
             history: Default::default(),
@@ -84,7 +86,7 @@ impl World {
             clock: clock.clone(),
             lifetimes: Lifetimes { certificate_ms: DAY_MS, invite_secs: 60 },
         };
-        Self { nodes, store, clock, _dir: dir }
+        Self { nodes, store, clock, keys, _dir: dir }
     }
     async fn enrolled(&self, n: u8) -> Machine {
         let m = Machine::new(n);
@@ -118,6 +120,23 @@ async fn refused(w: &World, r: Recovery) -> &'static str {
     let after = (w.store.node(sample::node_id(1)).await.unwrap(), w.store.node(sample::node_id(2)).await.unwrap());
     assert_eq!(before, after, "who is refused changes nothing");
     code
+}
+
+#[tokio::test]
+async fn an_answer_whose_root_was_retired_is_given_anew() {
+    let w = World::new();
+    let m = w.enrolled(1).await;
+    let now = END + DAY_MS;
+    w.at(now);
+    let first = w.ask(&m, 1).await.unwrap();
+    for step in [Step::Begin, Step::Issue] {
+        w.keys.step(step, now).unwrap();
+    }
+    assert_eq!(w.ask(&m, 1).await.unwrap(), first, "the old root still counts");
+    w.keys.step(Step::Retire, now).unwrap();
+    let again = w.ask(&m, 1).await.unwrap();
+    assert!(again.counter == 2 && w.keys.counts(&again.der) && !w.keys.counts(&first.der));
+    assert_eq!(w.ask(&m, 2).await.unwrap(), again, "and that one is the same again");
 }
 
 #[tokio::test]
