@@ -167,7 +167,8 @@ impl Engine {
                     Some(hub_frame::Kind::Envelope(e)) => self.on_envelope(&e),
                     Some(hub_frame::Kind::ResultAck(a)) => self.on_result_ack(&a),
                     Some(hub_frame::Kind::Bundle(b)) => self.on_bundle(&b),
-                    Some(hub_frame::Kind::Renew(_)) => self.renew_asked = true,
+                    // At once, also when the last try went down with its link.
+                    Some(hub_frame::Kind::Renew(_)) => (self.renew_asked, self.renew_retry) = (true, Duration::ZERO),
                     Some(hub_frame::Kind::Goodbye(g)) => self.on_goodbye(g),
                     Some(hub_frame::Kind::Welcome(_)) | None => {}
                 }
