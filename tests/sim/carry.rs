@@ -241,7 +241,8 @@ async fn carry(greeted: Greeted, end: HubEnd) {
                 Some(hub_frame::Kind::Envelope(e)) => ToNode::Envelope(e),
                 Some(hub_frame::Kind::ResultAck(a)) => ToNode::ResultAck(a),
                 Some(hub_frame::Kind::Goodbye(g)) => ToNode::Goodbye(goodbye(&g.code)),
-                Some(hub_frame::Kind::Welcome(_)) | None => continue,
+                // A rotation is no part of what is simulated.
+                Some(hub_frame::Kind::Welcome(_) | hub_frame::Kind::Bundle(_) | hub_frame::Kind::Renew(_)) | None => continue,
             };
             send.send(word);
         }
