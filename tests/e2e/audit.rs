@@ -63,6 +63,7 @@ fn mutating() -> Vec<(&'static str, &'static str, &'static str, Value)> {
         ("POST", "/dispatch", "task.dispatch", json!({"echo": {"payload": "x"}})),
         ("POST", "/tasks/{id}/cancel", "task.cancel", none.clone()),
         ("POST", "/tasks/{id}/input", "task.input", json!({"seq": 1, "data_base64": "eA=="})),
+        ("POST", "/system/ca/rotate", "ca.rotate", json!({"step": "abort"})),
         // Last: it ends the log-in that all of this is done with.
         ("POST", "/auth/logout", "auth.logout", none),
     ]

@@ -121,6 +121,8 @@ const TABLE: &[Row] = &[
     ("GET /api/v1/system/info", "", ALL),
     ("GET /api/v1/system/stats", "", "222 333 222 333"),
     ("GET /api/v1/system/restored", "", "444 333 333 333"),
+    ("GET /api/v1/system/ca", "", ADMIN),
+    ("POST /api/v1/system/ca/rotate", r#"{"step": "abort"}"#, "999 333 333 333"),
 ];
 /// Of another's task on a machine that is one's own, on which one was granted all there is, or which is another's.
 const ON_NODE: &[Row] = &[

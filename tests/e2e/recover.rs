@@ -133,7 +133,7 @@ fn request(hub: &Hub, node: &str, key: &rcgen::KeyPair, exporter: &[u8; 32], cou
     let spki = mesh_core::sha256(&key.subject_public_key_info());
     let proof = enrol::recover_bytes(id_of(hub), node.parse().unwrap(), exporter, &spki, counter, &nonce);
     let csr = rcgen::CertificateParams::new(Vec::<String>::new()).unwrap().serialize_request(key).unwrap();
-    RecoverRequest { node_id, csr_der: csr.der().to_vec(), counter, nonce: nonce.to_vec(), proof: key.sign(&proof).unwrap() }
+    RecoverRequest { node_id, csr_der: csr.der().to_vec(), counter, nonce: nonce.to_vec(), proof: key.sign(&proof).unwrap(), roots: vec![] }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -114,7 +114,14 @@ impl Machine {
         let registration = wire::RegistrationRequest { suggested_name: suggested.into(), ..Default::default() };
         let seed = ed25519_dalek::SigningKey::from_bytes(&self.invite.seed);
         let proof = ed25519_dalek::Signer::sign(&seed, &signed).to_bytes().to_vec();
-        wire::EnrolRequest { invite_id: invite.to_string(), csr_der, nonce: nonce.to_vec(), proof, registration: Some(registration) }
+        wire::EnrolRequest {
+            invite_id: invite.to_string(),
+            csr_der,
+            nonce: nonce.to_vec(),
+            proof,
+            registration: Some(registration),
+            roots: vec![],
+        }
     }
 
     async fn enrol(&mut self, csr: Vec<u8>, suggested: &str) -> Result<wire::EnrolReply, Status> {
@@ -129,7 +136,7 @@ impl Machine {
         let nonce = [7; 32];
         let spki = mesh_core::sha256(&self.key.subject_public_key_info());
         let proof = self.key.sign(&enrol::recover_bytes(self.hub, self.id, exporter, &spki, counter, &nonce)).unwrap();
-        wire::RecoverRequest { node_id: self.id.to_string(), csr_der, counter, nonce: nonce.to_vec(), proof }
+        wire::RecoverRequest { node_id: self.id.to_string(), csr_der, counter, nonce: nonce.to_vec(), proof, roots: vec![] }
     }
 
     async fn recover(&self, csr: Vec<u8>, counter: u64) -> Result<wire::CertificateReply, Status> {
@@ -206,7 +213,7 @@ async fn a_request_for_more_gives_a_client_certificate_of_the_own_node_alone() {
     m.enrol(csr.clone(), "m").await.unwrap();
     is_only(&m.certificate, &m);
     let mut link = m.link().await;
-    let renewal = |csr_der: &[u8], counter| wire::RenewRequest { csr_der: csr_der.to_vec(), counter };
+    let renewal = |csr_der: &[u8], counter| wire::RenewRequest { csr_der: csr_der.to_vec(), counter, roots: vec![] };
     let renewed = link.renew(renewal(&csr, 1)).await.unwrap().into_inner();
     is_only(&renewed.certificate_der, &m);
     let recovered = m.recover(csr, 2).await.unwrap();
@@ -383,7 +390,7 @@ async fn a_revoked_node_is_cut_off_while_it_says_ten_thousand_things_a_second() 
         let health = wire::HealthReport::default();
         revoked(what, link.sync_configuration(wire::RegistrationRequest::default()).await);
         revoked(what, link.report_health(health).await);
-        revoked(what, link.renew(wire::RenewRequest { csr_der: csr.clone(), counter: 1 }).await);
+        revoked(what, link.renew(wire::RenewRequest { csr_der: csr.clone(), counter: 1, roots: vec![] }).await);
         revoked(what, link.data_stream(futures::stream::pending()).await);
         revoked(what, link.task_stream(futures::stream::pending()).await);
     }
@@ -400,7 +407,7 @@ async fn a_renewal_counter_serves_once() {
     let mut link = m.link().await;
     let csr = plain_csr(&m.key);
     let mut renew = async |counter| {
-        let r = link.renew(wire::RenewRequest { csr_der: csr.clone(), counter }).await;
+        let r = link.renew(wire::RenewRequest { csr_der: csr.clone(), counter, roots: vec![] }).await;
         r.map(|r| r.into_inner()).map_err(|s| (s.code(), s.message().split(':').next().unwrap_or_default().to_owned()))
     };
     let stale = Err((Code::FailedPrecondition, "stale_counter".to_owned()));

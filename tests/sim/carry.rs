@@ -51,8 +51,9 @@ impl Carrier {
                 let keys = Keys::open(dir.path(), T0).expect("keys");
                 let certified = |n| {
                     let spki = rcgen::PublicKeyData::subject_public_key_info(&rcgen::KeyPair::generate().expect("a key"));
-                    let der =
-                        keys.issue_certificate(sample::node_id(n), &spki, T0 - 86_400_000, T0 + 30 * 86_400_000).expect("a certificate");
+                    let der = keys
+                        .issue_certificate(sample::node_id(n), &spki, T0 - 86_400_000, T0 + 30 * 86_400_000, &[])
+                        .expect("a certificate");
                     (sha256(&spki), der.into())
                 };
                 let nodes = (1..=MOST_NODES as u16).map(certified).collect();
@@ -105,7 +106,6 @@ pub async fn serve(hub: &Hub, keys: Arc<Keys>) -> Port {
         store: Arc::new(MemoryStore::new()),
         witness: Arc::new(Nowhere),
         keyring: keys.clone(),
-        keys: keys.task_keys(),
         hub: keys.hub,
         clock: hub.clock.clone(),
         work: hub.life.tasks.clone(),
@@ -180,6 +180,7 @@ pub async fn connect(m: &Arc<Machine>, hub: &Hub, no: u64, hello: Hello, tasks: 
         last_link_session: hello.last_session,
         keeps: 0,
         closed: hello.closed.map_or("", mesh_core::ceiling::Closed::as_str).to_owned(),
+        ..Default::default()
     };
     let capabilities = wire::Capabilities { os: "linux".into(), cpu_cores: 8, ..Default::default() };
     let registration = wire::RegistrationRequest { version: "sim".into(), capabilities: Some(capabilities), ..Default::default() };
@@ -240,7 +241,8 @@ async fn carry(greeted: Greeted, end: HubEnd) {
                 Some(hub_frame::Kind::Envelope(e)) => ToNode::Envelope(e),
                 Some(hub_frame::Kind::ResultAck(a)) => ToNode::ResultAck(a),
                 Some(hub_frame::Kind::Goodbye(g)) => ToNode::Goodbye(goodbye(&g.code)),
-                Some(hub_frame::Kind::Welcome(_)) | None => continue,
+                // A rotation is no part of what is simulated.
+                Some(hub_frame::Kind::Welcome(_) | hub_frame::Kind::Bundle(_) | hub_frame::Kind::Renew(_)) | None => continue,
             };
             send.send(word);
         }

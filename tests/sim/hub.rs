@@ -83,7 +83,7 @@ impl Keyring for SimKeys {
     fn read_access(&self, _: &str, _: UnixMs) -> Option<(UserId, LoginId)> {
         None
     }
-    fn issue_certificate(&self, _: NodeId, _: &[u8], _: UnixMs, _: UnixMs) -> Stored<Vec<u8>> {
+    fn issue_certificate(&self, _: NodeId, _: &[u8], _: UnixMs, _: UnixMs, _: &[Digest]) -> Stored<Vec<u8>> {
         Ok(vec![])
     }
 }
@@ -511,6 +511,7 @@ impl Talk {
             node_key: self.key,
             link_session: self.link_session,
             seq: self.seq,
+            believed: vec![],
         };
         let mut envelopes = sealer.orders(orders);
         envelopes.extend(sealer.cancels(&cancels));

@@ -299,6 +299,9 @@ impl NodeDirectory for SimStore {
     async fn seen(&self, ids: &[NodeId], now: UnixMs) -> Stored<()> {
         self.write("nodes.seen", None, self.disk.seen(ids, now)).await
     }
+    async fn note_bundle(&self, id: NodeId, seq: u64) -> Stored<()> {
+        self.write("nodes.note_bundle", None, self.disk.note_bundle(id, seq)).await
+    }
     async fn renew(&self, id: NodeId, certificate: &NodeCertificate) -> Stored<bool> {
         self.write("nodes.renew", None, self.disk.renew(id, certificate)).await
     }

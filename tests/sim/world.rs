@@ -146,7 +146,7 @@ impl World {
     /// Its id, and the key that its orders are signed with.
     pub fn hub_identity(&self) -> (HubId, [u8; 32]) {
         match &self.carrier {
-            Some(c) => (c.keys.hub, c.keys.task_keys()[0]),
+            Some(c) => (c.keys.hub, c.keys.task_key()),
             None => (SimKeys::hub(), SimKeys::default().public()),
         }
     }

@@ -400,6 +400,8 @@ impl TaskService {
             skill: spec.skill().to_owned(),
             spec: agent.spec.clone(),
             digest: mesh_core::sha256(&agent.spec),
+            parent: None,
+            children: None,
             seal: [0; 32],
             timeout_secs: 0,
             queue_secs: 0,

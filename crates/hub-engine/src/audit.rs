@@ -63,7 +63,7 @@ actions! {
     }
     SystemChanged {
         AuditBegin = "audit.begin", AuditRead = "audit.read", AuditExport = "audit.export", AuditVerify = "audit.verify",
-        AuditSuppress = "audit.suppress", HubRestore = "hub.restore", HubGo = "hub.go",
+        AuditSuppress = "audit.suppress", HubRestore = "hub.restore", HubGo = "hub.go", CaRotate = "ca.rotate",
     }
 }
 

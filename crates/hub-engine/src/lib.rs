@@ -35,6 +35,7 @@ pub mod refusals;
 pub mod restore;
 pub mod retention;
 pub mod rights;
+pub mod rotation;
 pub mod runs;
 pub mod sessions;
 pub mod state;

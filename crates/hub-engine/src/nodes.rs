@@ -12,7 +12,7 @@ use crate::records::{Claim, HUB_LABELS, Invite, Node, NodeCertificate};
 use mesh_core::capability::Capabilities;
 use mesh_core::permission::{Caller, Permission, Thing};
 use mesh_core::select::Selector;
-use mesh_core::{HubId, InviteId, NodeId, UnixMs, enrol, name, seal, sha256};
+use mesh_core::{Digest, HubId, InviteId, NodeId, UnixMs, enrol, name, seal, sha256};
 use mesh_process::{SharedClock, entropy};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -57,6 +57,8 @@ pub struct Enrolment {
     pub version: String,
     pub capabilities: Capabilities,
     pub suggested_name: String,
+    /// SHA-256 of the SubjectPublicKeyInfo of the roots that it believes.
+    pub roots: Vec<Digest>,
 }
 
 /// What a node brings whose certificate has ended.
@@ -71,6 +73,8 @@ pub struct Recovery {
     pub proof: Vec<u8>,
     /// Of this very channel.
     pub exporter: [u8; 32],
+    /// As in an enrolment.
+    pub roots: Vec<Digest>,
 }
 
 /// How often each node has recovered of late.
@@ -212,7 +216,7 @@ impl Nodes {
             .map_err(|_| refuse("the proof does not match: the invite file was altered, or this is another channel"))?;
         let id = NodeId::from_parts(now, entropy::bytes());
         let not_after = now + self.lifetimes.certificate_ms;
-        let der = self.keyring.issue_certificate(id, &e.spki_der, now, not_after)?;
+        let der = self.keyring.issue_certificate(id, &e.spki_der, now, not_after, &e.roots)?;
         let suggested = Some(e.suggested_name.trim().to_owned()).filter(|n| name::check(n).is_ok());
         let node = Node {
             id,
@@ -232,6 +236,7 @@ impl Nodes {
             certificate: NodeCertificate { spki, der, not_after, counter: 0 },
             revoked_at: None,
             notices: vec![],
+            bundle_seq: 0,
         };
         audit::detail("name", &node.name);
         audit::detail("invite", e.invite);
@@ -256,13 +261,13 @@ impl Nodes {
     }
 
     /// A fresh certificate for the same key, in band. The same counter and key again: the same one.
-    pub async fn renew(&self, caller: &Caller, spki_der: &[u8], counter: u64) -> Result<NodeCertificate> {
+    pub async fn renew(&self, caller: &Caller, spki_der: &[u8], counter: u64, roots: &[Digest]) -> Result<NodeCertificate> {
         audit::doing(caller, Action::NodeRenew);
         let node = self.of_link(caller).await?;
         if sha256(spki_der) != node.certificate.spki {
             return Err(Error::Forbidden("a renewal keeps the node's key".into()));
         }
-        let (fresh, made) = self.next_certificate(&node, spki_der, counter).await?;
+        let (fresh, made) = self.next_certificate(&node, spki_der, counter, roots).await?;
         if made {
             self.events.node(&node, NodeNews::Renewed { not_after: fresh.not_after });
         }
@@ -290,7 +295,7 @@ impl Nodes {
             return Err(Error::Unavailable { code: "recover_too_often", detail });
         }
         let ended = node.certificate.not_after;
-        let (fresh, made) = self.next_certificate(&node, &r.spki_der, r.counter).await?;
+        let (fresh, made) = self.next_certificate(&node, &r.spki_der, r.counter, &r.roots).await?;
         if made {
             tracing::info!(node = %node.id, name = %node.name, counter = r.counter, ended, "a node whose certificate had ended has a new one");
             self.events.node(&node, NodeNews::Recovered { not_after: fresh.not_after });
@@ -299,9 +304,14 @@ impl Nodes {
     }
 
     /// The certificate that this counter names, and whether it was made just now.
-    async fn next_certificate(&self, node: &Node, spki_der: &[u8], counter: u64) -> Result<(NodeCertificate, bool)> {
+    async fn next_certificate(&self, node: &Node, spki_der: &[u8], counter: u64, roots: &[Digest]) -> Result<(NodeCertificate, bool)> {
+        let mut counter = counter;
         if counter == node.certificate.counter && counter > 0 {
-            return Ok((node.certificate.clone(), false));
+            if self.keyring.counts(&node.certificate.der) {
+                return Ok((node.certificate.clone(), false));
+            }
+            // Its root was retired since: the same answer would help nobody.
+            counter += 1;
         }
         // One above, or some more: a restored hub has forgotten renewals, and a copy of a node is always behind.
         let behind = node.certificate.counter;
@@ -310,7 +320,7 @@ impl Nodes {
         }
         let now = self.clock.now_ms();
         let not_after = now + self.lifetimes.certificate_ms;
-        let der = self.keyring.issue_certificate(node.id, spki_der, now, not_after)?;
+        let der = self.keyring.issue_certificate(node.id, spki_der, now, not_after, roots)?;
         let fresh = NodeCertificate { spki: node.certificate.spki, der, not_after, counter };
         let mut taken = true;
         for counter in behind + 1..=counter {
@@ -347,6 +357,14 @@ impl Nodes {
         self.store.register(node.id, &version, &capabilities.bounded()).await?;
         self.events.registered(&node, version);
         Ok(node)
+    }
+
+    /// Notes the trust bundle that a node says it has.
+    pub async fn has_bundle(&self, caller: &Caller, seq: u64) -> Result<()> {
+        let Caller::Node { node, .. } = caller else {
+            return Err(Error::Forbidden("only a node does this".into()));
+        };
+        Ok(self.store.note_bundle(*node, seq.min(i64::MAX as u64)).await?)
     }
 
     async fn of_link(&self, caller: &Caller) -> Result<Node> {

@@ -5,6 +5,7 @@
 
 use crate::audit;
 use crate::records::*;
+use crate::rotation::{Phase, Step};
 use async_trait::async_trait;
 use mesh_core::audit::{Head, Row, Signed};
 use mesh_core::fan::ChildEnd;
@@ -221,6 +222,8 @@ pub trait NodeDirectory: Send + Sync {
     /// Raises and returns the generation; notes the time as seen. None when it is unknown or revoked.
     async fn raise_generation(&self, id: NodeId, now: UnixMs) -> Stored<Option<u64>>;
     async fn seen(&self, ids: &[NodeId], now: UnixMs) -> Stored<()>;
+    /// Notes the sequence of the trust bundle that it has, where that is higher than what is known.
+    async fn note_bundle(&self, id: NodeId, seq: u64) -> Stored<()>;
     /// Adds a line for people to its entry, with the time behind it; beyond a fixed number none.
     async fn add_notice(&self, id: NodeId, words: &str, now: UnixMs) -> Stored<()>;
     /// Replaces the certificate when its counter is one above the stored and the node is not revoked;
@@ -537,6 +540,15 @@ pub type Noted = Box<dyn Iterator<Item = std::io::Result<Signed>> + Send>;
 pub trait Keyring: Send + Sync {
     /// Signs an envelope; gives the key's id and the signature.
     fn sign(&self, payload_type: &str, body: &[u8]) -> (String, [u8; 64]);
+    /// The same for who believes only these keys, by their ids: by the newest of them that may sign, and by the
+    /// oldest for who believes none or does not say.
+    fn sign_for(&self, _believed: &[String], payload_type: &str, body: &[u8]) -> (String, [u8; 64]) {
+        self.sign(payload_type, body)
+    }
+    /// Public keys that sign or have signed the audit log; the one that signs now is the first.
+    fn signers(&self) -> Vec<[u8; 32]> {
+        vec![]
+    }
     /// Id of the key that signs now.
     fn key_id(&self) -> String;
     fn seal(&self, intent: &mesh_core::seal::Intent) -> Digest;
@@ -547,9 +559,25 @@ pub trait Keyring: Send + Sync {
     fn issue_access(&self, user: UserId, login: LoginId, now: UnixMs, expires_at: UnixMs) -> String;
     /// Whose it is, if it is genuine and lives.
     fn read_access(&self, token: &str, now: UnixMs) -> Option<(UserId, LoginId)>;
+    /// Is this certificate by a root that still counts?
+    fn counts(&self, _certificate: &[u8]) -> bool {
+        true
+    }
     /// Signs a client certificate for a node's key (SubjectPublicKeyInfo, DER). Nothing but the key is
-    /// taken from the node.
-    fn issue_certificate(&self, node: NodeId, spki_der: &[u8], now: UnixMs, not_after: UnixMs) -> Stored<Vec<u8>>;
+    /// taken from the node. By the newest root that it believes (SHA-256 of their SubjectPublicKeyInfo), and
+    /// by the oldest when it believes none or does not say.
+    fn issue_certificate(&self, node: NodeId, spki_der: &[u8], now: UnixMs, not_after: UnixMs, believed: &[Digest]) -> Stored<Vec<u8>>;
+}
+
+/// The hub's roots and task keys, as far as a rotation must know them.
+#[async_trait]
+pub trait Authority: Send + Sync {
+    /// The phase, and the sequence of the bundle that says so.
+    fn stands(&self) -> (Phase, u64);
+    /// Is this certificate by the root that issues now?
+    fn issues(&self, certificate: &[u8]) -> bool;
+    /// Durable before it answers, and then true for everything that is given out.
+    async fn step(&self, step: Step, now: UnixMs) -> Stored<()>;
 }
 
 /// Password hashing, bounded in how many run at once and how many wait; beyond that it says `busy`.

@@ -316,6 +316,8 @@ pub struct Node {
     pub certificate: NodeCertificate,
     pub revoked_at: Option<UnixMs>,
     pub notices: Vec<String>,
+    /// The sequence of the trust bundle that it has said it has; 0 before the first.
+    pub bundle_seq: u64,
 }
 
 /// Labels that the hub sets from what the machine says of itself, and nobody else can.

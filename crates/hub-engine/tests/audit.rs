@@ -25,7 +25,6 @@ impl World {
             store: store.clone(),
             witness: Arc::new(Nowhere),
             keyring: Arc::new(TestKeys),
-            keys: vec![],
             hub: HubId::from_bytes([1; 16]),
             clock: SystemClock::shared(),
             work: Tasks::new(),

@@ -67,7 +67,7 @@ impl Keyring for FakeKeys {
     fn read_access(&self, _: &str, _: UnixMs) -> Option<(UserId, LoginId)> {
         None
     }
-    fn issue_certificate(&self, _: NodeId, _: &[u8], _: UnixMs, _: UnixMs) -> Stored<Vec<u8>> {
+    fn issue_certificate(&self, _: NodeId, _: &[u8], _: UnixMs, _: UnixMs, _: &[Digest]) -> Stored<Vec<u8>> {
         Ok(vec![])
     }
 }

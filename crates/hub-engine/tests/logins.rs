@@ -61,7 +61,7 @@ impl Keyring for Open {
         let [user, login, end] = parts[..] else { return None };
         (end.parse::<UnixMs>().ok()? > now).then_some((user.parse().ok()?, login.parse().ok()?))
     }
-    fn issue_certificate(&self, _: NodeId, _: &[u8], _: UnixMs, _: UnixMs) -> Stored<Vec<u8>> {
+    fn issue_certificate(&self, _: NodeId, _: &[u8], _: UnixMs, _: UnixMs, _: &[Digest]) -> Stored<Vec<u8>> {
         Ok(vec![])
     }
 }

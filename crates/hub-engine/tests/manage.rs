@@ -68,7 +68,7 @@ impl Keyring for FakeKeys {
     fn read_access(&self, _: &str, _: UnixMs) -> Option<(UserId, LoginId)> {
         None
     }
-    fn issue_certificate(&self, _: NodeId, _: &[u8], _: UnixMs, _: UnixMs) -> Stored<Vec<u8>> {
+    fn issue_certificate(&self, _: NodeId, _: &[u8], _: UnixMs, _: UnixMs, _: &[Digest]) -> Stored<Vec<u8>> {
         Ok(vec![])
     }
 }
@@ -438,7 +438,7 @@ async fn a_revoked_node_has_no_link_no_tasks_and_no_way_back() {
         assert!(w.delivery.append(&caller, granted.id, attempt, vec![frame]).await.is_err());
         assert_eq!(w.read(granted.id).await, revoked_end());
         assert_eq!(code(&w.nodes.authenticate(w.node.id, &[1; 32]).await.unwrap_err()), "revoked");
-        assert_eq!(code(&w.nodes.renew(&caller, b"key", 1).await.unwrap_err()), "revoked");
+        assert_eq!(code(&w.nodes.renew(&caller, b"key", 1, &[]).await.unwrap_err()), "revoked");
         assert_eq!(code(&w.try_hello(&w.node).await.unwrap_err()), "revoked");
         drop(welcome);
         // The other node takes what was moved.

@@ -57,7 +57,7 @@ impl Keyring for FakeKeys {
     fn read_access(&self, _: &str, _: UnixMs) -> Option<(UserId, LoginId)> {
         None
     }
-    fn issue_certificate(&self, _: NodeId, _: &[u8], _: UnixMs, _: UnixMs) -> Stored<Vec<u8>> {
+    fn issue_certificate(&self, _: NodeId, _: &[u8], _: UnixMs, _: UnixMs, _: &[Digest]) -> Stored<Vec<u8>> {
         Ok(vec![])
     }
 }
@@ -608,7 +608,7 @@ async fn a_renewal_may_be_ahead_of_a_restored_hub_and_never_behind() {
     w.store.add_invite(&invite).await.unwrap();
     w.store.claim_invite(invite.id, &node, invite.created_at + 1, 1000).await.unwrap();
     let caller = Caller::Node { node: node.id, generation: 1 };
-    let renew = async |counter: u64| w.tasks.nodes.renew(&caller, &spki, counter).await;
+    let renew = async |counter: u64| w.tasks.nodes.renew(&caller, &spki, counter, &[]).await;
     assert_eq!(renew(1).await.unwrap().counter, 1);
     assert_eq!(renew(9).await.unwrap().counter, 9);
     assert_eq!(renew(9).await.unwrap().counter, 9, "the same again is the same answer");

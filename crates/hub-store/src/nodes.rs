@@ -108,6 +108,11 @@ impl NodeDirectory for Store {
         .await
     }
 
+    async fn note_bundle(&self, id: NodeId, seq: u64) -> Stored<()> {
+        let q = sql("UPDATE nodes SET bundle_seq = $1 WHERE id = $2 AND bundle_seq < $1");
+        self.execute("nodes.note_bundle", q.bind(seq).bind(id.blob())).await.map(drop)
+    }
+
     async fn renew(&self, id: NodeId, c: &NodeCertificate) -> Stored<bool> {
         let q = sql("UPDATE nodes SET cert_spki = $1, cert_der = $2, cert_not_after = $3, cert_counter = $4 \
              WHERE id = $5 AND cert_counter + 1 = $4 AND revoked_at IS NULL");
@@ -262,7 +267,7 @@ pub(crate) fn invite_row(i: &Invite) -> [Value<'_>; 12] {
     ]
 }
 
-fn node_row(n: &Node) -> [Value<'_>; 20] {
+fn node_row(n: &Node) -> [Value<'_>; 21] {
     values![
         n.id.blob(),
         n.name.as_str(),
@@ -284,5 +289,6 @@ fn node_row(n: &Node) -> [Value<'_>; 20] {
         n.task_limit,
         n.draining,
         n.epoch,
+        n.bundle_seq,
     ]
 }

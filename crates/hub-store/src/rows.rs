@@ -286,7 +286,7 @@ pub(crate) fn invite(row: &Row) -> Result<Invite, Failed> {
 }
 
 pub(crate) const NODE_COLUMNS: &str = "id, name, owner, labels, max_tasks, version, capabilities, created_at, last_seen_at, \
-    generation, cert_spki, cert_der, cert_not_after, cert_counter, revoked_at, notices, slots, task_limit, draining, epoch";
+    generation, cert_spki, cert_der, cert_not_after, cert_counter, revoked_at, notices, slots, task_limit, draining, epoch, bundle_seq";
 
 pub(crate) fn node(row: &Row) -> Result<Node, Failed> {
     let c = &mut Columns::of(row);
@@ -308,10 +308,11 @@ pub(crate) fn node(row: &Row) -> Result<Node, Failed> {
         certificate: NodeCertificate { spki: c.bytes()?, der: c.get()?, not_after: c.get()?, counter: c.unsigned()? },
         revoked_at: c.get()?,
         notices: c.json()?,
+        bundle_seq: 0,
     };
     let slots = c.get::<Option<&str>>()?.map(Json::read).transpose()?;
     let task_limit = c.get::<Option<i64>>()?.map(u32::try_from).transpose()?;
-    Ok(Node { slots, task_limit, draining: c.get()?, epoch: c.unsigned()?, ..node })
+    Ok(Node { slots, task_limit, draining: c.get()?, epoch: c.unsigned()?, bundle_seq: c.unsigned()?, ..node })
 }
 
 pub(crate) const USER_COLUMNS: &str = "id, username, role, password_hash, created_at";

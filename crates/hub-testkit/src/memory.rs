@@ -436,6 +436,12 @@ impl NodeDirectory for MemoryStore {
         }
         Ok(())
     }
+    async fn note_bundle(&self, id: NodeId, seq: u64) -> Stored<()> {
+        if let Some(node) = self.state().nodes.get_mut(&id) {
+            node.bundle_seq = node.bundle_seq.max(seq);
+        }
+        Ok(())
+    }
     async fn add_notice(&self, id: NodeId, words: &str, now: UnixMs) -> Stored<()> {
         if let Some(node) = self.state().nodes.get_mut(&id).filter(|n| n.notices.len() < MAX_NOTICES) {
             node.notices.push(format!("{words} at {now}"));

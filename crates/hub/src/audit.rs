@@ -56,7 +56,6 @@ pub async fn log(
         store: store.clone(),
         witness: Arc::new(Files::of(data_dir)),
         keyring: keys.clone(),
-        keys: keys.task_keys(),
         hub: keys.hub,
         clock,
         work,

@@ -2,10 +2,10 @@
 
 use crate::admin;
 use crate::config::{Config, Flags};
-use crate::keys::Keys;
 use crate::serve::Hub;
-use crate::{audit, backup};
+use crate::{audit, backup, ca};
 use clap::{Args, Parser, Subcommand};
+use hub_engine::rotation::Step;
 use mesh_process::config::BadSetting;
 use mesh_process::{Clock, SystemClock, signals, telemetry};
 use std::io::Write;
@@ -141,10 +141,27 @@ enum AuditCommand {
 
 #[derive(Subcommand)]
 enum CaCommand {
-    /// Print the hub's id, the pin of its root, and the root itself (PEM), which clients of its HTTPS must trust
+    /// Print the hub's id, the pin of its root, where a rotation stands, and the roots (PEM), which clients of its HTTPS must trust
     Show,
-    /// Not built yet
-    Rotate,
+    /// Put a new root and a new task key in the place of the old ones, step by step, while the hub runs
+    #[command(group(clap::ArgGroup::new("step").required(true)))]
+    Rotate {
+        /// Make them, and let the nodes learn to believe them
+        #[arg(long, group = "step")]
+        begin: bool,
+        /// Use them: certificates and orders are theirs from now on
+        #[arg(long, group = "step")]
+        issue: bool,
+        /// Take the old ones away: they count no more
+        #[arg(long, group = "step")]
+        retire: bool,
+        /// Go back to before --begin
+        #[arg(long, group = "step")]
+        abort: bool,
+        /// Go on although nodes cannot follow, which need a new invite then
+        #[arg(long)]
+        leave_behind: bool,
+    },
 }
 
 /// Wrong usage or settings.
@@ -167,8 +184,16 @@ pub async fn run() -> ExitCode {
             }
             Err(e) => usage(&e),
         },
-        Command::Ca { command: CaCommand::Show } => show_ca(&flags),
-        Command::Ca { command: CaCommand::Rotate } => usage(&"not yet: ca rotate is not built"),
+        Command::Ca { command: CaCommand::Show } => told(&flags, async |config| ca::show(config, SystemClock::new().now_ms()).await).await,
+        Command::Ca { command: CaCommand::Rotate { begin, issue, retire, leave_behind, .. } } => {
+            let step = match (begin, issue, retire) {
+                (true, ..) => Step::Begin,
+                (_, true, _) => Step::Issue,
+                (.., true) => Step::Retire,
+                _ => Step::Abort,
+            };
+            told(&flags, async |config| ca::rotate(config, step, leave_behind).await).await
+        }
         Command::Admin { command } => {
             told(&flags, async |config| match command {
                 AdminCommand::CreateUser { username, role, password_stdin } => {
@@ -236,29 +261,6 @@ async fn told(flags: &Flags, command: impl AsyncFnOnce(&Config) -> anyhow::Resul
 fn usage(message: &dyn std::fmt::Display) -> ExitCode {
     eprintln!("cortex-hub: {message}");
     ExitCode::from(USAGE)
-}
-
-fn show_ca(flags: &Flags) -> ExitCode {
-    let config = match Config::load(flags) {
-        Ok(c) => c,
-        Err(e) => return usage(&e),
-    };
-    if !config.data_dir.join("keys").join("hub-id").exists() {
-        eprintln!("cortex-hub: there are no keys in {}; the first cortex-hub serve makes them", config.data_dir.display());
-        return ExitCode::FAILURE;
-    }
-    match Keys::open(&config.data_dir, SystemClock::new().now_ms()) {
-        Ok(keys) => {
-            println!("hub   {}\npin   {}", keys.hub, keys.pin());
-            keys.task_keys().iter().for_each(|key| println!("sign  {}", hex::encode(key)));
-            println!("{}", keys.root_pem().trim_end());
-            ExitCode::SUCCESS
-        }
-        Err(e) => {
-            eprintln!("cortex-hub: {e}");
-            ExitCode::FAILURE
-        }
-    }
 }
 
 /// The settings, with the files that they name.

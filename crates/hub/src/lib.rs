@@ -6,6 +6,8 @@
 mod admin;
 pub mod audit;
 mod backup;
+mod ca;
+mod certificates;
 pub mod cli;
 pub mod config;
 mod control;

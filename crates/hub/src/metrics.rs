@@ -84,6 +84,8 @@ pub const NAMES: &[(&str, Kind, &str)] = &[
     ("cortex_links_opened_total", Counter, "Links that were accepted."),
     ("cortex_links_closed_total", Counter, "Links that ended."),
     ("cortex_envelopes_rejected_total", Counter, "Envelopes that a node refused."),
+    ("cortex_bundles_sent_total", Counter, "Trust bundles that were sent to nodes."),
+    ("cortex_bundles_acknowledged_total", Counter, "Trust bundles that nodes have stored."),
     ("cortex_refused_reports_total", Counter, "Reports of nodes that cannot be true, and were not recorded."),
     ("cortex_output_received_bytes_total", Counter, "Output of tasks that came from nodes, repeats included."),
     ("cortex_store_up", Gauge, "1 when the database answers."),

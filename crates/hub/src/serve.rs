@@ -1,5 +1,6 @@
 //! Wiring: from settings to a hub that serves, and back down.
 
+use crate::certificates::{Certificates, Own};
 use crate::config::Config;
 use crate::doors::https::{self, DoorTls, Tls};
 use crate::doors::listener::{self, Accept, Limits, Shares};
@@ -32,6 +33,7 @@ use hub_engine::records::HubMeta;
 use hub_engine::restore::Recovery;
 use hub_engine::retention::Retention;
 use hub_engine::rights::Rights;
+use hub_engine::rotation::Rotation;
 use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::{self, Remembered, Statistics};
@@ -59,11 +61,6 @@ const REDIS_WAIT: Duration = Duration::from_secs(3);
 const SEEN_EVERY: Duration = Duration::from_secs(15);
 /// How often idempotency keys of yesterday are thrown away.
 const FORGET_EVERY: Duration = Duration::from_secs(3600);
-/// How often the hub looks at its own certificate.
-const CERTIFICATE_LOOK: Duration = Duration::from_secs(3600);
-/// At this much left of 30 days, the hub's certificate is renewed.
-const CERTIFICATE_LEFT_MS: i64 = 10 * 86_400_000;
-
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 1024;
 /// Connections of the small listeners.
@@ -261,8 +258,12 @@ impl Hub {
         };
         let pin = https.as_ref().and_then(|(_, own)| own.as_ref()).map(|own| Keys::door_pin(&own.key)).transpose()?;
         let (doors_tls, own) = https.unzip();
-        let renewed = Renewed { link: server_tls, doors: doors_tls.clone().zip(own.flatten()), end: certificate_end };
-        work.spawn_until_cancelled("hub certificate", renewed.keep(keys.clone(), clock.clone()));
+        let certificates =
+            Certificates::new(keys.clone(), server_tls, doors_tls.clone().zip(own.flatten()), certificate_end, clock.clone());
+        let certificates = Arc::new(certificates);
+        let keeper = certificates.clone();
+        work.spawn_until_cancelled("hub certificate", async move { keeper.keep().await });
+        let rotation = Rotation { nodes: store.clone(), authority: certificates, clock: clock.clone(), one: Default::default() };
 
         let own_dir = std::env::current_exe().ok().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
         let scraped =
@@ -289,6 +290,7 @@ impl Hub {
             streams: doors.clone(),
             meta: store.clone(),
             recovery: services.recovery,
+            rotation,
             rates: Arc::new(Rates::new(config.api_per_second, config.api_burst, clock.clone())),
             waiting: Default::default(),
             keys: keys.clone(),
@@ -654,42 +656,6 @@ async fn first_admin(accounts: &Accounts, config: &Config, dir: &Path) -> anyhow
     };
     let created = accounts.first_admin("admin", &password).await?;
     Ok((created && made).then_some(password))
-}
-
-/// What the doors' certificate by the hub's own authority is made of.
-struct Own {
-    key: String,
-    names: Vec<String>,
-}
-
-/// The certificates that the hub gives itself; they end together.
-struct Renewed {
-    link: Arc<tls::ServerTls>,
-    doors: Option<(Arc<DoorTls>, Own)>,
-    end: i64,
-}
-
-impl Renewed {
-    async fn keep(mut self, keys: Arc<Keys>, clock: SharedClock) {
-        loop {
-            tokio::time::sleep(CERTIFICATE_LOOK).await;
-            let now = clock.now_ms();
-            if self.end - now > CERTIFICATE_LEFT_MS {
-                continue;
-            }
-            match self.renew(&keys, now) {
-                Ok(until) => self.end = until,
-                Err(error) => tracing::error!(error = format!("{error:#}"), "the hub's certificate could not be renewed"),
-            }
-        }
-    }
-    fn renew(&self, keys: &Keys, now: i64) -> anyhow::Result<i64> {
-        let until = self.link.renew(keys, now)?;
-        if let Some((doors, own)) = &self.doors {
-            doors.renew(keys, &own.key, &own.names, now)?;
-        }
-        Ok(until)
-    }
 }
 
 fn serve_http(group: &Tasks, listener: impl Accept, app: Router, config: &Config) {

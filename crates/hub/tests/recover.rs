@@ -7,8 +7,9 @@ use hub_engine::accounts::Authenticated;
 use hub_engine::events::{Events, Told, Topic};
 use hub_engine::links::Links;
 use hub_engine::nodes::{Lifetimes, Nodes, Recovery};
-use hub_engine::ports::NodeDirectory;
+use hub_engine::ports::{Keyring, NodeDirectory};
 use hub_engine::records::{Claim, Node, NodeCertificate};
+use hub_engine::rotation::Step;
 use hub_testkit::contract::sample;
 use hub_testkit::memory::MemoryStore;
 use mesh_core::permission::{Caller, Role};
@@ -41,6 +42,7 @@ struct World {
     nodes: Nodes,
     store: Arc<MemoryStore>,
     clock: Arc<Hands>,
+    keys: Arc<Keys>,
     _dir: tempfile::TempDir,
 }
 
@@ -63,7 +65,7 @@ impl Machine {
         let (spki_der, nonce, exporter) = (self.spki(), [3; 32], [exporter; 32]);
         let proof = enrol::recover_bytes(hub, self.id, &exporter, &sha256(&spki_der), counter, &nonce);
         let proof = self.key.sign(&proof).to_bytes().to_vec();
-        Recovery { node: self.id, spki_der, counter, nonce, proof, exporter }
+        Recovery { node: self.id, spki_der, counter, nonce, proof, exporter, roots: vec![] }
     }
 }
 
@@ -76,7 +78,7 @@ impl World {
         let nodes = Nodes {
             hub: keys.hub,
             store: store.clone(),
-            keyring: keys,
+            keyring: keys.clone(),
             links: Arc::new(Links::default()),
             events: Events::local(Duration::from_secs(60), clock.clone()),
             history: Default::default(),
@@ -84,7 +86,7 @@ impl World {
             clock: clock.clone(),
             lifetimes: Lifetimes { certificate_ms: DAY_MS, invite_secs: 60 },
         };
-        Self { nodes, store, clock, _dir: dir }
+        Self { nodes, store, clock, keys, _dir: dir }
     }
     async fn enrolled(&self, n: u8) -> Machine {
         let m = Machine::new(n);
@@ -121,6 +123,23 @@ async fn refused(w: &World, r: Recovery) -> &'static str {
 }
 
 #[tokio::test]
+async fn an_answer_whose_root_was_retired_is_given_anew() {
+    let w = World::new();
+    let m = w.enrolled(1).await;
+    let now = END + DAY_MS;
+    w.at(now);
+    let first = w.ask(&m, 1).await.unwrap();
+    for step in [Step::Begin, Step::Issue] {
+        w.keys.step(step, now).unwrap();
+    }
+    assert_eq!(w.ask(&m, 1).await.unwrap(), first, "the old root still counts");
+    w.keys.step(Step::Retire, now).unwrap();
+    let again = w.ask(&m, 1).await.unwrap();
+    assert!(again.counter == 2 && w.keys.counts(&again.der) && !w.keys.counts(&first.der));
+    assert_eq!(w.ask(&m, 2).await.unwrap(), again, "and that one is the same again");
+}
+
+#[tokio::test]
 async fn a_node_gets_one_certificate_for_each_counter() {
     let w = World::new();
     let m = w.enrolled(1).await;
@@ -142,7 +161,7 @@ async fn a_node_gets_one_certificate_for_each_counter() {
     assert_eq!(format!("{:?}", e.data).matches(&second.not_after.to_string()).count(), 1, "{e:?}");
     // What was given by a renewal whose answer was lost is given again too.
     let caller = Caller::Node { node: m.id, generation: 1 };
-    let renewed = w.nodes.renew(&caller, &m.spki(), 3).await.unwrap();
+    let renewed = w.nodes.renew(&caller, &m.spki(), 3, &[]).await.unwrap();
     assert_eq!(w.ask(&m, 3).await.unwrap(), renewed);
     // Neither what is over nor what is far ahead.
     for stale in [0, 1, 2, 68, u64::MAX] {
@@ -252,7 +271,7 @@ async fn the_hubs_own_certificate_is_replaced_without_a_restart() {
     tls::accept(listener, gate, None, &tasks);
 
     let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from(keys.root_der().to_vec())).unwrap();
+    roots.add(CertificateDer::from(keys.authority().issuing().root.clone())).unwrap();
     let mut config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
     config.alpn_protocols = vec![b"h2".to_vec()];
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));

@@ -34,6 +34,7 @@ pub enum Tag {
     AuditPerson = 9,
     AuditDetail = 10,
     AuditCheckpoint = 11,
+    Bundle = 16,
 }
 
 #[derive(Debug, Default)]

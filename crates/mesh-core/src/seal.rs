@@ -16,6 +16,7 @@ pub mod payload_type {
     pub const CANCEL: &str = "application/vnd.cortexmesh.cancel.v1+proto";
     pub const INPUT: &str = "application/vnd.cortexmesh.input.v1+proto";
     pub const AUDIT: &str = "application/vnd.cortexmesh.audit-checkpoint.v1";
+    pub const BUNDLE: &str = "application/vnd.cortexmesh.bundle.v1";
 }
 
 /// DSSE v1 PAE: `"DSSEv1" SP LEN(type) SP type SP LEN(body) SP body`.

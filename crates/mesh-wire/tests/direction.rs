@@ -11,12 +11,14 @@ fn task() -> String {
 
 #[test]
 fn what_a_hub_says_is_no_word_of_a_node() {
-    let welcome = wire::Welcome { hub_id: "hub_1".into(), hub_time_ms: 1, link_session: vec![1; 16], generation: 1, marks: vec![] };
+    let welcome =
+        wire::Welcome { hub_id: "hub_1".into(), hub_time_ms: 1, link_session: vec![1; 16], generation: 1, marks: vec![], bundle: None };
     let envelope = wire::Envelope { payload_type: TASK.into(), body: vec![1; 9], key_id: "k".into(), signature: vec![2; 64] };
     let said = [
         hub_frame::Kind::Welcome(welcome),
         hub_frame::Kind::Envelope(envelope),
         hub_frame::Kind::ResultAck(wire::ResultAck { task_id: task(), attempt: 1 }),
+        hub_frame::Kind::Bundle(wire::SignedBundle { body: vec![16; 90], signatures: vec![] }),
         hub_frame::Kind::Goodbye(wire::Goodbye { code: "revoked".into(), detail: "x".into() }),
     ];
     for kind in said {

@@ -1,5 +1,6 @@
 //! Where a node keeps its things, and the invite that a person brings: file, environment, checks.
 
+use crate::trust::Trust;
 use crate::way::Way;
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
@@ -100,8 +101,8 @@ pub struct Resolved {
     pub node_name: String,
     pub way: Way,
     pub server_name: String,
-    pub ca_pin: Digest,
-    pub task_keys: Vec<[u8; 32]>,
+    /// That of the invite, until a bundle takes its place.
+    pub trust: Trust,
     pub workspace_root: String,
     pub max_tasks: u32,
 }
@@ -126,8 +127,10 @@ impl Settings {
             node_name: self.node_name.clone(),
             way: Way::new(grpc, also, Proxies::read(lookup)?),
             server_name: self.server_name.clone(),
-            ca_pin: parse_pin(&self.ca_pin).map_err(|e| bad("ca_pin", &e))?,
-            task_keys: parse_task_keys(&self.task_keys).map_err(|e| bad("task_keys", &e))?,
+            trust: Trust::of_invite(
+                parse_pin(&self.ca_pin).map_err(|e| bad("ca_pin", &e))?,
+                parse_task_keys(&self.task_keys).map_err(|e| bad("task_keys", &e))?,
+            ),
             workspace_root: lookup("CORTEX_NODE_WORKSPACE_ROOT")?.unwrap_or_else(|| self.workspace_root.clone()),
             max_tasks,
         })

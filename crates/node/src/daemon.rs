@@ -94,7 +94,10 @@ pub async fn run(dir: DataDir, exe: &Path, clock: SharedClock) -> Result<Exit, D
 
     let state = State::open(&dir)?;
     let settings: Settings = state.settings()?.ok_or_else(|| DaemonError::NotEnrolled(dir.path().to_path_buf()))?;
-    let settings = settings.resolve(&config::environment)?;
+    let mut settings = settings.resolve(&config::environment)?;
+    if let Some(trust) = state.trust()? {
+        settings.trust = trust;
+    }
     if let Some(words) = state.revoked()? {
         return Ok(still_revoked(&dir, settings, &words).await?);
     }

@@ -265,8 +265,9 @@ fn settings(dir: &DataDir, root: &[u8]) -> Hop<Settled> {
         Err(e) => return fail(e, "join anew with a fresh invite"),
     };
     let r: Resolved = settings.resolve(&environment).or_else(|e| fail(e, "mend the setting that is named"))?;
-    if tls::spki_sha256(root) != Some(r.ca_pin) {
-        return fail("root.der is not the root that was pinned at the join", "restore it, or join anew with a fresh invite");
+    let trust = state.trust().or_else(|e| fail(e, "join anew with a fresh invite"))?.unwrap_or(r.trust);
+    if !trust.believes(root) {
+        return fail("root.der is none of the roots that this node believes", "restore it, or join anew with a fresh invite");
     }
     let stored = state.hub_time_ms().unwrap_or(0);
     Ok(((r.way, r.server_name, r.workspace_root), None, stored))

@@ -8,9 +8,10 @@ use crate::config::{Invite, Settings};
 use crate::link::time::NodeTime;
 use crate::state::{DataDir, Identity, State, StateError};
 use crate::tls::{self, TlsError};
+use crate::trust::Trust;
 use ed25519_dalek::{Signer, SigningKey};
 use mesh_core::enrol::{EXPORTER_LABEL, parse_node_uri, proof_bytes};
-use mesh_core::{Digest, HubId, NodeId};
+use mesh_core::{HubId, NodeId};
 use mesh_process::{SharedClock, entropy};
 use mesh_wire::node::enrolment_client::EnrolmentClient;
 use mesh_wire::node::{Capabilities, CertificateReply, EnrolRequest, RegistrationRequest};
@@ -61,13 +62,13 @@ pub fn validity(certificate: &[u8]) -> Option<Validity> {
     Some(Validity { not_before_ms: v.not_before.timestamp() * 1000, not_after_ms: v.not_after.timestamp() * 1000 })
 }
 
-/// Checks that a reply is a certificate for our key and name, by the pinned root.
+/// Checks that a reply is a certificate for our key and name, by a root that is believed.
 pub fn check_certificate(
     reply: &CertificateReply,
     hub: HubId,
     node: NodeId,
     identity: &Identity,
-    pin: &Digest,
+    trust: &Trust,
 ) -> Result<Validity, String> {
     let (_, c) = X509Certificate::from_der(&reply.certificate_der).map_err(|e| format!("no certificate: {e}"))?;
     if c.public_key().raw != identity.spki() {
@@ -79,8 +80,8 @@ pub fn check_certificate(
     if !matches!(uris.as_slice(), [u] if parse_node_uri(hub, u) == Some(node)) {
         return Err(format!("the certificate names {uris:?} and not node {node}"));
     }
-    if tls::spki_sha256(&reply.root_der) != Some(*pin) {
-        return Err("the root in the answer is not the pinned one".into());
+    if !trust.believes(&reply.root_der) {
+        return Err("the root in the answer is none that this node believes".into());
     }
     let (_, root) = X509Certificate::from_der(&reply.root_der).map_err(|e| format!("no root: {e}"))?;
     c.verify_signature(Some(root.public_key())).map_err(|_| "the certificate is not signed by the pinned root")?;
@@ -102,7 +103,8 @@ pub async fn join(
     }
     let identity = dir.identity()?;
     let time = NodeTime::new(state.hub_time_ms()?, clock);
-    let config = tls::client_config(invite.ca_pin, None, time)?;
+    let trust = Trust::of_invite(invite.ca_pin, invite.task_keys.clone());
+    let config = tls::client_config(&trust, None, time)?;
     let stream = invite.way.connect(&invite.file.hub.server_name, config).await?;
     let exporter = stream.get_ref().1.export_keying_material([0u8; 32], EXPORTER_LABEL, None).map_err(TlsError::Config)?;
     let nonce = entropy::bytes::<32>();
@@ -117,6 +119,7 @@ pub async fn join(
             capabilities: Some(capabilities),
             suggested_name: invite.file.node.name.clone().unwrap_or_default(),
         }),
+        roots: trust.said_roots(),
     };
     let channel = tls::channel(stream).await?;
     let mut client = EnrolmentClient::new(channel).max_decoding_message_size(mesh_wire::limits::MAX_MESSAGE_BYTES);
@@ -127,7 +130,7 @@ pub async fn join(
         .into_inner();
     let certificate = reply.certificate.ok_or_else(|| EnrolError::Answer("it holds no certificate".into()))?;
     let node: NodeId = reply.node_id.parse().map_err(|e| EnrolError::Answer(format!("{e}")))?;
-    check_certificate(&certificate, invite.hub, node, &identity, &invite.ca_pin).map_err(EnrolError::Answer)?;
+    check_certificate(&certificate, invite.hub, node, &identity, &trust).map_err(EnrolError::Answer)?;
     let file = &invite.file;
     let settings = Settings {
         hub_id: file.hub.id.clone(),

@@ -16,6 +16,7 @@ pub mod skills;
 pub mod state;
 pub mod status;
 pub mod tls;
+pub mod trust;
 pub mod warden;
 pub mod way;
 pub mod workspace;

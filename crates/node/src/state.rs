@@ -1,6 +1,7 @@
 //! What a node keeps: its identity key and certificate as private files, the rest in `state.redb`.
 
 use crate::config::Settings;
+use crate::trust::Trust;
 use mesh_core::SessionId;
 use mesh_process::files;
 use rcgen::{KeyPair, PKCS_ED25519};
@@ -18,6 +19,8 @@ const SETTINGS: &str = "settings";
 const HUB_TIME: &str = "hub_time_ms";
 /// Of the newest welcome.
 const LINK_SESSION: &str = "link_session";
+/// The newest trust bundle: the canonical document.
+const BUNDLE: &str = "bundle";
 const COUNTER: &str = "renewal_counter";
 /// The hub's words, once it has said that this node is revoked.
 const REVOKED: &str = "revoked";
@@ -250,6 +253,19 @@ impl State {
     pub fn set_revoked(&self, words: &str) -> Result<(), StateError> {
         self.write(|tx| {
             tx.open_table(VALUES)?.insert(REVOKED, words.as_bytes())?;
+            Ok(())
+        })
+    }
+    /// Whom this node believes, once a bundle has come. All of it is one value, so one commit.
+    pub fn trust(&self) -> Result<Option<Trust>, StateError> {
+        let Some(body) = self.value(BUNDLE)? else { return Ok(None) };
+        Trust::of_bundle(&body)
+            .map(Some)
+            .map_err(|e| StateError::Damaged { path: self.path.clone(), problem: format!("the trust bundle: {e}") })
+    }
+    pub fn set_trust(&self, trust: &Trust) -> Result<(), StateError> {
+        self.write(|tx| {
+            tx.open_table(VALUES)?.insert(BUNDLE, trust.body())?;
             Ok(())
         })
     }

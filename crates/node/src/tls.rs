@@ -1,17 +1,18 @@
-//! TLS towards the hub: 1.3 alone, no resumption, one trust anchor, found by its pin.
+//! TLS towards the hub: 1.3 alone, no resumption, trust anchors that are found by their pins.
 //!
-//! The hub sends its whole chain. The certificate in it whose SubjectPublicKeyInfo has the pinned
-//! SHA-256 becomes the only anchor; the leaf is then verified as usual for the hub's fixed name, at
+//! The hub sends its whole chain. The certificates in it whose SubjectPublicKeyInfo has a pinned SHA-256
+//! become the only anchors; the leaf is then verified as usual for the hub's fixed name, at
 //! node time. The connection is made here and not by tonic, so that the exporter stays in reach.
 
 use crate::link::time::NodeTime;
+use crate::trust::Trust;
 use mesh_core::Digest;
 use mesh_process::proxy::ProxyError;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -40,7 +41,9 @@ pub enum TlsError {
         #[source]
         source: std::io::Error,
     },
-    #[error("{WRONG_PIN}; it is another hub or somebody in between; nothing was sent ({address})")]
+    #[error(
+        "{WRONG_PIN}; it is another hub or somebody in between, or the hub has retired that root while this machine was away: then join anew with a fresh invite; nothing was sent ({address})"
+    )]
     Pin { address: String },
     #[error("{address} did not answer within {secs} s")]
     Late { address: String, secs: u64 },
@@ -51,11 +54,28 @@ pub enum TlsError {
     All(String),
 }
 
+/// Roots that are believed: by the SHA-256 of their SubjectPublicKeyInfo.
+#[derive(Debug, Clone)]
+pub struct Roots {
+    pins: Vec<Digest>,
+    /// Themselves, as far as they are known: they serve when the hub leaves them out of its chain.
+    known: Vec<CertificateDer<'static>>,
+}
+
+impl From<Digest> for Roots {
+    fn from(pin: Digest) -> Self {
+        Self { pins: vec![pin], known: vec![] }
+    }
+}
+impl From<&Trust> for Roots {
+    fn from(trust: &Trust) -> Self {
+        Self { pins: trust.pins.clone(), known: trust.roots.clone() }
+    }
+}
+
 #[derive(Debug)]
 struct PinVerifier {
-    pin: Digest,
-    /// The root as it was stored at enrolment: serves when the hub leaves it out of its chain.
-    known_root: Option<CertificateDer<'static>>,
+    roots: Roots,
     provider: Arc<CryptoProvider>,
 }
 
@@ -74,18 +94,26 @@ impl ServerCertVerifier for PinVerifier {
         ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let pinned = |c: &&CertificateDer<'_>| spki_sha256(c).is_some_and(|h| h == self.pin);
-        let anchor = std::iter::once(leaf)
-            .chain(intermediates)
-            .find(pinned)
-            .or_else(|| self.known_root.as_ref().filter(pinned))
-            .ok_or_else(|| rustls::Error::General(WRONG_PIN.into()))?;
+        let pinned = |c: &&CertificateDer<'_>| spki_sha256(c).is_some_and(|h| self.roots.pins.contains(&h));
         let mut roots = RootCertStore::empty();
-        roots.add(anchor.clone().into_owned())?;
+        for anchor in std::iter::once(leaf).chain(intermediates).filter(pinned) {
+            roots.add(anchor.clone().into_owned())?;
+        }
+        let shown = !roots.is_empty();
+        for anchor in self.roots.known.iter().filter(pinned) {
+            roots.add(anchor.clone())?;
+        }
+        if roots.is_empty() {
+            return Err(rustls::Error::General(WRONG_PIN.into()));
+        }
         WebPkiServerVerifier::builder_with_provider(Arc::new(roots), self.provider.clone())
             .build()
             .map_err(|e| rustls::Error::General(format!("the pinned root is not usable: {e}")))?
             .verify_server_cert(leaf, intermediates, name, ocsp, now)
+            .map_err(|e| match e {
+                rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) if !shown => rustls::Error::General(WRONG_PIN.into()),
+                e => e,
+            })
     }
     fn verify_tls12_signature(
         &self,
@@ -116,13 +144,14 @@ pub struct ClientCertificate {
 }
 
 /// TLS 1.3, `h2`, no tickets, no session store; with a client certificate once there is one.
-pub fn client_config(pin: Digest, own: Option<ClientCertificate>, time: NodeTime) -> Result<Arc<ClientConfig>, TlsError> {
+pub fn client_config(roots: impl Into<Roots>, own: Option<ClientCertificate>, time: NodeTime) -> Result<Arc<ClientConfig>, TlsError> {
     let provider = Arc::new(aws_lc_rs::default_provider());
-    let known_root = own.as_ref().map(|o| o.root.clone());
+    let mut roots = roots.into();
+    roots.known.extend(own.as_ref().map(|o| o.root.clone()));
     let builder = ClientConfig::builder_with_details(provider.clone(), Arc::new(time))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(PinVerifier { pin, known_root, provider }));
+        .with_custom_certificate_verifier(Arc::new(PinVerifier { roots, provider }));
     let mut config = match own {
         Some(own) => builder.with_client_auth_cert(vec![own.certificate], own.key)?,
         None => builder.with_no_client_auth(),

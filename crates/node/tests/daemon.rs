@@ -1,5 +1,7 @@
 //! The real program, with its real warden, against a scripted hub.
 
+#[path = "support/bundle.rs"]
+mod bundle;
 mod support;
 
 use mesh_core::spec::{Program, Shell, Spec};

@@ -36,8 +36,6 @@ pub struct Log {
     pub store: Arc<dyn ports::Audit>,
     pub witness: Arc<dyn Witness>,
     pub keyring: Arc<dyn Keyring>,
-    /// Public keys by which checkpoints count; the one that signs now is among them.
-    pub keys: Vec<[u8; 32]>,
     pub hub: HubId,
     pub clock: SharedClock,
     /// What is left by a caller who has gone is written here.
@@ -208,7 +206,7 @@ impl Log {
     pub(super) fn sign(&self, heads: Vec<Head>) -> Signed {
         let checkpoint = Checkpoint { hub: self.hub, at: self.clock.now_ms(), heads };
         let (by, signature) = self.keyring.sign(payload_type::AUDIT, &checkpoint.encode());
-        let key = self.keys.iter().find(|k| key_id(k) == by).copied().unwrap_or_default();
+        let key = self.keyring.signers().into_iter().find(|k| key_id(k) == by).unwrap_or_default();
         Signed { checkpoint, key, signature: signature.to_vec() }
     }
 

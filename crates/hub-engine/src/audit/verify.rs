@@ -103,7 +103,7 @@ impl Walk {
         let chain = self.end.chain;
         self.waiting = match self.witnessed.recv().await {
             None => None,
-            Some(Ok(signed)) if signed.is_by(&self.log.keys) && signed.checkpoint.hub == self.log.hub => {
+            Some(Ok(signed)) if signed.is_by(&self.log.keyring.signers()) && signed.checkpoint.hub == self.log.hub => {
                 signed.checkpoint.heads.iter().find(|h| h.chain == chain).copied()
             }
             Some(_) => {
@@ -141,7 +141,7 @@ impl Walk {
             self.signed = self.signed.max(head.seq);
             self.next_witnessed().await;
         }
-        let (keys, hub) = (self.log.keys.clone(), self.log.hub);
+        let (keys, hub) = (self.log.keyring.signers(), self.log.hub);
         while let Some(signed) = self.kept().await? {
             let head = signed.checkpoint.heads.first().copied().unwrap_or(at);
             if head.seq > at.seq {

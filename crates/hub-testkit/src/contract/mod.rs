@@ -228,6 +228,7 @@ pub mod sample {
             certificate: NodeCertificate { spki: [spki; 32], der: vec![0x30, spki], not_after: T0 + 9000, counter: 0 },
             revoked_at: None,
             notices: vec!["new here".into()],
+            bundle_seq: 0,
         }
     }
 }

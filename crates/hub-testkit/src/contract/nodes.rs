@@ -20,6 +20,22 @@ pub async fn nodes(make: impl AsyncFn() -> Arc<dyn NodeDirectory>) {
     racing_ends(&*make().await).await;
     counts(&*make().await).await;
     notices(&*make().await).await;
+    bundles(&*make().await).await;
+}
+
+async fn bundles(store: &dyn NodeDirectory) {
+    store.note_bundle(node_id(1), 7).await.unwrap();
+    store.add_invite(&invite(1)).await.unwrap();
+    assert_eq!(store.claim_invite(invite_id(1), &node(1, 1), T0, AGAIN_MS).await.unwrap(), Claim::Claimed);
+    let now = async || store.node(node_id(1)).await.unwrap().unwrap();
+    assert_eq!(now().await, node(1, 1), "what was said before it was there is not kept");
+    for (said, known) in [(3, 3), (2, 3), (3, 3), (i64::MAX as u64, i64::MAX as u64)] {
+        store.note_bundle(node_id(1), said).await.unwrap();
+        assert_eq!(now().await, Node { bundle_seq: known, ..node(1, 1) }, "{said}: the highest, and nothing else changes");
+    }
+    let next = NodeCertificate { counter: 1, ..node(1, 1).certificate };
+    assert!(store.renew(node_id(1), &next).await.unwrap());
+    assert_eq!(now().await.bundle_seq, i64::MAX as u64);
 }
 
 async fn notices(store: &dyn NodeDirectory) {

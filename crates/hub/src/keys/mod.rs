@@ -1,24 +1,29 @@
 //! The keyring: every private key of the hub, in `{data_dir}/keys` (0700), never in the database.
 
+mod authority;
 mod passwords;
 mod tokens;
 
+pub use authority::{Authority, Pair};
 pub use passwords::Argon2Passwords;
 
+use arc_swap::ArcSwap;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use ed25519_dalek::SigningKey;
 use hub_engine::ports::{Keyring, StoreError, Stored};
+use hub_engine::rotation::Step;
 use mesh_core::seal::{self, Intent};
 use mesh_core::{Digest, HubId, LoginId, NodeId, UnixMs, UserId, enrol, sha256};
 use mesh_process::{entropy, files};
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
     SerialNumber, SubjectPublicKeyInfo,
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use time::OffsetDateTime;
+use tokio::sync::watch;
 
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
@@ -28,6 +33,8 @@ pub enum KeyError {
     Damaged { path: PathBuf, problem: String },
     #[error("{0} has a database but no keys: put its keys folder back, or start with another data folder")]
     Missing(PathBuf),
+    #[error("it is not the turn of {0}")]
+    OutOfTurn(&'static str),
     #[error("making a certificate: {0}")]
     Certificate(#[from] rcgen::Error),
 }
@@ -43,17 +50,18 @@ pub struct ServerIdentity {
 
 pub struct Keys {
     pub hub: HubId,
-    root_key: String,
-    root_der: Vec<u8>,
-    root_spki: Digest,
-    task: SigningKey,
+    dir: PathBuf,
+    authority: ArcSwap<Authority>,
+    /// Told of each change of it.
+    changed: watch::Sender<()>,
+    one: Mutex<()>,
     intent: [u8; 32],
     token: [u8; 32],
     jwt: tokens::TokenKeys,
 }
 
-/// Every key file that a hub cannot be without.
-const FILES: [&str; 7] = ["hub-id", "root.key", "root.crt", "task.key", "intent.key", "token.key", "jwt.key"];
+/// Every key file that a hub cannot be without, beside those of its authority.
+const FILES: [&str; 4] = ["hub-id", "intent.key", "token.key", "jwt.key"];
 
 /// The files of the keys folder, by name.
 pub fn files(data_dir: &Path) -> std::io::Result<BTreeMap<String, Vec<u8>>> {
@@ -70,7 +78,8 @@ pub fn files(data_dir: &Path) -> std::io::Result<BTreeMap<String, Vec<u8>>> {
 }
 /// Which of those that a hub needs are not among them.
 pub fn missing(found: &BTreeMap<String, Vec<u8>>) -> Vec<&'static str> {
-    FILES.into_iter().filter(|name| !found.contains_key(*name)).collect()
+    let of_authority = if found.contains_key(authority::FILE) { &[][..] } else { &authority::BORN };
+    of_authority.iter().copied().chain(FILES).filter(|name| !found.contains_key(*name)).collect()
 }
 /// The hub whose keys these are.
 pub fn hub_of(found: &BTreeMap<String, Vec<u8>>) -> Option<HubId> {
@@ -137,19 +146,15 @@ impl Keys {
         };
         let hub: HubId =
             text("hub-id")?.trim().parse().map_err(|e| KeyError::Damaged { path: dir.join("hub-id"), problem: format!("{e}") })?;
-        let root_key = text("root.key")?;
-        let pair = KeyPair::from_pem(&root_key)?;
-        let path = dir.join("root.crt");
-        let root_der = std::fs::read(&path).map_err(|source| KeyError::File { path, source })?;
         Ok(Self {
             hub,
-            root_spki: sha256(&pair.subject_public_key_info()),
-            root_key,
-            root_der,
-            task: SigningKey::from_bytes(&secret("task.key")?),
+            authority: ArcSwap::from_pointee(Authority::open(&dir, hub)?),
+            changed: watch::Sender::new(()),
+            one: Mutex::new(()),
             intent: secret("intent.key")?,
             token: secret("token.key")?,
             jwt: tokens::TokenKeys::new(&secret("jwt.key")?, hub),
+            dir,
         })
     }
 
@@ -162,31 +167,49 @@ impl Keys {
         let hub = HubId::from_parts(now, entropy::bytes());
         let pair = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
         let root = root_params(hub, now).self_signed(&pair)?;
-        put("root.key", pair.serialize_pem().as_bytes())?;
-        put("root.crt", root.der())?;
-        for name in ["task.key", "intent.key", "token.key", "jwt.key"] {
+        let [root_key, root_crt, task_key] = authority::BORN;
+        put(root_key, pair.serialize_pem().as_bytes())?;
+        put(root_crt, root.der())?;
+        for name in [task_key, "intent.key", "token.key", "jwt.key"] {
             put(name, hex::encode(entropy::bytes::<32>()).as_bytes())?;
         }
         // Last: its presence says that all the others are there.
         put("hub-id", hub.to_string().as_bytes())
     }
 
-    fn issuer(&self) -> Result<Issuer<'static, KeyPair>, rcgen::Error> {
-        Issuer::from_ca_cert_der(&self.root_der.clone().into(), KeyPair::from_pem(&self.root_key)?)
+    /// Who nodes believe now.
+    pub fn authority(&self) -> Arc<Authority> {
+        self.authority.load_full()
+    }
+    /// Told of each change of the authority from now on.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+    /// Takes a step of a rotation: on the disk first, then for all who ask.
+    pub fn step(&self, step: Step, now: UnixMs) -> Result<(), KeyError> {
+        let _one = self.one.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = self.authority().after(step, now)?.ok_or(KeyError::OutOfTurn(step.as_str()))?;
+        next.write(&self.dir)?;
+        self.authority.store(Arc::new(next));
+        Ok(())
+    }
+    /// Tells who waits for [`Keys::changes`], once all that hangs on the keys has followed.
+    pub fn tell(&self) {
+        self.changed.send_replace(());
     }
 
-    /// `sha256:` and hex of the root's SubjectPublicKeyInfo.
+    /// `sha256:` and hex of the SubjectPublicKeyInfo of the root that issues.
     pub fn pin(&self) -> String {
-        format!("sha256:{}", hex::encode(self.root_spki))
+        self.authority().issuing().pin()
     }
-    pub fn root_der(&self) -> &[u8] {
-        &self.root_der
-    }
-    /// The root in PEM, as clients of the doors want it.
-    pub fn root_pem(&self) -> String {
-        let text = STANDARD.encode(&self.root_der);
-        let lines: Vec<_> = text.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
-        format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
+    /// The roots in PEM, as clients of the doors want them.
+    pub fn roots_pem(&self) -> String {
+        let pem = |root: &[u8]| {
+            let text = STANDARD.encode(root);
+            let lines: Vec<_> = text.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
+            format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
+        };
+        self.authority().roots().map(pem).collect()
     }
 
     /// The private key (PEM) of the doors' certificate, made when it is first needed. It stays, so that an
@@ -207,9 +230,9 @@ impl Keys {
     pub fn door_pin(key: &str) -> Result<String, KeyError> {
         Ok(format!("sha256//{}", STANDARD.encode(sha256(&KeyPair::from_pem(key)?.subject_public_key_info()))))
     }
-    /// Public keys that orders are signed by.
-    pub fn task_keys(&self) -> Vec<[u8; 32]> {
-        vec![self.task.verifying_key().to_bytes()]
+    /// The public key that orders are signed by.
+    pub fn task_key(&self) -> [u8; 32] {
+        self.authority().issuing().public()
     }
 
     /// What hubs of this deployment seal events with that pass through others' hands. Derived, so that
@@ -237,9 +260,10 @@ impl Keys {
         p.serial_number = Some(serial());
         p.not_before = at(now) - time::Duration::days(SERVER_BACK_DAYS);
         p.not_after = at(now) + time::Duration::days(SERVER_DAYS);
-        let leaf = p.signed_by(&pair, &self.issuer()?)?;
+        let authority = self.authority();
+        let leaf = p.signed_by(&pair, &authority.issuing().issuer()?)?;
         Ok(ServerIdentity {
-            chain: vec![leaf.der().to_vec(), self.root_der.clone()],
+            chain: [vec![leaf.der().to_vec()], authority.chain()].concat(),
             key: pair.serialize_der(),
             not_after: now + SERVER_DAYS * 86_400_000,
         })
@@ -270,10 +294,16 @@ fn serial() -> SerialNumber {
 
 impl Keyring for Keys {
     fn sign(&self, payload_type: &str, body: &[u8]) -> (String, [u8; 64]) {
-        (self.key_id(), seal::sign(&self.task, payload_type, body))
+        self.authority().issuing().sign(payload_type, body)
+    }
+    fn sign_for(&self, believed: &[String], payload_type: &str, body: &[u8]) -> (String, [u8; 64]) {
+        self.authority().for_keys(believed).sign(payload_type, body)
     }
     fn key_id(&self) -> String {
-        seal::key_id(&self.task.verifying_key().to_bytes())
+        seal::key_id(&self.task_key())
+    }
+    fn signers(&self) -> Vec<[u8; 32]> {
+        self.authority().signers()
     }
     fn seal(&self, intent: &Intent) -> Digest {
         intent.seal(&self.intent)
@@ -293,7 +323,10 @@ impl Keyring for Keys {
     fn read_access(&self, token: &str, now: UnixMs) -> Option<(UserId, LoginId)> {
         self.jwt.read(token, now)
     }
-    fn issue_certificate(&self, node: NodeId, spki_der: &[u8], now: UnixMs, not_after: UnixMs) -> Stored<Vec<u8>> {
+    fn counts(&self, certificate: &[u8]) -> bool {
+        self.authority().issuer_of(certificate).is_some()
+    }
+    fn issue_certificate(&self, node: NodeId, spki_der: &[u8], now: UnixMs, not_after: UnixMs, believed: &[Digest]) -> Stored<Vec<u8>> {
         let issue = || -> Result<Vec<u8>, rcgen::Error> {
             let key = SubjectPublicKeyInfo::from_der(spki_der)?;
             let mut p = CertificateParams::default();
@@ -305,7 +338,8 @@ impl Keyring for Keys {
             // Dated back for another hub's clock that lags, but never by much of a short life.
             p.not_before = at(now - NODE_BACK_MS.min((not_after - now) / 10));
             p.not_after = at(not_after);
-            Ok(p.signed_by(&key, &self.issuer()?)?.der().to_vec())
+            let authority = self.authority();
+            Ok(p.signed_by(&key, &authority.for_roots(believed).issuer()?)?.der().to_vec())
         };
         issue().map_err(|e| StoreError::new("issue a node certificate", e))
     }
@@ -323,7 +357,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let a = Keys::open(dir.path(), NOW).unwrap();
         let b = Keys::open(dir.path(), NOW + 5).unwrap();
-        assert_eq!((a.hub, a.pin(), a.task_keys(), a.bus_key()), (b.hub, b.pin(), b.task_keys(), b.bus_key()));
+        assert_eq!((a.hub, a.pin(), a.task_key(), a.bus_key()), (b.hub, b.pin(), b.task_key(), b.bus_key()));
         assert!(![a.intent, a.token].contains(&a.bus_key()));
         for f in std::fs::read_dir(dir.path().join("keys")).unwrap() {
             let f = f.unwrap();
@@ -341,7 +375,7 @@ mod tests {
         let keys = Keys::open(dir.path(), NOW).unwrap();
         let node = NodeId::from_bytes([5; 16]);
         let pair = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
-        let der = keys.issue_certificate(node, &pair.subject_public_key_info(), NOW, NOW + 3_600_000).unwrap();
+        let der = keys.issue_certificate(node, &pair.subject_public_key_info(), NOW, NOW + 3_600_000, &[]).unwrap();
         let (_, c) = X509Certificate::from_der(&der).unwrap();
         assert_eq!(c.subject().iter().count(), 0);
         let san = c.subject_alternative_name().unwrap().unwrap();

@@ -1,6 +1,6 @@
 //! The calls that answer without a certificate.
 
-use super::wire::{bad_message, capabilities, certificate, csr_key, status};
+use super::wire::{bad_message, capabilities, certificate, csr_key, roots, status};
 use super::{LinkContext, tls};
 use hub_engine::Error;
 use hub_engine::buckets::{Buckets, Rate};
@@ -61,6 +61,7 @@ impl wire::enrolment_server::Enrolment for EnrolService {
             version: registration.version,
             capabilities: capabilities(registration.capabilities.unwrap_or_default()),
             suggested_name: registration.suggested_name,
+            roots: roots(&r.roots),
         };
         let invite = enrolment.invite;
         let node = context.audited(&connection, context.nodes.enrol(enrolment)).await.map_err(|e| {
@@ -88,6 +89,7 @@ impl wire::enrolment_server::Enrolment for EnrolService {
             nonce: fixed("nonce", &r.nonce).map_err(bad_message)?,
             proof: r.proof,
             exporter: connection.exporter,
+            roots: roots(&r.roots),
         };
         // Who waits too long is cut with the connection.
         let _place = self.together.acquire().await.map_err(|_| Status::unavailable("the hub is stopping"))?;

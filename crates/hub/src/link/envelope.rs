@@ -21,6 +21,8 @@ pub struct Sealer<'a> {
     pub node_key: Digest,
     pub link_session: [u8; 16],
     pub seq: u64,
+    /// Ids of the task keys that the node believes.
+    pub believed: Vec<String>,
 }
 
 impl Sealer<'_> {
@@ -93,7 +95,7 @@ impl Sealer<'_> {
     }
 
     fn sign(&self, kind: &str, body: Vec<u8>) -> wire::Envelope {
-        let (key_id, signature) = self.keyring.sign(kind, &body);
+        let (key_id, signature) = self.keyring.sign_for(&self.believed, kind, &body);
         wire::Envelope { payload_type: kind.to_owned(), body, key_id, signature: signature.to_vec() }
     }
 }

@@ -19,6 +19,7 @@ use futures::Stream;
 use hub_engine::audit::{self, Ending, Log};
 use hub_engine::delivery::Delivery;
 use hub_engine::nodes::Nodes;
+use hub_engine::ports::Keyring;
 use mesh_core::permission::Via;
 use mesh_core::{Digest, NodeId, UnixMs};
 use mesh_process::{SharedClock, Tasks};
@@ -30,6 +31,9 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::transport::server::Connected;
 use tonic::{Request, Status};
+
+/// The first word is what a node goes by: it recovers with its key.
+const ROOT_RETIRED: &str = "certificate_expired: the root of this certificate was retired";
 
 const PING_EVERY: Duration = Duration::from_secs(20);
 
@@ -49,6 +53,8 @@ pub struct Peer {
     pub node: NodeId,
     pub spki: Digest,
     pub not_after: UnixMs,
+    /// In DER.
+    pub certificate: Arc<[u8]>,
 }
 
 impl LinkContext {
@@ -73,6 +79,9 @@ impl LinkContext {
         // TLS checked the dates when the connection began; it may have lived long since.
         if peer.not_after <= self.clock.now_ms() {
             return Err(Status::unauthenticated("certificate_expired"));
+        }
+        if !self.keys.counts(der) {
+            return Err(Status::unauthenticated(ROOT_RETIRED));
         }
         let node = self.nodes.authenticate(peer.node, &peer.spki).await.map_err(|e| wire::status(&e))?;
         Ok((peer, node))

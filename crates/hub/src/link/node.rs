@@ -1,7 +1,7 @@
 //! The calls of an enrolled node.
 
 use super::LinkContext;
-use super::wire::{HubDatas, HubFrames, capabilities, certificate, csr_key, status};
+use super::wire::{HubDatas, HubFrames, capabilities, certificate, csr_key, roots, status};
 use hub_engine::links::Health;
 use mesh_core::permission::Caller;
 use mesh_wire::node as wire;
@@ -71,7 +71,8 @@ impl wire::node_link_server::NodeLink for LinkService {
         let r = request.into_inner();
         let key = csr_key(&r.csr_der)?;
         let caller = Caller::Node { node: peer.node, generation: node.generation };
-        let fresh = self.0.audited(&connection, self.0.nodes.renew(&caller, &key, r.counter)).await.map_err(|e| status(&e))?;
+        let fresh =
+            self.0.audited(&connection, self.0.nodes.renew(&caller, &key, r.counter, &roots(&r.roots))).await.map_err(|e| status(&e))?;
         tracing::info!(node = %peer.node, counter = fresh.counter, "node certificate renewed");
         Ok(Response::new(certificate(&self.0.keys, fresh)))
     }

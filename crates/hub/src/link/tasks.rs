@@ -4,26 +4,31 @@
 //! *worker* carries what the node reports to the journal, in order, as many at once as there are.
 
 use super::envelope::Sealer;
-use super::wire::{HubFrames, bad_message, status};
-use super::{LinkContext, Peer};
+use super::wire::{HubFrames, bad_message, bundle, status};
+use super::{LinkContext, Peer, ROOT_RETIRED};
+use crate::keys::Authority;
 use futures::{FutureExt, StreamExt};
 use hub_engine::Error;
 use hub_engine::delivery::{DIGEST_MISMATCH, Hello, Presence, Reported};
 use hub_engine::input::Answer;
 use hub_engine::links::{LINK_QUEUE, LinkCommand};
+use hub_engine::ports::Keyring;
 use hub_engine::records::Node;
+use hub_engine::rotation::Phase;
+use mesh_core::bundle::MOST as MOST_KEYS;
 use mesh_core::ceiling::Closed;
 use mesh_core::input::Fate;
 use mesh_core::permission::Caller;
 use mesh_core::task::{AttemptNo, Outcome};
-use mesh_core::{TaskId, UnixMs};
+use mesh_core::{TaskId, UnixMs, seal};
 use mesh_process::{CancellationToken, entropy};
 use mesh_wire::convert::{BadMessage, digests, id};
 use mesh_wire::limits::{HEARTBEAT_SECS, ORDERS_PER_ENVELOPE, SILENCE_SECS};
 use mesh_wire::node::{self as wire, hub_frame, node_frame};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
@@ -40,6 +45,9 @@ const REPORT_BYTES: usize = 32 << 20;
 const LINK_SESSION_BYTES: usize = 16;
 /// A node refuses a few envelopes and then drops the link itself.
 const MOST_REJECTED: u32 = 100;
+/// Nodes are asked for a new certificate one after the other, on average so far apart.
+const RENEWALS_APART: Duration = Duration::from_millis(20);
+const MAX_KEY_ID: usize = 64;
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Something a node reports about an attempt.
@@ -47,6 +55,8 @@ enum Report {
     Started(TaskId, AttemptNo),
     /// With those that have ended.
     Ready(TaskId, AttemptNo, Vec<(TaskId, AttemptNo)>),
+    /// The trust bundle of this sequence is there.
+    Bundle(u64),
     /// With its part of [`REPORT_BYTES`].
     Result(Box<Reported>, OwnedSemaphorePermit),
 }
@@ -60,6 +70,7 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
     if named.len() > LINK_SESSION_BYTES {
         return Err(bad_message(BadMessage::new("hello.last_link_session", "too long")));
     }
+    let (has, believed) = (hello.bundle_seq, key_ids(&hello.task_keys));
     let hello = read_hello(hello).map_err(bad_message)?;
     context.delivery.tell_copies_apart(&node, &named).await.map_err(|e| status(&e))?;
     let (commands, queue) = mpsc::channel(LINK_QUEUE);
@@ -72,6 +83,9 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
     let link_session: [u8; LINK_SESSION_BYTES] = entropy::bytes();
     context.delivery.links.copies().linked(node.id, &named, &link_session);
     let (out, frames) = mpsc::channel(OUT_QUEUE);
+    // Before the bundle is read, so that none is missed.
+    let changes = context.keys.changes();
+    let authority = context.keys.authority();
     let frame = hub_frame::Kind::Welcome(wire::Welcome {
         hub_id: context.keys.hub.to_string(),
         hub_time_ms: context.clock.anchored_ms(),
@@ -82,9 +96,14 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
             .into_iter()
             .map(|(t, a, seq)| wire::OutputMark { task_id: t.to_string(), attempt: a.0, durable_seq: seq })
             .collect(),
+        bundle: (has < authority.seq).then(|| sent(&authority)),
     });
     let _ = out.send(Ok(wire::HubFrame { kind: Some(frame) })).await;
     let (reports, report_queue) = mpsc::channel(REPORT_QUEUE);
+    if has > node.bundle_seq {
+        // The queue is new and empty: this cannot fail.
+        let _ = reports.try_send(Report::Bundle(has));
+    }
     let caller = Caller::Node { node: node.id, generation: welcome.generation };
     let tasks = context.tasks.clone();
     // It ends with its queue, so that what has come is recorded also when the hub stops.
@@ -94,7 +113,7 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
         work.await;
         let _ = carried.send(());
     });
-    let conversation = Conversation {
+    let mut conversation = Conversation {
         context,
         peer,
         generation: welcome.generation,
@@ -107,7 +126,12 @@ pub async fn open(context: Arc<LinkContext>, peer: Peer, node: Node, mut inbound
         settled,
         room: Arc::new(Semaphore::new(REPORT_BYTES)),
         rejected: 0,
+        changes,
+        told: authority.seq.max(has),
+        believed,
+        ask_renewal: Asking::No,
     };
+    conversation.look_at_certificate(&authority);
     tasks.spawn("link", conversation.run(inbound));
     Ok(ReceiverStream::new(frames).boxed())
 }
@@ -127,6 +151,19 @@ struct Conversation {
     settled: oneshot::Receiver<()>,
     room: Arc<Semaphore>,
     rejected: u32,
+    changes: watch::Receiver<()>,
+    /// The highest sequence of a bundle that the node has or was sent.
+    told: u64,
+    /// Ids of the task keys that it believes.
+    believed: Vec<String>,
+    ask_renewal: Asking,
+}
+
+/// Whether the node is asked for a new certificate, because its root goes out of use.
+enum Asking {
+    No,
+    At(Instant),
+    Asked,
 }
 
 impl Conversation {
@@ -157,6 +194,7 @@ impl Conversation {
             node_key: self.peer.spki,
             link_session: self.link_session,
             seq: 0,
+            believed: self.believed.clone(),
         };
         let life = (self.peer.not_after - clock.now_ms()).max(0) as u64;
         let certificate_end = tokio::time::sleep(Duration::from_millis(life));
@@ -187,6 +225,17 @@ impl Conversation {
                         return ("gone", "the stream was closed".into());
                     }
                 }
+                Ok(()) = self.changes.changed() => {
+                    if let Some(end) = self.authority_changed().await {
+                        return end;
+                    }
+                }
+                () = until(&self.ask_renewal) => {
+                    self.ask_renewal = Asking::Asked;
+                    if !self.say(hub_frame::Kind::Renew(wire::RenewNow {})).await {
+                        return ("gone", "the stream was closed".into());
+                    }
+                }
                 n = self.commands.recv_many(&mut batch, ORDERS_PER_ENVELOPE) => {
                     if n == 0 {
                         return ("overrun", "the link was too slow for its orders; connect again".into());
@@ -206,6 +255,7 @@ impl Conversation {
                         context.delivery.links.refuse(self.peer.node, "bad_frame", &e);
                         return ("bad_frame", e);
                     }
+                    sealer.believed.clone_from(&self.believed);
                 }
             }
         }
@@ -231,6 +281,37 @@ impl Conversation {
                 // Looked at after the commands: acknowledgements that it has sent are passed on first.
                 _ = &mut self.settled => return,
             }
+        }
+    }
+
+    /// Tells the node of a new bundle, and ends the link whose root counts no more.
+    async fn authority_changed(&mut self) -> Option<(&'static str, String)> {
+        let authority = self.context.keys.authority();
+        if authority.seq > self.told {
+            self.told = authority.seq;
+            if !self.say(hub_frame::Kind::Bundle(sent(&authority))).await {
+                return Some(("gone", "the stream was closed".into()));
+            }
+        }
+        if !self.context.keys.counts(&self.peer.certificate) {
+            return Some(("certificate_expired", ROOT_RETIRED.into()));
+        }
+        self.look_at_certificate(&authority);
+        None
+    }
+
+    /// A certificate by a root that goes out of use is replaced as soon as the node believes the new one.
+    fn look_at_certificate(&mut self, authority: &Authority) {
+        let new = authority.issuing();
+        let due = authority.phase == Phase::Issuing
+            && !new.issued(&self.peer.certificate)
+            && self.believed.contains(&seal::key_id(&new.public()));
+        if !due {
+            self.ask_renewal = Asking::No;
+        } else if matches!(self.ask_renewal, Asking::No) {
+            let spread = RENEWALS_APART.as_millis() as u64 * self.context.delivery.links.all().len().max(1) as u64;
+            let wait = Duration::from_millis(u64::from_be_bytes(entropy::bytes()) % spread);
+            self.ask_renewal = Asking::At(Instant::now() + wait);
         }
     }
 
@@ -318,6 +399,15 @@ impl Conversation {
                 let _ = self.context.delivery.standing(&caller, s.max_tasks, Closed::parse(&s.closed));
                 return Ok(());
             }
+            Some(node_frame::Kind::Bundle(b)) => {
+                metrics::counter!("cortex_bundles_acknowledged_total").increment(1);
+                let authority = self.context.keys.authority();
+                if b.seq == authority.seq {
+                    self.believed = authority.bundle().key_ids();
+                    self.look_at_certificate(&authority);
+                }
+                Report::Bundle(b.seq)
+            }
             Some(node_frame::Kind::Ready(r)) => {
                 let task = id("ready.task_id", &r.task_id).map_err(|e: BadMessage| e.to_string())?;
                 let ended = attempts("ready.ended", &r.ended[..r.ended.len().min(ORDERS_PER_ENVELOPE)]).map_err(|e| e.to_string())?;
@@ -342,10 +432,11 @@ impl Conversation {
 async fn carry(context: Arc<LinkContext>, caller: Caller, mut queue: mpsc::Receiver<Report>) {
     let mut round = Vec::with_capacity(REPORTS_AT_ONCE);
     while queue.recv_many(&mut round, REPORTS_AT_ONCE).await > 0 {
-        let (delivery, caller) = (&context.delivery, &caller);
+        let (delivery, nodes, caller) = (&context.delivery, &context.nodes, &caller);
         // All begin in their order and share a commit; the journal keeps that order.
         let reports = round.drain(..).map(|report| async move {
             match report {
+                Report::Bundle(seq) => nodes.has_bundle(caller, seq).await,
                 Report::Started(t, a) => delivery.started(caller, t, a).await,
                 Report::Ready(t, a, ended) => delivery.ready(caller, t, a, &ended).await,
                 Report::Result(r, _room) => delivery.result(caller, *r).await,
@@ -366,6 +457,22 @@ async fn carry(context: Arc<LinkContext>, caller: Caller, mut queue: mpsc::Recei
             }
         }
     }
+}
+
+async fn until(asking: &Asking) {
+    match asking {
+        Asking::At(at) => tokio::time::sleep_until(*at).await,
+        Asking::No | Asking::Asked => std::future::pending().await,
+    }
+}
+
+fn sent(authority: &Authority) -> wire::SignedBundle {
+    metrics::counter!("cortex_bundles_sent_total").increment(1);
+    bundle(authority)
+}
+
+fn key_ids(said: &[String]) -> Vec<String> {
+    said.iter().take(MOST_KEYS).filter(|id| id.len() <= MAX_KEY_ID).cloned().collect()
 }
 
 fn read_hello(h: wire::Hello) -> Result<Hello, BadMessage> {

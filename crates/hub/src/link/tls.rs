@@ -76,7 +76,9 @@ fn config(keys: &Keys, now: UnixMs) -> Result<(Arc<rustls::ServerConfig>, UnixMs
     let identity = keys.server_identity(now)?;
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from(keys.root_der().to_vec()))?;
+    for root in keys.authority().roots() {
+        roots.add(CertificateDer::from(root.to_vec()))?;
+    }
     // Without a certificate only enrolment and recovery answer; a foreign or expired one fails the handshake.
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).allow_unauthenticated().build()?;
     let chain = identity.chain.into_iter().map(CertificateDer::from).collect();
@@ -344,5 +346,6 @@ pub fn read_node_certificate(hub: HubId, der: &[u8]) -> Option<Node> {
         node: enrol::parse_node_uri(hub, uri)?,
         spki: sha256(c.public_key().raw),
         not_after: c.validity().not_after.timestamp() * 1000,
+        certificate: der.into(),
     })
 }

@@ -1,8 +1,10 @@
 //! Words of the engine into the link's messages and back.
 
-use crate::keys::Keys;
+use crate::keys::{Authority, Keys};
 use futures::stream::BoxStream;
 use hub_engine::records::NodeCertificate;
+use mesh_core::Digest;
+use mesh_core::bundle;
 use mesh_core::capability::{Capabilities, Gpu};
 use mesh_wire::node as wire;
 use rcgen::{CertificateSigningRequestParams, PublicKeyData};
@@ -48,7 +50,21 @@ pub fn csr_key(der: &[u8]) -> Result<Vec<u8>, Status> {
 }
 
 pub fn certificate(keys: &Keys, c: NodeCertificate) -> wire::CertificateReply {
-    wire::CertificateReply { certificate_der: c.der, root_der: keys.root_der().to_vec(), not_after_ms: c.not_after, counter: c.counter }
+    let authority = keys.authority();
+    let root_der = authority.issuer_of(&c.der).unwrap_or(authority.issuing()).root.clone();
+    wire::CertificateReply { certificate_der: c.der, root_der, not_after_ms: c.not_after, counter: c.counter }
+}
+
+/// The bundle, signed by each key that the hub holds.
+pub fn bundle(authority: &Authority) -> wire::SignedBundle {
+    let (body, signatures) = authority.signed();
+    let signatures = signatures.into_iter().map(|(key_id, signature)| wire::KeySignature { key_id, signature }).collect();
+    wire::SignedBundle { body, signatures }
+}
+
+/// Roots that a node says it believes; what is no digest is none.
+pub fn roots(said: &[Vec<u8>]) -> Vec<Digest> {
+    said.iter().take(bundle::MOST).filter_map(|r| r.as_slice().try_into().ok()).collect()
 }
 
 pub fn capabilities(c: wire::Capabilities) -> Capabilities {

@@ -158,3 +158,36 @@ pub struct Downloads {
     /// Targets that this hub has no binary for.
     pub missing: Vec<String>,
 }
+
+/// The hub's certificate authority, and where its rotation stands.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct AuthorityView {
+    pub phase: String,
+    /// Of the bundle that says what nodes believe; it only rises.
+    pub seq: u64,
+    /// Nodes that are not revoked.
+    pub nodes: u64,
+    /// How many of them have this bundle.
+    pub acknowledged: u64,
+    /// Who has not.
+    pub stragglers: Vec<StragglerView>,
+    /// Nodes that have a living certificate by the root that goes out of use.
+    pub old_certificates: u64,
+    pub on_old_root: Vec<StragglerView>,
+}
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct StragglerView {
+    pub id: String,
+    pub name: String,
+}
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct RotateRequest {
+    pub step: String,
+    /// Go on although nodes cannot follow: they need a new invite.
+    #[serde(default)]
+    pub leave_behind: bool,
+}

@@ -45,6 +45,8 @@ pub enum DialError {
     NoWelcome,
     #[error("the hub said goodbye before its welcome: {code} {detail}")]
     Goodbye { code: String, detail: String },
+    #[error("the hub has retired the root of this node's certificate")]
+    RootRetired,
     #[error("a certificate request cannot be made: {0}")]
     Csr(#[from] rcgen::Error),
     #[error("the hub's welcome: {0}")]
@@ -62,8 +64,11 @@ pub fn says_superseded(s: &Status) -> Option<&str> {
 }
 
 impl DialError {
-    /// The hub, or its TLS, says that this certificate has ended.
+    /// The hub, or its TLS, says that this certificate counts no more: it has ended, or its root was retired.
     pub fn certificate_ended(&self) -> bool {
+        if matches!(self, Self::RootRetired) {
+            return true;
+        }
         let mut text = self.to_string();
         let mut source = std::error::Error::source(self);
         while let Some(e) = source {
@@ -71,7 +76,8 @@ impl DialError {
             source = e.source();
         }
         text.retain(char::is_alphabetic);
-        text.to_lowercase().contains("certificateexpired")
+        let text = text.to_lowercase();
+        text.contains("certificateexpired") || text.contains("unknownca")
     }
     /// The certificate ended so long ago that its key does not count any more.
     pub fn too_late(&self) -> bool {
@@ -128,9 +134,15 @@ impl Dial {
     pub async fn run(self) -> Result<Dialed, DialError> {
         let identity: Identity = self.dir.identity()?;
         let (certificate, root) = self.dir.certificates()?;
+        let own_root = tls::spki_sha256(&root);
         let own = ClientCertificate { certificate, root, key: identity.private() };
-        let config = tls::client_config(self.settings.ca_pin, Some(own), self.time.clone())?;
+        let config = tls::client_config(&self.settings.trust, Some(own), self.time.clone())?;
         let stream = self.settings.way.connect(&self.settings.server_name, config).await?;
+        // A hub shows each root that it takes certificates of. Its refusal could be lost with the connection.
+        let shown: Vec<_> = stream.get_ref().1.peer_certificates().unwrap_or_default().iter().map(|c| tls::spki_sha256(c)).collect();
+        if !shown.contains(&own_root) && self.settings.trust.pins.iter().any(|pin| shown.contains(&Some(*pin))) {
+            return Err(DialError::RootRetired);
+        }
         let channel = tls::channel(stream).await?;
         let registration = RegistrationRequest {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -194,6 +206,9 @@ mod tests {
         let alert = rustls::Error::AlertReceived(rustls::AlertDescription::CertificateExpired);
         let broken = std::io::Error::new(std::io::ErrorKind::InvalidData, alert);
         assert!(DialError::Tls(TlsError::Handshake { address: "a".into(), source: broken }).certificate_ended());
+        let alert = rustls::Error::AlertReceived(rustls::AlertDescription::UnknownCA);
+        let broken = std::io::Error::new(std::io::ErrorKind::InvalidData, alert);
+        assert!(DialError::Tls(TlsError::Handshake { address: "a".into(), source: broken }).certificate_ended(), "a retired root");
         assert!(answer(Status::unauthenticated("certificate_expired")).certificate_ended());
         assert!(!answer(Status::unauthenticated("the certificate is not for this node's key")).certificate_ended());
         let late = Status::failed_precondition("recover_too_late: the certificate ended");

@@ -185,6 +185,8 @@ pub struct Engine {
     /// The hub says that the certificate has ended, whatever this machine's clock says.
     certificate_ended: bool,
     renewing: bool,
+    /// The hub wants it done before its time.
+    renew_asked: bool,
     renew_retry: Duration,
     store_time_due: Duration,
     health: Health,
@@ -241,6 +243,7 @@ impl Engine {
             swapping: false,
             certificate_ended: false,
             renewing: false,
+            renew_asked: false,
             renew_retry: Duration::ZERO,
             store_time_due: p.clock.steady() + STORE_TIME,
             status,
@@ -364,7 +367,8 @@ impl Engine {
             also(u.heard + SILENCE);
             also(u.heartbeat_due);
             if let (false, Some(node_now)) = (self.renewing, self.p.time.now()) {
-                let left = self.p.certificate.renew_at_ms().saturating_sub(node_now).max(0) as u64;
+                let at = if self.renew_asked { 0 } else { self.p.certificate.renew_at_ms() };
+                let left = at.saturating_sub(node_now).max(0) as u64;
                 also((self.now() + Duration::from_millis(left)).max(self.renew_retry));
             }
         }

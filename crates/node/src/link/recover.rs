@@ -28,7 +28,7 @@ impl Recover {
     pub async fn run(self) -> Result<RecoverReply, DialError> {
         let identity = self.dir.identity()?;
         let s = &self.settings;
-        let config = tls::client_config(s.ca_pin, None, self.time.clone())?;
+        let config = tls::client_config(&s.trust, None, self.time.clone())?;
         let stream = s.way.connect(&s.server_name, config).await?;
         let exporter = stream.get_ref().1.export_keying_material([0u8; 32], EXPORTER_LABEL, None).map_err(TlsError::Config)?;
         let nonce = entropy::bytes::<32>();
@@ -39,6 +39,7 @@ impl Recover {
             counter: self.counter,
             nonce: nonce.to_vec(),
             proof: identity.sign(&message)?,
+            roots: s.trust.said_roots(),
         };
         let mut client = EnrolmentClient::new(tls::channel(stream).await?).max_decoding_message_size(limits::MAX_MESSAGE_BYTES);
         let reply = in_time("recovering", ANSWER_TIMEOUT, client.recover(request)).await?.into_inner();

@@ -94,9 +94,9 @@ pub struct Inner {
     pub node: NodeId,
     invite: InviteId,
     invite_key: VerifyingKey,
-    task_key: SigningKey,
+    pub task_key: SigningKey,
     issuer: Issuer<'static, KeyPair>,
-    root: CertificateDer<'static>,
+    pub root: CertificateDer<'static>,
     pub knobs: Mutex<Knobs>,
     spki: Mutex<Option<[u8; 32]>>,
     links: mpsc::Sender<Link>,
@@ -272,13 +272,19 @@ impl Link {
         }
     }
     pub fn sealed(&self, kind: &str, body: Vec<u8>) -> Envelope {
-        let key = &self.inner.task_key;
+        self.sealed_by(&self.inner.task_key, kind, body)
+    }
+    pub fn sealed_by(&self, key: &SigningKey, kind: &str, body: Vec<u8>) -> Envelope {
         let signature = seal::sign(key, kind, &body).to_vec();
         Envelope { payload_type: kind.into(), key_id: seal::key_id(&key.verifying_key().to_bytes()), body, signature }
     }
     pub async fn orders(&mut self, orders: Vec<Order>) {
         let body = self.orders_body(orders).encode_to_vec();
         self.send(hub_frame::Kind::Envelope(self.sealed(payload_type::ORDERS, body))).await;
+    }
+    pub async fn orders_by(&mut self, key: &SigningKey, orders: Vec<Order>) {
+        let body = self.orders_body(orders).encode_to_vec();
+        self.send(hub_frame::Kind::Envelope(self.sealed_by(key, payload_type::ORDERS, body))).await;
     }
     pub async fn cancel(&mut self, task: TaskId) {
         let OrdersBody { hub_id, node_id, node_key_sha256, link_session, seq, .. } = self.orders_body(vec![]);
@@ -434,7 +440,14 @@ impl NodeLink for Service {
             };
             (k.generation, hello.attempts.iter().map(mark).collect())
         };
-        let welcome = Welcome { hub_id: self.0.hub.to_string(), hub_time_ms: now_ms(), link_session: session.to_vec(), generation, marks };
+        let welcome = Welcome {
+            hub_id: self.0.hub.to_string(),
+            hub_time_ms: now_ms(),
+            link_session: session.to_vec(),
+            generation,
+            marks,
+            bundle: None,
+        };
         let _ = to_node.send(Ok(HubFrame { kind: Some(hub_frame::Kind::Welcome(welcome)) })).await;
         // The test alone says how long the link lives.
         let answers = to_node.downgrade();

@@ -83,7 +83,6 @@ fn quoted(text: &str) -> String {
 fn yaml(app: &App, made: &NewInvite) -> String {
     let i = &made.invite;
     let hub = app.keys.hub;
-    let keys: Vec<String> = app.keys.task_keys().iter().map(|k| quoted(&format!("ed25519:{}", STANDARD.encode(k)))).collect();
     let mut y = String::new();
     // Writing to a string cannot fail.
     let _ = writeln!(y, "# cortex-node invite · one machine · expires {}", rfc3339(i.expires_at));
@@ -100,8 +99,11 @@ fn yaml(app: &App, made: &NewInvite) -> String {
         quoted(&app.facts.public_url),
         quoted(&enrol::server_name(hub))
     );
-    let _ = writeln!(y, "ca_pin: {}", quoted(&app.keys.pin()));
-    let _ = writeln!(y, "task_keys: [{}]", keys.join(", "));
+    // Of one moment.
+    let authority = app.keys.authority();
+    let issuing = authority.issuing();
+    let _ = writeln!(y, "ca_pin: {}", quoted(&issuing.pin()));
+    let _ = writeln!(y, "task_keys: [{}]", quoted(&format!("ed25519:{}", STANDARD.encode(issuing.public()))));
     let secret = URL_SAFE_NO_PAD.encode(made.seed);
     let _ = writeln!(y, "invite: {{ id: {}, secret: {} }}", quoted(&i.id.to_string()), quoted(&secret));
     let labels: Vec<String> = i.labels.iter().map(|(k, v)| format!("{}: {}", quoted(k), quoted(v))).collect();

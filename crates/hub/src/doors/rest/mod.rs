@@ -3,6 +3,7 @@
 mod accounts;
 pub(super) mod agents;
 pub(super) mod audit;
+pub(super) mod authority;
 pub(super) mod body;
 mod cookie;
 pub(super) mod devices;
@@ -63,6 +64,7 @@ use hub_engine::nodes::Nodes;
 use hub_engine::ports::Meta;
 use hub_engine::restore::Recovery;
 use hub_engine::retention::Retention;
+use hub_engine::rotation::Rotation;
 use hub_engine::sessions::Sessions;
 use hub_engine::state::State;
 use hub_engine::stats::Statistics;
@@ -100,6 +102,7 @@ pub struct RestState {
     pub streams: Tasks,
     pub meta: Arc<dyn Meta>,
     pub recovery: Arc<Recovery>,
+    pub rotation: Rotation,
     pub rates: Arc<Rates>,
     pub waiting: mcp::Waiting,
     pub keys: Arc<Keys>,
@@ -175,6 +178,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(system::info))
         .routes(routes!(system::stats))
         .routes(routes!(system::restored))
+        .routes(routes!(authority::get))
+        .routes(routes!(authority::rotate))
         .routes(routes!(audit::all))
         .routes(routes!(audit::export))
         .routes(routes!(audit::verify))

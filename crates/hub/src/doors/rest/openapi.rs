@@ -7,6 +7,7 @@ use crate::doors::rpc::own::MAX_OUTPUT_BYTES;
 use hub_engine::events::Topic;
 use hub_engine::manage::MAX_TASK_LIMIT;
 use hub_engine::records::{MessageRole, SessionAct};
+use hub_engine::rotation::{Phase, Step};
 use hub_engine::tasks::MAX_WAIT_SECS;
 use mesh_core::agent::{self, Status};
 use mesh_core::audit::{Kind, Outcome};
@@ -263,6 +264,8 @@ static WORDS: LazyLock<Vec<(&str, Vec<&str>)>> = LazyLock::new(|| {
         ("TaskView.on_lost", OnLost::ALL.iter().map(|o| o.as_str()).collect()),
         ("AuditEntry.type", Kind::ALL.iter().map(|k| k.as_str()).collect()),
         ("AuditEntry.outcome", Outcome::ALL.iter().map(|o| o.as_str()).collect()),
+        ("AuthorityView.phase", Phase::ALL.iter().map(|p| p.as_str()).collect()),
+        ("RotateRequest.step", Step::ALL.iter().map(|s| s.as_str()).collect()),
         ("NodeView.status", vec!["revoked", "offline", "draining", "online"]),
         ("NodeStatusView.status", vec!["revoked", "offline", "draining", "online"]),
         ("SessionView.status", vec!["active", "closed", "expired"]),

@@ -3,7 +3,7 @@
 use super::{ASK_AGAIN, Engine, key};
 use crate::link::ahead::Keeping;
 use crate::link::data::Pulled;
-use crate::link::orders::{Accepted, Checked, Key, Payload};
+use crate::link::orders::{Accepted, Checked, Key, Payload, Rejected};
 use crate::skills::{self, Step};
 use mesh_core::spec::Spec;
 use mesh_core::task::{NeverStarted, Outcome, Reason, ReasonCode};
@@ -16,22 +16,25 @@ impl Engine {
     pub(super) fn on_envelope(&mut self, e: &wire::Envelope) {
         // What the owner has said until now holds for what follows.
         self.look_at_owner();
-        let now = self.now();
         let Some(up) = &mut self.up else { return };
         match up.checker.check(e) {
             Ok(Accepted::Orders(orders)) => orders.into_iter().for_each(|o| self.on_order(o)),
             Ok(Accepted::Cancels(keys)) => keys.into_iter().for_each(|(k, now)| self.on_cancel(k, now)),
             Ok(Accepted::Input(piece)) => self.on_input(piece),
-            Err(r) => {
-                tracing::warn!(seq = r.seq, code = r.code, detail = %r.detail, "an envelope was rejected; nothing of it runs");
-                let too_many = up.rejections.note(now);
-                up.control.push_back(node_frame::Kind::Rejected(wire::Rejected { seq: r.seq, code: r.code.into(), detail: r.detail }));
-                if too_many {
-                    self.lost("too many rejected envelopes", true);
-                }
-            }
+            Err(r) => self.reject(r),
         }
         self.start_pull();
+    }
+
+    pub(super) fn reject(&mut self, r: Rejected) {
+        tracing::warn!(seq = r.seq, code = r.code, detail = %r.detail, "an envelope was rejected; nothing of it runs");
+        let now = self.now();
+        let Some(up) = &mut self.up else { return };
+        let too_many = up.rejections.note(now);
+        up.control.push_back(node_frame::Kind::Rejected(wire::Rejected { seq: r.seq, code: r.code.into(), detail: r.detail }));
+        if too_many {
+            self.lost("too many rejected envelopes", true);
+        }
     }
 
     fn on_order(&mut self, o: Checked) {

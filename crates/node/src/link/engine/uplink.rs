@@ -4,14 +4,15 @@ use super::{CALL_TIMEOUT, EXPIRED_WAIT, Ending, Engine, GOOD_LINK, LAST_WORD, Ne
 use crate::enrolment::{self, words};
 use crate::link::ahead;
 use crate::link::connect::{Dial, DialError, Dialed, says_revoked, says_superseded};
-use crate::link::orders::{Checker, Key, RejectionWindow};
+use crate::link::orders::{Checker, Key, Rejected, RejectionWindow};
 use crate::link::recover::Recover;
 use crate::link::{GOODBYE_CERTIFICATE_EXPIRED, GOODBYE_REVOKED, GOODBYE_SUPERSEDED};
+use crate::trust::Told;
 use mesh_core::ceiling::Closed;
 use mesh_process::{Tasks, entropy};
 use mesh_wire::convert;
 use mesh_wire::node::node_link_client::NodeLinkClient;
-use mesh_wire::node::{self as wire, CertificateReply, Goodbye, HubFrame, NodeData, RecoverReply, hub_data, hub_frame};
+use mesh_wire::node::{self as wire, CertificateReply, Goodbye, HubFrame, NodeData, RecoverReply, hub_data, hub_frame, node_frame};
 use node_warden::SPOOL_NODE_BYTES as SPOOL_LIMIT;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -32,7 +33,8 @@ impl Engine {
         if self.up.is_none() {
             self.link_state("connecting", "");
         }
-        if self.up.is_none() && (self.certificate_ended || self.p.time.for_tls() >= self.p.certificate.not_after_ms) {
+        let counts = self.p.time.for_tls() < self.p.certificate.not_after_ms && self.root_is_believed();
+        if self.up.is_none() && (self.certificate_ended || !counts) {
             return self.recover(no);
         }
         self.hello_told = self.standing();
@@ -48,6 +50,8 @@ impl Engine {
                 keeps: ahead::MOST as u32,
                 last_link_session: self.link_session.clone(),
                 closed: self.hello_told.1.map_or("", Closed::as_str).to_owned(),
+                bundle_seq: self.p.settings.trust.seq,
+                task_keys: self.p.settings.trust.said_keys(),
             },
         };
         let news = self.news.clone();
@@ -162,6 +166,9 @@ impl Engine {
                     Some(hub_frame::Kind::Heartbeat(h)) => up.hub_sent = (h.sent_ms, now),
                     Some(hub_frame::Kind::Envelope(e)) => self.on_envelope(&e),
                     Some(hub_frame::Kind::ResultAck(a)) => self.on_result_ack(&a),
+                    Some(hub_frame::Kind::Bundle(b)) => self.on_bundle(&b),
+                    // At once, also when the last try went down with its link.
+                    Some(hub_frame::Kind::Renew(_)) => (self.renew_asked, self.renew_retry) = (true, Duration::ZERO),
                     Some(hub_frame::Kind::Goodbye(g)) => self.on_goodbye(g),
                     Some(hub_frame::Kind::Welcome(_)) | None => {}
                 }
@@ -224,7 +231,7 @@ impl Engine {
         self.spawn_readers(no, &readers, d.client.clone(), d.from_hub, d.data_source);
         let s = &self.p.settings;
         self.link_session = d.link_session.to_vec();
-        let checker = Checker::new(s.hub, s.node, self.p.identity.spki_sha256(), s.task_keys.clone(), d.link_session);
+        let checker = Checker::new(s.hub, s.node, self.p.identity.spki_sha256(), s.trust.task_keys.clone(), d.link_session);
         let policy_problem = (d.policy.mode != "permissive" || d.policy.network != "full")
             .then(|| format!("sandbox {:?} with network {:?} is not built on this node", d.policy.mode, d.policy.network));
         self.up = Some(Up {
@@ -248,6 +255,10 @@ impl Engine {
             health_due: now,
             repeat_due: now + REPEAT,
         });
+        // Before anything else of this link is read: its first order may be by a new key.
+        if let Some(bundle) = &d.welcome.bundle {
+            self.on_bundle(bundle);
+        }
         let marks = d.welcome.marks.iter().filter_map(|m| Some((key(&m.task_id, m.attempt)?, m.durable_seq)));
         let marks: BTreeMap<Key, u64> = marks.collect();
         self.outflow.relink(&marks);
@@ -306,6 +317,41 @@ impl Engine {
         });
     }
 
+    /// Stored before it is believed, and believed before it is acknowledged.
+    fn on_bundle(&mut self, told: &wire::SignedBundle) {
+        let trust = match self.p.settings.trust.judge(self.p.settings.hub, told) {
+            Ok(Told::Newer(trust)) => trust,
+            Ok(Told::Known) => return self.acknowledge_bundle(),
+            Err(problem) => {
+                let detail = problem.to_string();
+                return self.reject(Rejected { seq: 0, code: "bad_bundle", detail });
+            }
+        };
+        if let Err(error) = self.p.state.set_trust(&trust) {
+            // Not acknowledged: the next link brings it again.
+            return tracing::error!(%error, "the hub's trust bundle cannot be stored");
+        }
+        tracing::info!(seq = trust.seq, roots = trust.pins.len(), keys = trust.task_keys.len(), "a new trust bundle");
+        if let Some(up) = &mut self.up {
+            up.checker.pinned.clone_from(&trust.task_keys);
+        }
+        self.p.settings.trust = trust;
+        self.acknowledge_bundle();
+    }
+
+    fn acknowledge_bundle(&mut self) {
+        let seq = self.p.settings.trust.seq;
+        if let Some(up) = &mut self.up {
+            up.control.push_back(node_frame::Kind::Bundle(wire::BundleAck { seq }));
+        }
+    }
+
+    /// A certificate by a root that was retired is none any more.
+    fn root_is_believed(&self) -> bool {
+        // What cannot be read is told when it is needed.
+        self.p.dir.certificates().map_or(true, |(_, root)| self.p.settings.trust.believes(&root))
+    }
+
     pub(super) fn on_goodbye(&mut self, g: Goodbye) {
         match g.code.as_str() {
             GOODBYE_REVOKED => self.revoked(if g.detail.is_empty() { "revoked" } else { &g.detail }),
@@ -348,12 +394,12 @@ impl Engine {
 
     pub(super) fn renew(&mut self, now: Duration) {
         let Some(node_now) = self.p.time.now() else { return };
-        if self.renewing || now < self.renew_retry || node_now < self.p.certificate.renew_at_ms() {
+        if self.renewing || now < self.renew_retry || (!self.renew_asked && node_now < self.p.certificate.renew_at_ms()) {
             return;
         }
         self.renew_retry = now + RENEW_RETRY;
         let request = match (self.p.identity.csr(), self.p.state.counter()) {
-            (Ok(csr_der), Ok(counter)) => wire::RenewRequest { csr_der, counter: counter + 1 },
+            (Ok(csr_der), Ok(counter)) => wire::RenewRequest { csr_der, counter: counter + 1, roots: self.p.settings.trust.said_roots() },
             (Err(e), _) => return tracing::error!(error = %e, "no certificate request"),
             (_, Err(e)) => return tracing::error!(error = %e, "no renewal counter"),
         };
@@ -386,7 +432,7 @@ impl Engine {
     /// Takes a fresh certificate into use, if it is one.
     fn keep_certificate(&mut self, reply: &CertificateReply) -> bool {
         let s = &self.p.settings;
-        let validity = match enrolment::check_certificate(reply, s.hub, s.node, &self.p.identity, &s.ca_pin) {
+        let validity = match enrolment::check_certificate(reply, s.hub, s.node, &self.p.identity, &s.trust) {
             Ok(v) => v,
             Err(e) => {
                 tracing::error!(error = %e, "the new certificate cannot be used");
@@ -400,6 +446,7 @@ impl Engine {
             return false;
         }
         self.p.certificate = validity;
+        self.renew_asked = false;
         self.renew_retry = Duration::ZERO;
         self.status.certificate_not_after = convert::rfc3339(validity.not_after_ms);
         self.status_stale = true;

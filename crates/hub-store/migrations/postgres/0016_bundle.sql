@@ -1,0 +1,2 @@
+-- The sequence of the trust bundle that a node has said it has.
+ALTER TABLE nodes ADD COLUMN bundle_seq BIGINT NOT NULL DEFAULT 0;
