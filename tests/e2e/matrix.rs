@@ -354,7 +354,13 @@ fn status_of(answer: &Value) -> u16 {
 
 /// One cell: makes the thing that the route is about, and asks, by a method of JSON-RPC if one is named. Gives
 /// the status.
-async fn ask(world: &World, (row, body, _): &Row, (on_node, method): (bool, Option<&str>), (role, column): (Role, usize), door: Door) -> u16 {
+async fn ask(
+    world: &World,
+    (row, body, _): &Row,
+    (on_node, method): (bool, Option<&str>),
+    (role, column): (Role, usize),
+    door: Door,
+) -> u16 {
     let route = Route::of(row);
     let relation = RELATIONS[column];
     let me = if door == Door::Socket { world.admin } else { world.people[&(role, column)] };

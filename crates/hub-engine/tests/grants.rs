@@ -416,7 +416,6 @@ async fn who_may_not_take_a_grant_back_is_denied_and_told_of() {
         store: w.store.clone(),
         witness: Arc::new(Nowhere),
         keyring: Arc::new(TestKeys),
-        keys: vec![],
         hub: sample::hub_id(1),
         clock: w.clock.clone(),
         work: Tasks::new(),

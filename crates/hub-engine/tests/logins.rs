@@ -186,7 +186,6 @@ async fn a_refresh_names_whose_token_it_was() {
         store: s.store.clone(),
         witness: Arc::new(Nowhere),
         keyring: Arc::new(Open),
-        keys: vec![],
         hub: sample::hub_id(1),
         clock: s.clock.clone(),
         work: Tasks::new(),

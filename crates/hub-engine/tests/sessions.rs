@@ -329,6 +329,7 @@ async fn a_dispatch_that_comes_with_the_end_ends_too() {
     });
     let dispatch = || hub_engine::tasks::Dispatch {
         session: Some(s.id),
+        all: false,
         node: None,
         spec: mesh_core::spec::Spec::Echo { payload: vec![] },
         timeout_secs: 0,

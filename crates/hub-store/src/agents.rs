@@ -49,7 +49,10 @@ impl Agents for Store {
     async fn agents(&self, filter: &AgentFilter, window: Window<AgentId>) -> Stored<Vec<Agent>> {
         let narrow = |mut q: Sql| {
             if let Some(w) = &filter.within {
-                q = q.and_any([("owner", all(&w.owner)), ("name", w.agents.iter().map(|a| a.clone().into()).collect())]);
+                q = q.and_any(
+                    self.read.dialect(),
+                    [("owner", all(&w.owner)), ("name", w.agents.iter().map(|a| a.clone().into()).collect())],
+                );
             }
             if let Some(name) = &filter.name {
                 q = q.and(" AND name = ", name.as_str());
@@ -74,7 +77,7 @@ impl Agents for Store {
     async fn agents_by_status(&self, within: Option<&Within>) -> Stored<BTreeMap<Status, u64>> {
         let mut q = sql("SELECT status, COUNT(*) FROM agents WHERE TRUE");
         if let Some(w) = within {
-            q = q.and_any([("owner", all(&w.owner)), ("name", w.agents.iter().map(|a| a.clone().into()).collect())]);
+            q = q.and_any(self.read.dialect(), [("owner", all(&w.owner)), ("name", w.agents.iter().map(|a| a.clone().into()).collect())]);
         }
         let q = Sql { text: format!("{} GROUP BY status", q.text).into(), values: q.values };
         let counts = self.all("agents.agents_by_status", q, |row| {

@@ -126,12 +126,8 @@ mod tests {
     use tokio_tungstenite::tungstenite::Message as Came;
 
     const PATIENCE: Duration = Duration::from_secs(90);
-    const QUICK: Pace = Pace {
-        ping_every: PATIENCE,
-        pong_within: PATIENCE,
-        send_within: Duration::from_secs(2),
-        close_within: Duration::from_millis(200),
-    };
+    const QUICK: Pace =
+        Pace { ping_every: PATIENCE, pong_within: PATIENCE, send_within: Duration::from_secs(2), close_within: Duration::from_millis(200) };
 
     /// A bus, a key that reads it, and a socket that serves it.
     struct Stage {

@@ -62,6 +62,11 @@ impl Who {
         &self.authenticated().caller
     }
 
+    /// The same caller with another request, or a part of one.
+    pub fn asking(self, asked: Asked) -> Self {
+        Self { asked, ..self }
+    }
+
     /// Takes the rights of now, for what goes on for long; an error when they have ended.
     pub async fn renew(&mut self, app: &App) -> Result<(), Error> {
         let look = app.accounts.look();

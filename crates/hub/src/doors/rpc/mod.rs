@@ -214,7 +214,7 @@ impl Asker {
             (_, connection) => connection,
         };
         let who = match &self.who {
-            Some(Ok(who)) => Who { asked: self.asked.alone(), ..who.through(DOOR) },
+            Some(Ok(who)) => who.through(DOOR).asking(self.asked.alone()),
             Some(Err(refusal)) => return Err(refusal.clone()),
             None => {
                 return Err(Refusal::new(StatusCode::UNAUTHORIZED, "unauthenticated", "come with credentials: log in, or use an API key"));
