@@ -1,5 +1,4 @@
 //! Agents: one process, whatever dies around it; restarts, kills and logs.
-#![expect(clippy::disallowed_methods, reason = "tests start the real binaries and watch the real clock")]
 
 use mesh_tests::{Hub, Node, alive, shown, text, until};
 use serde_json::{Value, json};

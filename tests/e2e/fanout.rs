@@ -1,10 +1,10 @@
 //! One command on many machines: one result, whatever becomes of some of them. Real programs.
 
-use mesh_tests::{Hub, Node, Process, program, shown, signal, text, until};
+use mesh_tests::{Hub, Node, Process, shown, signal, text, until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Output;
 
 /// Machines `a`, `b` and `c`.
 async fn machines(hub: &Hub) -> [Node; 3] {
@@ -157,8 +157,7 @@ async fn the_command_line_shows_them_together() {
     // Ctrl-C ends it everywhere.
     let never = waits_for(&hub.dir.path().join("never"));
     let argv = each(&nodes, [&never, &never, "true"]);
-    let mut c = Command::new(program("cortex"));
-    c.env("CORTEX_CONFIG_DIR", hub.dir.path().join("cli")).env("CORTEX_URL", &hub.http);
+    let mut c = hub.cli();
     c.args(["run", "--all", "--", "sh", "-c", &script(&argv)]);
     let mut following = Process::start(&mut c, hub.dir.path().join("follow.log"));
     let parent = until("a fan-out that runs on two", async || {

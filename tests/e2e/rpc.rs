@@ -442,7 +442,7 @@ async fn a_socket_carries_calls_and_events() {
     let two = answer(&mut socket, &json!("two"), &mut told).await["result"]["subscription_id"].clone();
     assert!(one.is_string() && two.is_string() && one != two);
     let made = result(&hub, "session.create", json!(["seen"])).await;
-    let mut of = vec![event(&mut socket, &made["id"]).await, event(&mut socket, &made["id"]).await];
+    let mut of = [event(&mut socket, &made["id"]).await, event(&mut socket, &made["id"]).await];
     of.sort_by_key(|n| n["params"]["subscription_id"].to_string());
     for (n, id) in of.iter().zip([&one, &two]) {
         assert_eq!((&n["method"], &n["params"]["subscription_id"], n.get("id")), (&json!("event.notify"), id, None), "{n}");

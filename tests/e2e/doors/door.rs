@@ -359,7 +359,7 @@ impl Door {
                 let said = soon("a subscription", socket.next()).await.expect("an answer").expect("an answer");
                 assert!(said.to_text().expect("text").contains("subscription_id"), "{said}");
             }
-            return Some(Ear::Socket(socket));
+            return Some(Ear::Socket(Box::new(socket)));
         }
         let path = match self {
             Door::Rest => format!("/api/v1/tasks/{task}/output"),
@@ -376,7 +376,7 @@ impl Door {
 /// An open stream.
 pub enum Ear {
     Stream { io: Io, text: String },
-    Socket(WebSocketStream<TcpStream>),
+    Socket(Box<WebSocketStream<TcpStream>>),
 }
 
 /// What a stream said.
