@@ -267,6 +267,23 @@ async fn a_silent_node_goes_offline_and_comes_back() {
     assert_eq!(hub.finished(&waiting).await["state"], "succeeded");
 }
 
+/// A machine that stands still as a whole has heard nothing meanwhile, which is no silence of the other side.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_stands_still_together_keeps_the_link() {
+    let hub = Hub::start().await;
+    let mut node = Node::join(&hub, "n").await;
+    node.daemon().signal(rustix::process::Signal::STOP);
+    hub.process.signal(rustix::process::Signal::STOP);
+    // Longer than silence may last, counted from the last word that either has heard.
+    tokio::time::sleep(std::time::Duration::from_secs(18)).await;
+    hub.process.signal(rustix::process::Signal::CONT);
+    node.daemon().signal(rustix::process::Signal::CONT);
+    let t = hub.finished(&text(&hub.dispatch(json!({"node": "n", "shell": {"argv": ["true"]}})).await, "id")).await;
+    assert_eq!(t["state"], "succeeded");
+    let ups = node.daemon().log().matches("link up generation=").count();
+    assert_eq!(ups, 1, "{}", node.daemon().log());
+}
+
 /// A caller that hangs up cancels nothing, loses nothing and leaks nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn callers_that_hang_up_leave_no_trace() {

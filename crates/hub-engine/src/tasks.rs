@@ -96,8 +96,8 @@ impl TaskService {
         if let Some(made) = idempotency::before(d.keyed.as_ref()).await? {
             audit::about(made);
             // What was true when it was made need not hold any more: a session closed, a deadline passed.
-            self.permitted(caller, made, Permission::TasksDispatch).await?;
-            return self.awaited(made, d.wait_secs).await;
+            Box::pin(self.permitted(caller, made, Permission::TasksDispatch)).await?;
+            return Box::pin(self.awaited(made, d.wait_secs)).await;
         }
         let now = self.clock.now_ms();
         d.terms.validate(now).map_err(|e| Error::invalid(e.code(), e))?;

@@ -97,12 +97,16 @@ async fn aged_tasks(conn: &mut Conn, before: UnixMs, enough: u64, limit: u32) ->
         return Ok((0, 0, vec![]));
     }
     let listed = conn.dialect().listed("$1");
-    let q = format!(
-        "SELECT t.id, CAST({TASK_ROW} + {EVENT_ROW} * t.events + octet_length(t.spec) + COALESCE(octet_length(t.result), 0) \
-         + COALESCE((SELECT octet_length(s.spec) FROM task_specs s WHERE s.task = t.id), 0) \
-         + COALESCE((SELECT SUM(octet_length(o.held)) FROM outputs o WHERE o.task = t.id), 0) AS BIGINT), t.parent \
-         FROM tasks t WHERE t.id IN ({listed}) OR t.parent IN ({listed})"
-    );
+    let sizes_by = |column: &str| {
+        format!(
+            "SELECT t.id, CAST({TASK_ROW} + {EVENT_ROW} * t.events + octet_length(t.spec) + COALESCE(octet_length(t.result), 0) \
+             + COALESCE((SELECT octet_length(s.spec) FROM task_specs s WHERE s.task = t.id), 0) \
+             + COALESCE((SELECT SUM(octet_length(o.held)) FROM outputs o WHERE o.task = t.id), 0) AS BIGINT), t.parent \
+             FROM tasks t WHERE t.{column} IN ({listed})"
+        )
+    };
+    // Two selects, each by its index; what has no parent is nobody's child, so that none is in both.
+    let q = format!("{} UNION ALL {}", sizes_by("id"), sizes_by("parent"));
     let children = sql(format!("SELECT parent, COUNT(*) FROM tasks WHERE parent IN ({listed}) GROUP BY parent"));
     let listed_ends = |ends: &[(UnixMs, TaskId)]| Value::List(ends.iter().map(|(_, id)| id.blob()).collect());
     let children: BTreeMap<TaskId, u64> = conn.rows(&children.bind(listed_ends(&ends)), sized).await?.into_iter().collect();

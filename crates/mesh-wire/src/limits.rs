@@ -18,6 +18,8 @@ pub const MAX_MESSAGE_BYTES: usize = 512 << 10;
 pub const HEARTBEAT_SECS: u64 = 5;
 /// Seconds of silence after which the other side counts as gone.
 pub const SILENCE_SECS: u64 = 15;
+/// Who notices the silence so much later than it was due stood still itself, and listens for one heartbeat more.
+pub const STOOD_STILL_MS: u64 = 1000;
 /// The HTTP/2 windows that keep a heartbeat quick beside bulk.
 pub const STREAM_WINDOW_BYTES: u32 = 64 << 10;
 pub const CONNECTION_WINDOW_BYTES: u32 = 1 << 20;

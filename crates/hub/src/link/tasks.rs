@@ -23,7 +23,7 @@ use mesh_core::task::{AttemptNo, Outcome};
 use mesh_core::{TaskId, UnixMs, seal};
 use mesh_process::{CancellationToken, entropy};
 use mesh_wire::convert::{BadMessage, digests, id};
-use mesh_wire::limits::{HEARTBEAT_SECS, ORDERS_PER_ENVELOPE, SILENCE_SECS};
+use mesh_wire::limits::{HEARTBEAT_SECS, ORDERS_PER_ENVELOPE, SILENCE_SECS, STOOD_STILL_MS};
 use mesh_wire::node::{self as wire, hub_frame, node_frame};
 use std::sync::Arc;
 use std::time::Duration;
@@ -215,7 +215,14 @@ impl Conversation {
                     return ("shutdown", "the hub is stopping".into());
                 }
                 () = &mut certificate_end => return ("certificate_expired", "the certificate of this link has ended".into()),
-                () = &mut silence => return ("silent", format!("no frame came for {SILENCE_SECS} s")),
+                () = &mut silence => {
+                    let now = tokio::time::Instant::now();
+                    // Whoever stood still itself has not listened: what came meanwhile is heard first.
+                    if now - silence.deadline() < Duration::from_millis(STOOD_STILL_MS) {
+                        return ("silent", format!("no frame came for {SILENCE_SECS} s"));
+                    }
+                    silence.as_mut().reset(now + Duration::from_secs(HEARTBEAT_SECS));
+                }
                 _ = beat.tick() => {
                     beats += 1;
                     let now = clock.steady();

@@ -45,6 +45,7 @@ const INBOX: usize = 128;
 const EVENTS_AT_ONCE: usize = 64;
 const HEARTBEAT: Duration = Duration::from_secs(limits::HEARTBEAT_SECS);
 const SILENCE: Duration = Duration::from_secs(limits::SILENCE_SECS);
+const STOOD_STILL: Duration = Duration::from_millis(limits::STOOD_STILL_MS);
 const HEALTH: Duration = Duration::from_secs(15);
 /// A result that was not acknowledged is told again.
 const REPEAT: Duration = Duration::from_secs(15);
@@ -323,6 +324,10 @@ impl Engine {
             _ => {}
         }
         if let Some(up) = &mut self.up {
+            if now >= up.heard + SILENCE + STOOD_STILL {
+                // Who stood still itself has not listened: what came meanwhile is heard first.
+                up.heard = (now + HEARTBEAT).saturating_sub(SILENCE);
+            }
             if now >= up.heard + SILENCE {
                 self.lost("the hub was silent for 15 s", true);
             } else {

@@ -205,6 +205,7 @@ fn parameters(path: &str, operation: &mut Value) {
             ("query", "stream") => p["schema"] = json!({ "type": "string", "enum": ["stdout", "stderr", "all"], "default": "all" }),
             ("query", "state") => p["schema"] = json!({ "type": "string", "enum": TaskState::ALL.map(TaskState::as_str) }),
             ("query", "session") => p["schema"] = id("sess"),
+            ("query", "parent") => p["schema"] = id("task"),
             ("query", "type") => {
                 p["schema"] = json!({ "type": "string", "enum": Kind::ALL.iter().map(|k| k.as_str()).collect::<Vec<_>>() })
             }
