@@ -48,7 +48,7 @@ def main():
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    if not opened.wait(30):
+    if not opened.wait(90):
         sys.exit("no live events came")
 
     shell = {"argv": ["sh", "-c", SCRIPT]}
@@ -66,7 +66,7 @@ def main():
     for stream, rest in pending.items():
         if rest:
             write(stream, b"\n")
-    watcher.join(30)
+    watcher.join(90)
     print(f"{ended['state']}, exit code {ended['exit_code']}")
     hub.call("DELETE", f"/sessions/{session['id']}")
     sys.exit(0 if ended["state"] == "succeeded" else 1)

@@ -162,6 +162,8 @@ async fn no_call_answers_without_credentials_that_count() {
         "GET /",
         "GET /docs",
         "GET /docs/{file}",
+        "GET /docs/skill.md",
+        "GET /llms.txt",
         "GET /healthz",
         "GET /openapi.json",
         "GET /readyz",

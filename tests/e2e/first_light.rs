@@ -117,7 +117,7 @@ async fn exit_codes_of_run_say_what_happened() {
         .unwrap();
     assert!(String::from_utf8_lossy(&out.stdout).starts_with("hi\n"), "{}", shown(&out));
     assert_eq!(out.stderr, b"err\n");
-    for words in [&["mcp"][..], &["run", "--all", "--", "true"]] {
+    for words in [&["shell"][..], &["run", "--all", "--node", "n", "--", "true"]] {
         assert_eq!(hub.cli().args(words).output().unwrap().status.code(), Some(2), "{words:?}");
     }
 }

@@ -75,7 +75,17 @@ async fn connects(hub: &Hub, node: &Node, (certificate, root): (Vec<u8>, Vec<u8>
     let own = ClientCertificate { certificate: certificate.into(), root: root.into(), key: identity.private() };
     let config = tls::client_config(pin, Some(own), NodeTime::new(0, SystemClock::shared())).unwrap();
     let hub_id = std::fs::read_to_string(hub.data().join("keys/hub-id")).unwrap().trim().parse().unwrap();
-    let stream = tls::connect(&hub.node, &mesh_core::enrol::server_name(hub_id), config).await.map_err(|e| e.to_string())?;
+    let name = mesh_core::enrol::server_name(hub_id);
+    let mut tries = 0;
+    // Who stood still for the 3 s before its first word was hung up on, and dials again, as a node does.
+    let stream = loop {
+        tries += 1;
+        let begun = std::time::Instant::now();
+        match tls::connect(&hub.node, &name, config.clone()).await {
+            Err(_) if tries < 10 && begun.elapsed() >= std::time::Duration::from_secs(3) => {}
+            done => break done.map_err(|e| e.to_string())?,
+        }
+    };
     Ok(NodeLinkClient::new(tls::channel(stream).await.map_err(|e| e.to_string())?))
 }
 async fn asks(link: &mut Client) -> Result<(), String> {

@@ -248,6 +248,12 @@ async fn each_method_does_and_answers_what_its_description_says() {
     let second = ask("state.query", json!({"key": "seen", "limit": 1, "cursor": first["next_cursor"]})).await;
     assert_eq!((&first["state"], &second["state"]), (&json!({"bob": {"seen": null}}), &json!({"ada": {"seen": {"n": 1}}})));
 
+    let agent = ask("agent.spawn", json!(["eve", "basic", {"k": 1}])).await["agent_id"].clone();
+    assert_eq!(ask("agent.list", json!({"name": "eve"})).await["count"], 1);
+    assert_eq!(ask("system.metrics", json!([])).await["agents"], json!({"running": 1}));
+    assert_eq!(ask("agent.kill", json!([agent])).await["status"], "killed");
+    assert_eq!(ask("agent.logs", json!([agent])).await["first"], 0);
+
     assert_eq!(ask("session.detach", json!([id, node.id])).await, Value::Null);
     assert_eq!(ask("session.close", json!([id])).await, Value::Null);
     assert_eq!(failure(&hub, "session.attach", json!([id, node.id])).await, (-32004, "session_ended".into()));
@@ -333,13 +339,13 @@ async fn each_call_of_a_batch_is_one_in_the_audit_and_one_in_the_rate() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_has_its_own_time() {
-    let hub = Hub::start_with(&[("CORTEX_LIMITS_REQUEST_SECS", "5")], &[]).await;
+    let hub = Hub::start_with(&[("CORTEX_LIMITS_REQUEST_SECS", "8")], &[]).await;
     // Nobody takes the task: its caller waits longer than a request may take, and hears of it all the same.
-    let waits = json!({"jsonrpc": "2.0", "method": "task.dispatch", "params": {"echo": {"payload": "x"}, "wait_secs": 12}, "id": "waits"});
+    let waits = json!({"jsonrpc": "2.0", "method": "task.dispatch", "params": {"echo": {"payload": "x"}, "wait_secs": 18}, "id": "waits"});
     let health = json!({"jsonrpc": "2.0", "method": "system.health", "id": "health"});
     let begun = std::time::Instant::now();
     let (status, said) = say(&hub, &json!([waits, health])).await;
-    assert!(begun.elapsed() >= std::time::Duration::from_secs(12), "it waited");
+    assert!(begun.elapsed() >= std::time::Duration::from_secs(18), "it waited");
     assert_eq!((status, &said[0]["result"]["state"], &said[1]["result"]["status"]), (200, &json!("pending"), &json!("ok")), "{said}");
 }
 

@@ -19,7 +19,7 @@ use mesh_core::permission::{Caller, Permission, Person, Via};
 use mesh_core::select::Selector;
 use mesh_core::spec::Spec;
 use mesh_core::task::{MAYBE_RAN, Progress, ReasonCode, TaskState, Terms};
-use mesh_core::{AgentId, SessionId, TaskId, UnixMs, name};
+use mesh_core::{AgentId, SessionId, TaskId, UnixMs, UserId, name};
 use mesh_process::entropy;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -261,20 +261,43 @@ impl Agents {
     /// Takes up what has not ended, at the start of the process: before any node is linked.
     pub async fn recover(&self) -> Result<()> {
         self.runs().log_to(self.store.clone(), self.output_bytes);
-        let mut after = None;
-        loop {
-            let page = self.store.living_agents(after, READ_AT_ONCE).await?;
-            for agent in &page {
-                if let Some(run) = agent.life.run {
-                    self.runs().note(run.task, agent.id);
-                }
-                self.runs().changed(agent.id);
+        let mut living = Living::of(&*self.store);
+        while let Some(agent) = living.next().await? {
+            if let Some(run) = agent.life.run {
+                self.runs().note(run.task, agent.id);
             }
-            after = page.last().map(|a| a.id);
-            if page.len() < READ_AT_ONCE as usize {
-                return Ok(());
+            self.runs().changed(agent.id);
+        }
+        Ok(())
+    }
+
+    /// Ends what somebody who leaves has, but for processes that run by now and may finish.
+    pub(crate) async fn end_all_of(&self, owner: UserId, running_too: bool) -> Result<()> {
+        let mut living = Living::of(&*self.store);
+        while let Some(agent) = living.next().await? {
+            let finishes = agent.kind == Kind::Process && agent.life.status == Status::Running && !running_too;
+            if agent.owner == owner && !finishes && agent.life.kill.is_none() {
+                self.apply(agent.id, &Event::KillAsked { force: false }).await?;
             }
         }
+        Ok(())
+    }
+
+    /// After a restore: what may have been begun since the backup is not begun again.
+    pub(crate) async fn end_restored(&self, restored_at: UnixMs) -> Result<()> {
+        let mut living = Living::of(&*self.store);
+        while let Some(agent) = living.next().await? {
+            let begun = match (agent.life.status, agent.life.run) {
+                (Status::BackingOff, _) => agent.life.next_at.is_some_and(|at| at <= restored_at),
+                (Status::Starting, Some(run)) => self.tasks.journal.narrow(run.task).await?.is_none(),
+                _ => false,
+            };
+            if begun {
+                let why = "it may have been begun after the backup that was restored".into();
+                self.apply(agent.id, &Event::Barred { why }).await?;
+            }
+        }
+        Ok(())
     }
 
     /// The supervisor. Runs until dropped.
@@ -377,6 +400,28 @@ impl Agents {
         let agent = agent.clone();
         let begin = async move { tasks.begin_run(&agent, run, &caller).await };
         self.tasks.work.complete("agent run", begin).await.ok_or_else(stopped)?
+    }
+}
+
+/// Each agent that has not ended, oldest first.
+struct Living<'a> {
+    store: &'a dyn ports::Agents,
+    page: std::vec::IntoIter<Agent>,
+    after: Option<AgentId>,
+    more: bool,
+}
+
+impl<'a> Living<'a> {
+    fn of(store: &'a dyn ports::Agents) -> Self {
+        Self { store, page: vec![].into_iter(), after: None, more: true }
+    }
+    async fn next(&mut self) -> Result<Option<Agent>> {
+        if self.page.as_slice().is_empty() && self.more {
+            let page = self.store.living_agents(self.after, READ_AT_ONCE).await?;
+            (self.after, self.more) = (page.last().map(|a| a.id), page.len() == READ_AT_ONCE as usize);
+            self.page = page.into_iter();
+        }
+        Ok(self.page.next())
     }
 }
 

@@ -4,6 +4,7 @@
 //! done in steps from that row, each as often as it takes: by whoever removed the person, and by a
 //! reconciler where that failed, the process ended, or something of theirs came a moment later.
 
+use crate::agents::Agents;
 use crate::audit::{self, Action};
 use crate::error::{Error, Result};
 use crate::manage::Management;
@@ -30,6 +31,7 @@ pub struct Departures {
     pub audit: Arc<dyn Audit>,
     pub tasks: Arc<TaskService>,
     pub manage: Arc<Management>,
+    pub agents: Arc<Agents>,
 }
 
 /// What becomes of a person's things.
@@ -107,6 +109,8 @@ impl Departures {
     async fn settle(&self, leaving: &Leaving) -> Result<()> {
         let store = &self.users.store;
         let mut moved = false;
+        // Under their own name still, so that whoever inherits the rest begins nothing of it.
+        self.agents.end_all_of(leaving.user, leaving.cancel).await?;
         while !store.hand_over(leaving.user, AT_ONCE).await? {
             moved = true;
         }
@@ -156,5 +160,6 @@ impl Departures {
 /// Only what a machine may be running by now: nothing begins in the name of somebody who is gone.
 fn finishes(leaving: &Leaving, task: &Task) -> bool {
     let granted = task.progress.state != TaskState::Pending && task.progress.attempt.as_ref().is_some_and(|a| a.granted.is_some());
-    !leaving.cancel && granted && task.created_at <= leaving.at
+    // A parent runs nothing itself: its children are looked at one by one, and it ends with them.
+    !leaving.cancel && (granted || task.is_parent()) && task.created_at <= leaving.at
 }

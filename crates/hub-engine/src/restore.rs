@@ -6,6 +6,7 @@
 //! what waited ends as lost, the reconcilers take up the rest, the mark goes, and nodes link anew.
 
 use crate::access::authorize_own;
+use crate::agents::Agents;
 use crate::audit::{self, Action, Resource};
 use crate::error::{Error, Result};
 use crate::expiry::Expiry;
@@ -38,6 +39,7 @@ pub struct Recovery {
     pub pool: Arc<Pool>,
     pub manage: Arc<Management>,
     pub expiry: Arc<Expiry>,
+    pub agents: Arc<Agents>,
 }
 
 impl Recovery {
@@ -80,6 +82,7 @@ impl Recovery {
     async fn take_up(&self, mark: Option<Restored>) -> Result<()> {
         if let Some(mark) = mark {
             self.end_waiting(mark.at).await?;
+            self.agents.end_restored(mark.at).await?;
         }
         self.expiry.round().await?;
         self.pool.recover().await?;

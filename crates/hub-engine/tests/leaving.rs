@@ -4,6 +4,7 @@
 use async_trait::async_trait;
 use hub_engine::Error;
 use hub_engine::accounts::{Accounts, Lifetimes, Recent};
+use hub_engine::agents::Agents;
 use hub_engine::delivery::{Delivery, Hello, Welcome};
 use hub_engine::events::Events;
 use hub_engine::leaving::{Departures, Will};
@@ -11,7 +12,7 @@ use hub_engine::links::{LINK_QUEUE, LinkCommand, Links};
 use hub_engine::manage::Management;
 use hub_engine::nodes::{self, Nodes};
 use hub_engine::pool::{Pool, Queue};
-use hub_engine::ports::{self, AgentState, Journal, NodeDirectory, Passwords, Users as _};
+use hub_engine::ports::{self, AgentState, Agents as _, Journal, NodeDirectory, Passwords, Users as _};
 use hub_engine::records::*;
 use hub_engine::rights::Rights;
 use hub_engine::sessions::Sessions;
@@ -148,8 +149,15 @@ impl World {
             work,
         });
         let users = Arc::new(Users { store: store.clone(), accounts, pool: Some(pool.clone()) });
-        let departures =
-            Arc::new(Departures { users: users.clone(), journal: journal.clone(), audit: store.clone(), tasks, manage: manage.clone() });
+        let agents = Arc::new(Agents { store: store.clone(), tasks: tasks.clone(), output_bytes: 1 << 20, rests: Default::default() });
+        let departures = Arc::new(Departures {
+            users: users.clone(),
+            journal: journal.clone(),
+            audit: store.clone(),
+            tasks,
+            manage: manage.clone(),
+            agents,
+        });
         Self { store, journal, clock, pool, delivery, manage, users, departures }
     }
 
@@ -275,6 +283,51 @@ async fn what_finishes_is_not_run_again() {
     assert_eq!(w.state(&runs).await, TaskState::Pending, "it would be tried again");
     w.departures.round().await.unwrap();
     assert_eq!(w.state(&runs).await, TaskState::Cancelled);
+}
+
+/// A parent runs nothing itself: it finishes with those of its children that finish.
+#[tokio::test]
+async fn a_fan_out_finishes_with_what_runs_of_it() {
+    let w = World::new().await;
+    let mut fan = sample::fan(10, 2);
+    for task in std::iter::once(&mut fan.parent).chain(&mut fan.children) {
+        task.actor.user = sample::user_id(2);
+    }
+    w.store.accept_fan(&fan).await.unwrap();
+    let will = Will { transfer_to: Some(sample::user_id(3)), ..Will::default() };
+    w.departures.remove(&ada(), sample::user_id(2), will).await.unwrap();
+    let parent = w.store.task(fan.parent.id).await.unwrap().unwrap();
+    assert_eq!((parent.progress.state, parent.progress.cancel), (TaskState::Running, None));
+    assert_eq!((w.state(&fan.children[0]).await, w.state(&fan.children[1]).await), (TaskState::Assigned, TaskState::Cancelled));
+}
+
+/// Nobody inherits a program that begins again and again.
+#[tokio::test]
+async fn agents_that_run_finish_and_others_end() {
+    use mesh_core::agent::{End, Event as Step, Life, Policy, Status};
+    let w = World::new().await;
+    let restart = mesh_core::agent::Restart { policy: Policy::Always, max: 0, backoff_ms: 1 };
+    for n in 1..=3 {
+        let mut agent = hub_engine::records::Agent { owner: sample::user_id(2), restart: restart.clone(), ..sample::agent(n) };
+        if n == 1 {
+            (agent.kind, agent.life) = (mesh_core::agent::Kind::Basic, Life::basic(1));
+        }
+        assert_eq!(w.store.add_agent(&agent).await.unwrap(), Spawned::Done);
+    }
+    let step = async |n: u16, event: Step| w.store.apply_agent(sample::agent_id(n), &event, 5, 1 << 20).await.unwrap();
+    for n in [2, 3] {
+        step(n, Step::Started { task: sample::task_id(n), node: None }).await;
+    }
+    step(3, Step::Ended { task: sample::task_id(3), end: End::Clean }).await;
+    let look = async |n: u16| w.store.agent(sample::agent_id(n)).await.unwrap().unwrap();
+    assert_eq!(look(3).await.life.status, Status::BackingOff);
+    let will = Will { transfer_to: Some(sample::user_id(3)), ..Will::default() };
+    w.departures.remove(&ada(), sample::user_id(2), will).await.unwrap();
+    assert_eq!((look(1).await.life.status, look(3).await.life.status), (Status::Killed, Status::Killed));
+    let runs = look(2).await;
+    assert_eq!((runs.life.status, runs.owner), (Status::Running, sample::user_id(3)));
+    step(2, Step::Ended { task: sample::task_id(2), end: End::Clean }).await;
+    assert_eq!(look(2).await.life.status, Status::Exited, "once, and no more");
 }
 
 #[tokio::test]

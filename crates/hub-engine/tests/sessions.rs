@@ -3,6 +3,7 @@
 
 use async_trait::async_trait;
 use hub_engine::Error;
+use hub_engine::agents::Agents;
 use hub_engine::bus::Next;
 use hub_engine::events::{Data, Events, SessionNews};
 use hub_engine::expiry::{Expiry, Unsettled};
@@ -24,6 +25,7 @@ use hub_engine::watch::Watchers;
 use hub_testkit::TestJournal;
 use hub_testkit::contract::{HandClock, sample};
 use hub_testkit::memory::MemoryStore;
+use mesh_core::agent::Status;
 use mesh_core::permission::{Caller, Role};
 use mesh_core::seal::Intent;
 use mesh_core::task::{Event, Outcome, ReasonCode, TaskState};
@@ -556,6 +558,7 @@ fn recovery(w: &World) -> Recovery {
         pool: w.pool.clone(),
         manage: Arc::new(manage),
         expiry: w.expiry.clone(),
+        agents: Arc::new(Agents { store: w.store.clone(), tasks: w.tasks.clone(), output_bytes: 1 << 20, rests: Default::default() }),
     }
 }
 
@@ -570,6 +573,15 @@ async fn a_restored_hub_holds_back_and_then_ends_what_waited() {
     let mut later = sample::task(2);
     later.terms.not_before = Some(w.clock.now_ms() + 1);
     w.store.accept(&later).await.unwrap();
+    // An agent whose next run was due before the restore, one whose is due later, one whose run was decided.
+    let agents = [(11, w.clock.now_ms() - 1), (12, w.clock.now_ms() + 1), (13, i64::MAX)];
+    for (n, due) in agents {
+        let mut agent = sample::agent(n);
+        if due < i64::MAX {
+            (agent.life.status, agent.life.next_at) = (Status::BackingOff, Some(due));
+        }
+        assert_eq!(w.store.add_agent(&agent).await.unwrap(), Spawned::Done);
+    }
     let (s, idle) = (w.session(1).await, w.session(1).await);
     let open = w.task(3, s.id, false).await;
     w.advance(5);
@@ -594,6 +606,11 @@ async fn a_restored_hub_holds_back_and_then_ends_what_waited() {
     const LOST: (TaskState, Option<ReasonCode>) = (TaskState::Failed, Some(ReasonCode::Lost));
     assert_eq!((w.task_state(waits).await, w.task_state(open).await), (LOST, LOST));
     assert_eq!(w.task_state(later.id).await.0, TaskState::Pending, "its time had not come before the restore");
+    let mut standing = vec![];
+    for (n, _) in agents {
+        standing.push(w.store.agent(sample::agent_id(n)).await.unwrap().unwrap().life.status);
+    }
+    assert_eq!(standing, [Status::Failed, Status::BackingOff, Status::Failed], "what may have begun since does not begin again");
     assert_eq!(w.status(idle.id).await, "expired");
     assert_eq!(w.store.restored().await.unwrap(), None);
     assert!(!w.pool.links.holds_back());

@@ -279,7 +279,9 @@ async fn hand_over(conn: &mut Conn, user: UserId, limit: u32) -> Result<bool, Fa
         conn.alone(sql("SELECT $1").bind(mesh_core::sha256(agent.as_bytes()))).await?;
         for q in [
             "UPDATE agent_state SET owner = $1 WHERE agent = $2 AND owner = $3",
-            "UPDATE agents SET owner = $1 WHERE name = $2 AND owner = $3",
+            // What runs may finish; nothing begins again under the rights of who inherits it.
+            "UPDATE agents SET owner = $1, restart_policy = CASE WHEN ended_at IS NULL THEN 'never' ELSE restart_policy END \
+             WHERE name = $2 AND owner = $3",
         ] {
             moved += conn.execute(&sql(q).bind(successor.blob()).bind(agent.as_str()).bind(user.blob())).await?;
         }

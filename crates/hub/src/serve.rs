@@ -529,6 +529,7 @@ impl Services {
             audit: store.clone(),
             tasks: tasks.clone(),
             manage: manage.clone(),
+            agents: agents.clone(),
         });
         let expiry = Arc::new(Expiry {
             sessions: sessions.clone(),
@@ -571,6 +572,7 @@ impl Services {
             pool: pool.clone(),
             manage: manage.clone(),
             expiry: expiry.clone(),
+            agents: agents.clone(),
         });
         Ok(Self {
             accounts,

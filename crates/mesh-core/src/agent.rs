@@ -275,6 +275,10 @@ pub fn step(restart: &Restart, before: &Life, event: &Event, now: UnixMs) -> Res
             if now < at {
                 return Err(Refused::Illegal);
             }
+            // Nobody inherits a program that begins again and again.
+            if restart.policy == Policy::Never {
+                return Ok(over(life, Failed, Some("its owner has left".into()), now));
+            }
             let run = Run { no: life.run.map_or(0, |run| run.no).saturating_add(1), task: *task };
             life.restarts = life.restarts.saturating_add(1);
             life.in_a_row = life.in_a_row.saturating_add(1);
@@ -282,7 +286,7 @@ pub fn step(restart: &Restart, before: &Life, event: &Event, now: UnixMs) -> Res
             Ok((life, vec![Action::Begin(run)]))
         }
         Event::Barred { why } => match life.status {
-            Starting => Ok(over(life, Failed, Some(why.clone()), now)),
+            Starting | BackingOff => Ok(over(life, Failed, Some(why.clone()), now)),
             _ => Err(Refused::Illegal),
         },
         Event::KillAsked { force } => {

@@ -191,8 +191,8 @@ impl Door {
             "/mcp" => Some(Door::Mcp),
             "/" | "/rpc" => Some(Door::Rpc),
             "/rpc/ws" => Some(Door::RpcSocket),
-            // Its stream is REST's ear.
-            "/api/v1/tasks/{id}/output" => Some(Door::Rest),
+            // Streams of REST; the first is its ear.
+            "/api/v1/tasks/{id}/output" | "/api/v1/agents/{id}/logs" => Some(Door::Rest),
             _ if path.starts_with("/api/v1/") && !streams => Some(Door::Rest),
             _ => None,
         }

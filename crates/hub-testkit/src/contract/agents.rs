@@ -240,6 +240,7 @@ async fn erased_and_handed_over(store: &(impl Agents + AgentState + Grants + Use
     store.create_user(&hub_engine::records::User { role: mesh_core::permission::Role::Admin, ..user(3, "boss") }, None).await.unwrap();
     store.remove_user(&leaving).await.unwrap();
     while !store.hand_over(user_id(2), 1).await.unwrap() {}
-    assert_eq!(store.agent(agent_id(3)).await.unwrap().unwrap().owner, user_id(1));
+    let inherited = store.agent(agent_id(3)).await.unwrap().unwrap();
+    assert_eq!((inherited.owner, inherited.restart.policy), (user_id(1), mesh_core::agent::Policy::Never), "nothing begins again");
     assert_eq!(store.state_owner("a3").await.unwrap(), Some(user_id(1)));
 }

@@ -155,7 +155,12 @@ impl Users for MemoryStore {
         let real = || state.agents.values().map(|(a, _)| a).find(|a| a.owner == user).map(|a| a.name.clone());
         let agent = state.state.values().find(|e| e.owner == user).map(|e| e.agent.clone()).or_else(real);
         let same = state.agents.values_mut().map(|(a, _)| a).filter(|a| Some(&a.name) == agent.as_ref());
-        same.for_each(|a| a.owner = leaving.successor);
+        same.for_each(|a| {
+            a.owner = leaving.successor;
+            if a.life.ended_at.is_none() {
+                a.restart.policy = mesh_core::agent::Policy::Never;
+            }
+        });
         state.state.values_mut().filter(|e| Some(&e.agent) == agent.as_ref()).for_each(|e| e.owner = leaving.successor);
         Ok(nodes.is_empty() && sessions == 0 && agent.is_none())
     }

@@ -20,10 +20,14 @@ fn body(hub: &Hub, seq: u64, keys: &[&SigningKey]) -> Vec<u8> {
 }
 async fn told(link: &mut Link, bundle: SignedBundle) -> Result<u64, String> {
     link.send(hub_frame::Kind::Bundle(bundle)).await;
-    match link.frame().await {
-        node_frame::Kind::Bundle(ack) => Ok(ack.seq),
-        node_frame::Kind::Rejected(r) => Err(format!("{} {}", r.code, r.detail)),
-        other => panic!("{other:?}"),
+    loop {
+        match link.frame().await {
+            node_frame::Kind::Bundle(ack) => return Ok(ack.seq),
+            node_frame::Kind::Rejected(r) => return Err(format!("{} {}", r.code, r.detail)),
+            // What a killed daemon had not told its warden to forget.
+            node_frame::Kind::Started(_) | node_frame::Kind::Result(_) => {}
+            other => panic!("{other:?}"),
+        }
     }
 }
 async fn runs_by(hub: &Hub, link: &mut Link, key: &SigningKey) {

@@ -231,14 +231,16 @@ impl View<'_, '_> {
                         }
                     }
                 }
-                Some((n, item)) = followed.next() => match item {
-                    Some(Ok(item)) => if let Err(e) = self.said(n, item) {
+                // That the last has ended is news as well: the parent's end may have been here before.
+                next = followed.next(), if !followed.is_empty() => match next {
+                    Some((n, Some(Ok(item)))) => if let Err(e) = self.said(n, item) {
                         return cannot_write(e);
                     },
-                    Some(Err(e)) => return Outcome::Failed(e),
-                    None => if let Some((n, id)) = later.pop_front() {
+                    Some((_, Some(Err(e)))) => return Outcome::Failed(e),
+                    Some((_, None)) => if let Some((n, id)) = later.pop_front() {
                         followed.push(items(client, n, &id));
                     },
+                    None => {}
                 },
                 Some((_, item)) = ended.next(), if parent_end.is_none() => match item {
                     Some(Ok(OutputItem::End(task))) => parent_end = Some(task),
