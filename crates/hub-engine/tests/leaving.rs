@@ -291,7 +291,7 @@ async fn a_fan_out_finishes_with_what_runs_of_it() {
     let w = World::new().await;
     let mut fan = sample::fan(10, 2);
     for task in std::iter::once(&mut fan.parent).chain(&mut fan.children) {
-        task.actor.user = sample::user_id(2);
+        (task.actor.user, task.created_at) = (sample::user_id(2), w.clock.now_ms());
     }
     w.store.accept_fan(&fan).await.unwrap();
     let will = Will { transfer_to: Some(sample::user_id(3)), ..Will::default() };
@@ -308,7 +308,7 @@ async fn agents_that_run_finish_and_others_end() {
     let w = World::new().await;
     let restart = mesh_core::agent::Restart { policy: Policy::Always, max: 0, backoff_ms: 1 };
     for n in 1..=3 {
-        let mut agent = hub_engine::records::Agent { owner: sample::user_id(2), restart: restart.clone(), ..sample::agent(n) };
+        let mut agent = hub_engine::records::Agent { owner: sample::user_id(2), restart, ..sample::agent(n) };
         if n == 1 {
             (agent.kind, agent.life) = (mesh_core::agent::Kind::Basic, Life::basic(1));
         }

@@ -13,7 +13,7 @@ use hub_engine::memory::Memory;
 use hub_engine::messages::Messages;
 use hub_engine::nodes::{Lifetimes, Nodes};
 use hub_engine::pool::{Pool, Queue};
-use hub_engine::ports::{self, *};
+use hub_engine::ports::{self, Agents as _, *};
 use hub_engine::records::*;
 use hub_engine::restore::Recovery;
 use hub_engine::rights::Rights;
