@@ -154,7 +154,12 @@ impl Agents {
                 agent.life = Life::begun(TaskId::from_parts(now, entropy::bytes()));
             }
         }
-        self.has_room(&agent).await?;
+        if let Err(full) = self.has_room(&agent).await {
+            // It may be the very agent that another request with the same key has made a moment ago.
+            let Some(made) = idempotency::before(new.keyed.as_ref()).await? else { return Err(full) };
+            audit::about(made);
+            return self.permitted(caller, made, Permission::AgentsManage).await;
+        }
         audit::about(id);
         let own = self.clone();
         let spawn = async move {

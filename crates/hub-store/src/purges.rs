@@ -95,6 +95,9 @@ async fn erase(conn: &mut Conn, id: SessionId, after: Option<TaskId>, limit: u32
     if crate::audit::erase_session(conn, id, limit).await? > 0 {
         return Ok((PurgeStep::Until(after), vec![]));
     }
+    if erase_logs(conn, id, limit).await? > 0 {
+        return Ok((PurgeStep::Until(after), vec![]));
+    }
     // Before the first id is the empty one.
     let after = after.map_or(vec![], |t| t.blob().to_vec());
     let q = sql("SELECT id FROM tasks WHERE session = $1 AND id > $2 ORDER BY id LIMIT $3");
@@ -104,6 +107,19 @@ async fn erase(conn: &mut Conn, id: SessionId, after: Option<TaskId>, limit: u32
         return Ok((PurgeStep::Done, vec![]));
     };
     Ok((PurgeStep::Until(Some(last)), erase_outputs(conn, &tasks).await?))
+}
+
+/// What the session's agents wrote. How many lines there were stays known.
+async fn erase_logs(conn: &mut Conn, id: SessionId, limit: u32) -> Result<u64, Failed> {
+    let chunks = "DELETE FROM agent_log WHERE (agent, first) IN (SELECT l.agent, l.first FROM agent_log l \
+         JOIN agents a ON a.id = l.agent WHERE a.session = $1 LIMIT $2)";
+    let erased = conn.execute(&sql(chunks).bind(id.blob()).bind(limit)).await?;
+    if erased > 0 {
+        return Ok(erased);
+    }
+    let heads = "UPDATE agent_log_heads SET first = total, open_first = total, bytes = 0, open = $1, carry = $1 \
+         WHERE agent IN (SELECT id FROM agents WHERE session = $2) AND (first < total OR octet_length(carry) > 0)";
+    conn.execute(&sql(heads).bind(Vec::<u8>::new()).bind(id.blob())).await
 }
 
 /// A row of `task, attempt, kept_len`.

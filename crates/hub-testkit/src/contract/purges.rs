@@ -1,6 +1,6 @@
-use super::sample::{assigned_task, attempt, entry_id, frame, message_id, session, session_id, task, task_id, user_id};
+use super::sample::{agent, agent_id, assigned_task, attempt, entry_id, frame, message_id, session, session_id, task, task_id, user_id};
 use super::{T0, all};
-use hub_engine::ports::{Applied, Besides, Journal, Memory, Messages, Output, Purges, Sessions};
+use hub_engine::ports::{Agents, Applied, Besides, Journal, Memory, Messages, Output, Purges, Sessions};
 use hub_engine::records::*;
 use mesh_core::SessionId;
 use mesh_core::task::{Event, Outcome};
@@ -9,11 +9,15 @@ use std::sync::Arc;
 /// For stores that are all of it.
 pub async fn purges<S>(make: impl AsyncFn() -> Arc<S>)
 where
-    S: Journal + Output + Sessions + Memory + Messages + Purges + ?Sized,
+    S: Journal + Output + Sessions + Memory + Messages + Purges + Agents + ?Sized,
 {
     let store = &*make().await;
     for n in [1, 2] {
         fill(store, n).await;
+        store.add_agent(&Agent { session: Some(session_id(n)), ..agent(n) }).await.unwrap();
+        let source = LogSource { task: task_id(n), attempt: attempt(1) };
+        let said = frame(1, Stream::Stdout, format!("{}and no end", "secret\n".repeat(20_000)));
+        store.add_log(agent_id(n), source, vec![said], false, 1 << 20).await.unwrap();
     }
     let (id, by) = (session_id(1), Some(user_id(1)));
     assert_eq!(store.begin_purge(session_id(9), by, T0).await.unwrap(), PurgeStart::Unknown);
@@ -45,6 +49,12 @@ where
     assert_eq!(store.begin_purge(id, by, T0 + 90).await.unwrap(), PurgeStart::Done);
     while store.sweep(2).await.unwrap() > 0 {}
 
+    assert_eq!(store.log(agent_id(1), 0, 9, 999).await.unwrap(), LogPage { total: 20_000, first: 20_000, lines: vec![] });
+    let ended = mesh_core::agent::Event::Ended { task: task_id(1), end: mesh_core::agent::End::Clean };
+    store.apply_agent(agent_id(1), &ended, T0 + 95, 1 << 20).await.unwrap();
+    let page = store.log(agent_id(1), 0, 9, 999).await.unwrap();
+    assert!(page.lines.len() == 1 && page.first == 20_000, "what had no end yet is gone too: {page:?}");
+    assert_eq!(store.log(agent_id(2), 0, 9, 999).await.unwrap().first, 0, "another session's stays");
     assert_eq!(store.memory(id, "k").await.unwrap(), None);
     assert_eq!(store.messages(id, all(), u64::MAX).await.unwrap().items, vec![]);
     for n in 11..=15 {

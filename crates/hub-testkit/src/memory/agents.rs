@@ -14,6 +14,10 @@ pub(super) struct Log {
 }
 
 impl Log {
+    pub(super) fn erase(&mut self) {
+        self.first += self.lines.len() as u64;
+        (self.lines, self.cutter) = (VecDeque::new(), Cutter::default());
+    }
     fn add(&mut self, lines: Vec<Line>, keep: u64) {
         self.lines.extend(lines);
         while self.lines.len() > 1 && self.lines.iter().map(|l| l.text.len() as u64 + 13).sum::<u64>() > keep {

@@ -211,6 +211,7 @@ impl Purges for MemoryStore {
         if state.audit.erase_session(id, limit) > 0 {
             return Ok(PurgeStep::Until(after));
         }
+        state.agents.values_mut().filter(|(a, _)| a.session == Some(id)).for_each(|(_, log)| log.erase());
         let tasks: Vec<TaskId> = state.tasks_of(id).map(|t| t.id).filter(|t| after.is_none_or(|a| *t > a)).take(limit as usize).collect();
         let Some(last) = tasks.last() else {
             state.purging.remove(&id);
